@@ -1,0 +1,128 @@
+"""The vocabulary every package shares: what a decoder looks like, and what it is asked to do.
+
+Shape letters: B batch, S tokens fed in one step, P tokens already in the KV cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Phase = Literal["prefill", "decode"]
+Precision = Literal["fp32", "int8", "int4"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+
+#: Weights in quantised matrices share one fp16 scale per this many inputs (the block of GGUF's Q4_0 and Q8_0).
+QUANTIZATION_BLOCK_SIZE = 32
+#: Bits of the decoder blocks' weights at each precision.
+BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
+#: Bits of the embedding and the head: never below 8, four bits there cost more quality than they save time.
+HEAD_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 8}
+
+
+@dataclass(frozen=True, order=True)
+class BlockShape:
+    """One decoder layer. Heads of 0 mean that attention is skipped, `intermediate_size` of 0 that the MLP is."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
+        if min(heads, groups, width) < 0:
+            raise ValueError(f"a block's sizes must be 0 or more, got {self}")
+        if (heads == 0) != (groups == 0) or (groups and heads % groups):
+            raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads=} {groups=}")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder without its weights: all that latency, memory and size depend on."""
+
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    blocks: tuple[BlockShape, ...]
+
+    @property
+    def attention_blocks(self) -> tuple[BlockShape, ...]:
+        """The blocks that own a slot in the KV cache, in order."""
+        return tuple(block for block in self.blocks if block.num_attention_heads)
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits, equal for equal shapes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelShape:
+        fields = json.loads(text)
+        fields["blocks"] = tuple(BlockShape(**block) for block in fields["blocks"])
+        return cls(**fields)
+
+    def block_parameters(self, block: BlockShape) -> int:
+        """Weights of one block: projections and the norm in front of each part kept."""
+        heads, groups, width = block.num_attention_heads, block.num_key_value_heads, block.intermediate_size
+        attention = self.hidden_size * self.head_dim * 2 * (heads + groups) + self.hidden_size * (heads > 0)
+        mlp = 3 * self.hidden_size * width + self.hidden_size * (width > 0)
+        return attention + mlp
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(self.block_parameters, self.blocks)) + self.hidden_size + self.embedding_parameters
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Bytes of all weights: matrices at the precision's bits with an fp16 scale per 32, norms as fp32."""
+        norms = self.hidden_size * (1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks))
+        block_weights = self.parameters - self.embedding_parameters - norms
+        return round(
+            block_weights * bits_per_weight(BLOCK_BITS[precision]) / 8
+            + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision]) / 8
+            + norms * 4
+        )
+
+    def kv_cache_bytes(self, tokens: int, batch_size: int = 1, bytes_per_value: int = 4) -> int:
+        groups = sum(block.num_key_value_heads for block in self.blocks)
+        return 2 * groups * self.head_dim * tokens * batch_size * bytes_per_value
+
+    def flops(self, workload: Workload) -> int:
+        """Multiply-adds times two of one step: projections, attention over the context, the head on the last token."""
+        fed = workload.tokens if workload.phase == "prefill" else 1
+        # token t of a prompt attends to t + 1 positions, a decoded one to the whole context and itself
+        seen = fed * (fed + 1) // 2 if workload.phase == "prefill" else workload.tokens + 1
+        heads = sum(block.num_attention_heads for block in self.blocks)
+        weights = sum(map(self.block_parameters, self.blocks))
+        per_sequence = 2 * fed * weights + 4 * heads * self.head_dim * seen + 2 * self.hidden_size * self.vocab_size
+        return workload.batch_size * per_sequence
+
+
+def bits_per_weight(bits: int) -> float:
+    """Storage of one matrix weight, its share of the fp16 scale included."""
+    return bits if bits >= 16 else bits + 16 / QUANTIZATION_BLOCK_SIZE
+
+
+@dataclass(frozen=True, order=True)
+class Workload:
+    """`tokens` is the prompt length for prefill and the context already in the KV cache for decode."""
+
+    phase: Phase
+    tokens: int
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise ValueError(f"phase must be prefill or decode, got {self.phase!r}")
+        if self.tokens < (1 if self.phase == "prefill" else 0) or self.batch_size < 1:
+            raise ValueError(f"a workload needs tokens and a batch of at least 1, got {self}")
