@@ -1,0 +1,80 @@
+"""Weights as integers and scales, made once: the supernet evaluates and every writer packs these same numbers.
+
+Symmetric, blocks of 32 along the input, fp16 scales: what ONNX Runtime's MatMulNBits, OpenVINO's compressed constants
+and GGUF's Q4_0 and Q8_0 blocks can all hold exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+#: Shrunken scales tried for each 4-bit block; the one with the least squared error is kept.
+_SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """`weight` = `integers` x `scales`, integers int8 [out, in] within -2^(bits-1)..2^(bits-1)-1, scales fp16 [out, in / 32]."""
+
+    integers: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.integers.shape
+
+
+def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
+    """Round a matrix [out, in] to 4 or 8 bits, nearest first.
+
+    Raises ValueError where `in` is no multiple of 32, or bits are neither 4 nor 8.
+    """
+    rows, columns = weight.shape
+    if columns % QUANTIZATION_BLOCK_SIZE:
+        raise ValueError(f"a quantised matrix needs inputs in multiples of {QUANTIZATION_BLOCK_SIZE}, got {columns}")
+    if bits not in (4, 8):
+        raise ValueError(f"weights quantise to 4 or 8 bits, got {bits}")
+    blocks = weight.detach().float().reshape(rows, -1, QUANTIZATION_BLOCK_SIZE)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    if bits == 8:
+        integers, scales = _round(blocks, largest / 127, bits)
+    else:
+        # the block's extreme value lands on -8, so that all sixteen levels are in use (GGUF's Q4_0 does the same)
+        integers, scales = _round(blocks, largest / -8, bits)
+        error = _squared_error(blocks, integers, scales)
+        for shrink in _SHRINKS[1:]:
+            tried, tried_scales = _round(blocks, largest / -8 * shrink, bits)
+            tried_error = _squared_error(blocks, tried, tried_scales)
+            better = tried_error < error
+            integers = torch.where(better, tried, integers)
+            scales = torch.where(better, tried_scales, scales)
+            error = torch.where(better, tried_error, error)
+    return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales.squeeze(-1).to(torch.float16), bits)
+
+
+def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
+    """The fp32 matrix [out, in] that the runtimes compute with."""
+    rows, columns = quantized.shape
+    blocks = quantized.integers.reshape(rows, -1, QUANTIZATION_BLOCK_SIZE).float()
+    return (blocks * quantized.scales.float().unsqueeze(-1)).reshape(rows, columns)
+
+
+def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """`weight` as it will be after quantisation; 16 bits and more leave it as it is."""
+    return weight if bits >= 16 else dequantize(quantize(weight, bits))
+
+
+def _round(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = scales.to(torch.float16).float()
+    limit = 2 ** (bits - 1)
+    integers = torch.round(blocks / torch.where(scales == 0, torch.ones_like(scales), scales)).clamp(-limit, limit - 1)
+    return integers, scales
+
+
+def _squared_error(blocks: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (integers * scales - blocks).square().sum(-1, keepdim=True)
