@@ -1,0 +1,191 @@
+"""A heterogeneous decoder as plain arrays: what the ONNX and OpenVINO writers both read.
+
+The writers see numpy only, so a decoder with random weights, made from a bare `ModelShape`, goes through the same code
+as a trained one: what is profiled is what is shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.quantize import quantize
+from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A quantised matrix [out, in]: int8 `integers` [out, in], fp16 `scales` [out, in / 32], see `export.quantize`."""
+
+    integers: NDArray[np.int8]
+    scales: NDArray[np.float16]
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.integers.shape
+        return rows, columns
+
+
+#: fp32 [out, in], or its quantised form.
+Matrix = Array | PackedMatrix
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` [hidden, heads x head_dim]."""
+
+    norm: Array
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """`norm` [hidden]; `gate`, `up` [width, hidden]; `down` [hidden, width]."""
+
+    norm: Array
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A skipped part is None."""
+
+    attention: AttentionWeights | None
+    mlp: MlpWeights | None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Weights and constants of one decoder; `head` is the same object as `embedding` where the two are tied."""
+
+    shape: ModelShape
+    precision: Precision
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    embedding: Matrix
+    layers: tuple[Layer, ...]
+    norm: Array
+    head: Matrix
+
+
+def decoder_shape(model: torch.nn.Module) -> ModelShape:
+    """Read the shape of each layer off the weights of a Llama-style model, plain or heterogeneous."""
+    config, weights = model.config, dict(model.named_parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def rows(name: str) -> int:
+        return weights[name].shape[0] if name in weights else 0
+
+    blocks = tuple(
+        BlockShape(
+            num_attention_heads=rows(f"model.layers.{i}.self_attn.q_proj.weight") // head_dim,
+            num_key_value_heads=rows(f"model.layers.{i}.self_attn.k_proj.weight") // head_dim,
+            intermediate_size=rows(f"model.layers.{i}.mlp.gate_proj.weight"),
+        )
+        for i in range(len(model.model.layers))
+    )
+    return ModelShape(config.hidden_size, head_dim, config.vocab_size, bool(config.tie_word_embeddings), blocks)
+
+
+def decoder_from_model(model: torch.nn.Module, precision: Precision) -> Decoder:
+    """Take the fp32 weights of a Llama-style model, quantised to `precision`."""
+    config = model.config
+    weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+
+    def matrix(name: str, bits: int) -> Matrix:
+        if bits >= 16:
+            return weights[name].contiguous().numpy()
+        packed = quantize(weights[name], bits)
+        return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
+
+    embedding = matrix("model.embed_tokens.weight", HEAD_BITS[precision])
+    return _assemble(
+        decoder_shape(model),
+        precision,
+        norm=lambda name: weights[name].contiguous().numpy(),
+        matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
+        embedding=embedding,
+        head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
+        rope_theta=float(config.rope_parameters["rope_theta"]),
+        rms_norm_eps=float(config.rms_norm_eps),
+        max_position_embeddings=int(config.max_position_embeddings),
+    )
+
+
+def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> Decoder:
+    """A decoder of this shape with random weights, for timing: latency does not depend on the numbers."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(2**22, dtype=np.float32) * np.float32(0.02)
+    integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}
+
+    def matrix(rows: int, columns: int, bits: int) -> Matrix:
+        # every matrix owns its memory: weights that shared pages would stay in the cache and flatter the timing
+        if bits >= 16:
+            return np.resize(values, (rows, columns))
+        scales = np.full((rows, columns // QUANTIZATION_BLOCK_SIZE), 0.02 / 2 ** (bits - 1), np.float16)
+        return PackedMatrix(np.resize(integers[bits], (rows, columns)), scales, bits)
+
+    embedding = matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision])
+    return _assemble(
+        shape,
+        precision,
+        norm=lambda name: np.ones(shape.hidden_size, np.float32),
+        matrix=lambda name, rows, columns: matrix(rows, columns, BLOCK_BITS[precision]),
+        embedding=embedding,
+        head=embedding
+        if shape.tie_word_embeddings
+        else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
+    )
+
+
+def _assemble(
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    norm: Callable[[str], Array],
+    matrix: Callable[[str, int, int], Matrix],
+    embedding: Matrix,
+    head: Matrix,
+    rope_theta: float,
+    rms_norm_eps: float,
+    max_position_embeddings: int,
+) -> Decoder:
+    layers = []
+    for i, block in enumerate(shape.blocks):
+        path, hidden = f"model.layers.{i}", shape.hidden_size
+        queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
+        width = block.intermediate_size
+        attention = AttentionWeights(
+            norm(f"{path}.input_layernorm.weight"),
+            matrix(f"{path}.self_attn.q_proj.weight", queries, hidden),
+            matrix(f"{path}.self_attn.k_proj.weight", keys, hidden),
+            matrix(f"{path}.self_attn.v_proj.weight", keys, hidden),
+            matrix(f"{path}.self_attn.o_proj.weight", hidden, queries),
+        )  if queries else None
+        mlp = MlpWeights(
+            norm(f"{path}.post_attention_layernorm.weight"),
+            matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
+            matrix(f"{path}.mlp.up_proj.weight", width, hidden),
+            matrix(f"{path}.mlp.down_proj.weight", hidden, width),
+        ) if width else None
+        layers.append(Layer(attention, mlp))
+    return Decoder(
+        shape, precision, rope_theta, rms_norm_eps, max_position_embeddings,
+        embedding, tuple(layers), norm("model.norm.weight"), head,
+    )

@@ -1,0 +1,59 @@
+"""Hugging Face folders of heterogeneous decoders: safetensors, config, tokenizer and the modelling file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from export import heterogeneous
+from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
+from hw_profiles.shapes import BlockShape
+
+#: Keys of a config that describe where it came from, not what it is.
+_ORIGIN_KEYS = ("model_type", "architectures", "transformers_version", "_name_or_path", "quantization_config", "auto_map")
+
+
+def register() -> None:
+    """Let `AutoModelForCausalLM` load our folders without remote code where llm-nas is installed."""
+    AutoConfig.register(HeterogeneousLlamaConfig.model_type, HeterogeneousLlamaConfig, exist_ok=True)
+    AutoModelForCausalLM.register(HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM, exist_ok=True)
+
+
+def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> HeterogeneousLlamaForCausalLM:
+    """An fp32 model with these blocks and uninitialised weights, named as in the base model minus what is skipped."""
+    fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
+    fields["num_hidden_layers"] = len(blocks)
+    config = HeterogeneousLlamaConfig(block_configs=[asdict(block) for block in blocks], **fields)
+    with torch.device("meta"):
+        model = HeterogeneousLlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    # rotary frequencies are a buffer outside the state dict: computed, not loaded
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.tie_weights()
+    return model.eval()
+
+
+def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+    """Write the folder that `AutoModelForCausalLM.from_pretrained` loads, in fp32, and return it."""
+    model.config.architectures = [type(model).__name__]
+    if isinstance(model, HeterogeneousLlamaForCausalLM):
+        module = Path(heterogeneous.__file__)
+        shutil.copy(module, directory / module.name)
+        model.config.auto_map = {
+            "AutoConfig": f"{module.stem}.{HeterogeneousLlamaConfig.__name__}",
+            "AutoModelForCausalLM": f"{module.stem}.{HeterogeneousLlamaForCausalLM.__name__}",
+        }
+    model.save_pretrained(directory)
+    # transformers 4 reads rope_theta only and would silently fall back to 10,000
+    config_file = directory / "config.json"
+    config = json.loads(config_file.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(directory)
+    return directory

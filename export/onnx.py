@@ -1,0 +1,221 @@
+"""Write a decoder as ONNX for onnxruntime and onnxruntime-genai, with their fused operators.
+
+One `GroupQueryAttention` per layer (rotary embedding and KV cache inside), `MatMulNBits` for quantised matrices, skip
+connections fused with the norms. Logits come for the last position only, as onnxruntime-genai wants them: a prompt
+must not pay the head once per token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_MICROSOFT = "com.microsoft"
+#: 4 lets MatMulNBits round the activations to int8 blocks of 32; 0 computes in fp32 with the exact weights.
+ACCURACY_LEVEL = 4
+
+
+def write_onnx(decoder: Decoder, directory: Path) -> Path:
+    """Write `model.onnx` and `model.onnx.data` and return the path of the former.
+
+    Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, KV heads, P, head_dim] with i
+    counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
+    """
+    path = directory / MODEL_FILE
+    onnx.save_model(_Graph(decoder).model(), path, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+    return path
+
+
+class _Graph:
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.stored: set[str] = set()
+        self.inputs = [_value("input_ids", TensorProto.INT64, ["B", "S"]), _value("attention_mask", TensorProto.INT64, ["B", "T"])]
+        self.outputs = [_value("logits", TensorProto.FLOAT, ["B", 1, decoder.shape.vocab_size])]
+
+    def model(self) -> onnx.ModelProto:
+        decoder = self.decoder
+        self._sequence_lengths()
+        self._rotary()
+        hidden, skip = self._embedding(), ""
+        slot = 0
+        for i, layer in enumerate(decoder.layers):
+            if layer.attention is not None:
+                normed, hidden = self._norm(f"layers.{i}.input_layernorm", hidden, skip, layer.attention.norm)
+                skip = self._attention(f"layers.{i}.self_attn", normed, layer.attention, slot)
+                slot += 1
+            if layer.mlp is not None:
+                normed, hidden = self._norm(f"layers.{i}.post_attention_layernorm", hidden, skip, layer.mlp.norm)
+                skip = self._mlp(f"layers.{i}.mlp", normed, layer.mlp)
+        normed, _ = self._norm("norm", hidden, skip, decoder.norm)
+        last = self._node("Gather", [normed, self._int64("last_position", [-1])], "last_hidden", axis=1)
+        self._head(last)
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.initializers)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="llm-nas")
+
+    def _sequence_lengths(self) -> None:
+        total = self._node("ReduceSum", ["attention_mask", self._int64("axis_1", [1])], "tokens_kept", keepdims=0)
+        last = self._node("Sub", [total, self._int64("one", [1])], "last_token")
+        self._node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+        shape = self._node("Shape", ["attention_mask"], "mask_shape", start=1)
+        length = self._node("Squeeze", [shape], "mask_length")
+        self._node("Cast", [length], "total_sequence_length", to=TensorProto.INT32)
+
+    def _rotary(self) -> None:
+        head_dim = self.decoder.shape.head_dim
+        inverse_frequencies = self.decoder.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        # angles in fp32, as transformers computes them
+        positions = np.arange(self.decoder.max_position_embeddings, dtype=np.float32)
+        angles = np.outer(positions, inverse_frequencies.astype(np.float32))
+        self._tensor("cos_cache", np.cos(angles))
+        self._tensor("sin_cache", np.sin(angles))
+
+    def _embedding(self) -> str:
+        embedding = self.decoder.embedding
+        if not isinstance(embedding, PackedMatrix):
+            return self._node("Gather", [self._tensor("embed_tokens.weight", embedding), "input_ids"], "hidden_states", axis=0)
+        weight, scales = self._packed("embed_tokens", embedding)
+        rows = self._node("Reshape", [weight, self._int64("embedding_shape", [embedding.shape[0], -1])], "embedding_rows")
+        return self._node(
+            "GatherBlockQuantized",
+            [rows, "input_ids", scales],
+            "hidden_states",
+            domain=_MICROSOFT,
+            bits=embedding.bits,
+            block_size=QUANTIZATION_BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _head(self, last: str) -> None:
+        decoder = self.decoder
+        if isinstance(decoder.head, PackedMatrix):
+            name = "embed_tokens" if decoder.head is decoder.embedding else "lm_head"
+            self._linear(name, last, decoder.head, output="logits")
+        elif decoder.head is decoder.embedding:
+            # onnxruntime folds the transpose away when it loads; the file holds the matrix once
+            transposed = self._node("Transpose", ["embed_tokens.weight"], "lm_head.weight", perm=[1, 0])
+            self._node("MatMul", [last, transposed], "logits")
+        else:
+            self._linear("lm_head", last, decoder.head, output="logits")
+
+    def _attention(self, name: str, x: str, weights: AttentionWeights, slot: int) -> str:
+        head_dim = self.decoder.shape.head_dim
+        heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
+        packed = self._linear(f"{name}.qkv_proj", x, _stack(weights.q, weights.k, weights.v))
+        past, present = [], []
+        for part in ("key", "value"):
+            past.append(f"past_key_values.{slot}.{part}")
+            present.append(f"present.{slot}.{part}")
+            self.inputs.append(_value(past[-1], TensorProto.FLOAT, ["B", groups, "P", head_dim]))
+            self.outputs.append(_value(present[-1], TensorProto.FLOAT, ["B", groups, "T", head_dim]))
+        inputs = [packed, "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
+        attended = self._node(
+            "GroupQueryAttention",
+            inputs,
+            f"{name}.attended",
+            *present,
+            domain=_MICROSOFT,
+            num_heads=heads,
+            kv_num_heads=groups,
+            scale=head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return self._linear(f"{name}.o_proj", attended, weights.o)
+
+    def _mlp(self, name: str, x: str, weights: MlpWeights) -> str:
+        gate = self._linear(f"{name}.gate_proj", x, weights.gate)
+        up = self._linear(f"{name}.up_proj", x, weights.up)
+        sigmoid = self._node("Sigmoid", [gate], f"{name}.sigmoid")
+        activated = self._node("Mul", [gate, sigmoid], f"{name}.silu")
+        product = self._node("Mul", [activated, up], f"{name}.product")
+        return self._linear(f"{name}.down_proj", product, weights.down)
+
+    def _norm(self, name: str, hidden: str, skip: str, weight: NDArray[np.float32]) -> tuple[str, str]:
+        """Names of the normed hidden states and of `hidden + skip`, which the next residual continues."""
+        gamma = self._tensor(f"{name}.weight", weight)
+        epsilon = self.decoder.rms_norm_eps
+        if not skip:
+            self._node("SimplifiedLayerNormalization", [hidden, gamma], f"{name}.output", axis=-1, epsilon=epsilon)
+            return f"{name}.output", hidden
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization",
+                [hidden, skip, gamma],
+                [f"{name}.output", "", "", f"{name}.residual"],
+                name=name,
+                domain=_MICROSOFT,
+                epsilon=epsilon,
+            )
+        )
+        return f"{name}.output", f"{name}.residual"
+
+    def _linear(self, name: str, x: str, matrix: Matrix, output: str | None = None) -> str:
+        output = output or f"{name}.output"
+        if not isinstance(matrix, PackedMatrix):
+            return self._node("MatMul", [x, self._tensor(f"{name}.weight", np.ascontiguousarray(matrix.T))], output)
+        weight, scales = self._packed(name, matrix)
+        rows, columns = matrix.shape
+        return self._node(
+            "MatMulNBits",
+            [x, weight, scales],
+            output,
+            domain=_MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=matrix.bits,
+            block_size=QUANTIZATION_BLOCK_SIZE,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def _packed(self, name: str, matrix: PackedMatrix) -> tuple[str, str]:
+        """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a matrix in use already is not stored twice."""
+        rows, columns = matrix.shape
+        weight, scales = f"{name}.weight", f"{name}.scales"
+        if weight in self.stored:
+            return weight, scales
+        unsigned = (matrix.integers.astype(np.int16) + 2 ** (matrix.bits - 1)).astype(np.uint8)
+        if matrix.bits == 4:
+            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        self._tensor(weight, unsigned.reshape(rows, columns // QUANTIZATION_BLOCK_SIZE, -1))
+        self._tensor(scales, matrix.scales.astype(np.float32))
+        return weight, scales
+
+    def _node(self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, list(outputs), name=outputs[0], domain=domain, **attributes))
+        return outputs[0]
+
+    def _tensor(self, name: str, array: NDArray[np.generic]) -> str:
+        self.initializers.append(numpy_helper.from_array(array, name))
+        self.stored.add(name)
+        return name
+
+    def _int64(self, name: str, values: list[int]) -> str:
+        return self._tensor(name, np.array(values, np.int64))
+
+
+def _stack(*matrices: Matrix) -> Matrix:
+    """Matrices on the same input as one, rows below rows."""
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    if len(packed) == len(matrices):
+        integers = np.concatenate([matrix.integers for matrix in packed])
+        return PackedMatrix(integers, np.concatenate([matrix.scales for matrix in packed]), packed[0].bits)
+    return np.concatenate([matrix for matrix in matrices if not isinstance(matrix, PackedMatrix)])
+
+
+def _value(name: str, dtype: int, shape: list[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)

@@ -1,0 +1,188 @@
+"""Write a decoder as the stateful OpenVINO IR that `openvino_genai.LLMPipeline` runs.
+
+The graph is built operation by operation in the patterns that OpenVINO's fusions look for (RMS norm, rotary embedding,
+KV cache inside scaled dot product attention), which takes about a second where tracing the torch model takes ten.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset15 as ops
+from openvino.op import util as op_util
+
+from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+MODEL_FILE = "openvino_model.xml"
+
+
+def openvino_model(decoder: Decoder) -> ov.Model:
+    """Inputs `input_ids`, `attention_mask`, `position_ids`, `beam_idx`; output `logits` [B, S, V]; the KV cache is state."""
+    return _Graph(decoder).model()
+
+
+def write_openvino(decoder: Decoder, directory: Path) -> Path:
+    """Write `openvino_model.xml` and its `.bin` and return the path of the former."""
+    path = directory / MODEL_FILE
+    ov.save_model(openvino_model(decoder), path, compress_to_fp16=False)
+    return path
+
+
+class _Graph:
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.input_ids = _parameter("input_ids", ov.Type.i64, 2)
+        self.attention_mask = _parameter("attention_mask", ov.Type.i64, 2)
+        self.position_ids = _parameter("position_ids", ov.Type.i64, 2)
+        self.beam_idx = _parameter("beam_idx", ov.Type.i32, 1)
+        self.assigns: list[ov.Node] = []
+
+    def model(self) -> ov.Model:
+        decoder = self.decoder
+        embedding = _constant(decoder.embedding)
+        head = embedding if decoder.head is decoder.embedding else _constant(decoder.head)
+        hidden = ops.gather(embedding, ops.convert(self.input_ids, "i32"), _i64(0))
+        batch = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64([0]), _i64(0))
+        cos, sin = self._rotary()
+        mask = self._causal_mask()
+        slot = 0
+        for layer in decoder.layers:
+            if layer.attention is not None:
+                normed = self._rms_norm(hidden, layer.attention.norm)
+                hidden = ops.add(hidden, self._attention(normed, layer.attention, slot, batch, cos, sin, mask))
+                slot += 1
+            if layer.mlp is not None:
+                hidden = ops.add(hidden, self._mlp(self._rms_norm(hidden, layer.mlp.norm), layer.mlp))
+        logits = _linear(self._rms_norm(hidden, decoder.norm), head)
+        logits.output(0).get_tensor().set_names({"logits"})
+        result = ops.result(logits, name="logits")
+        inputs = [self.input_ids, self.attention_mask, self.position_ids, self.beam_idx]
+        return ov.Model([result], self.assigns, inputs, "decoder")
+
+    def _rotary(self) -> tuple[ov.Node, ov.Node]:
+        """cos and sin [B, 1, S, head_dim]."""
+        head_dim = self.decoder.shape.head_dim
+        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+        inverse_frequencies = (self.decoder.rope_theta**-exponents).astype(np.float32)
+        positions = ops.convert(ops.unsqueeze(self.position_ids, _i64([1, 3])), "f32")
+        angles = ops.multiply(positions, ops.constant(inverse_frequencies.reshape(1, 1, 1, -1)))
+        both_halves = ops.concat([angles, angles], axis=-1)
+        return ops.cos(both_halves), ops.sin(both_halves)
+
+    def _causal_mask(self) -> ov.Node:
+        """Boolean [B, 1, S, P + S]: a token sees the tokens at or before it that `attention_mask` keeps."""
+        total = ops.gather(ops.shape_of(self.attention_mask, "i64"), _i64(1), _i64(0))
+        fed = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64(1), _i64(0))
+        columns = ops.range(_i64(0), total, _i64(1), output_type="i64")
+        rows = ops.range(ops.subtract(total, fed), total, _i64(1), output_type="i64")
+        causal = ops.less_equal(ops.unsqueeze(columns, _i64([0])), ops.unsqueeze(rows, _i64([1])))
+        kept = ops.convert(ops.unsqueeze(self.attention_mask, _i64([1, 2])), "boolean")
+        return ops.logical_and(ops.unsqueeze(causal, _i64([0, 1])), kept)
+
+    def _attention(
+        self, x: ov.Node, weights: AttentionWeights, slot: int, batch: ov.Node, cos: ov.Node, sin: ov.Node, mask: ov.Node
+    ) -> ov.Node:
+        head_dim = self.decoder.shape.head_dim
+        heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
+        query = self._rotate(self._heads(_linear(x, _constant(weights.q)), heads), cos, sin)
+        key = self._rotate(self._heads(_linear(x, _constant(weights.k)), groups), cos, sin)
+        value = self._heads(_linear(x, _constant(weights.v)), groups)
+        key = self._cached(key, f"past_key_values.{slot}.keypresent.{slot}.key", groups, batch)
+        value = self._cached(value, f"past_key_values.{slot}.valuepresent.{slot}.value", groups, batch)
+        key, value = self._repeat(key, groups, heads), self._repeat(value, groups, heads)
+        scale = ops.constant(np.float32(head_dim**-0.5))
+        attended = ops.scaled_dot_product_attention(query, key, value, mask, scale, causal=False)
+        merged = ops.reshape(ops.transpose(attended, _i64([0, 2, 1, 3])), _i64([0, 0, heads * head_dim]), True)
+        return _linear(merged, _constant(weights.o))
+
+    def _heads(self, x: ov.Node, heads: int) -> ov.Node:
+        """[B, S, heads x head_dim] to [B, heads, S, head_dim]."""
+        split = ops.reshape(x, _i64([0, 0, heads, self.decoder.shape.head_dim]), True)
+        return ops.transpose(split, _i64([0, 2, 1, 3]))
+
+    def _rotate(self, x: ov.Node, cos: ov.Node, sin: ov.Node) -> ov.Node:
+        half = self.decoder.shape.head_dim // 2
+        first = ops.slice(x, _i64([0]), _i64([half]), _i64([1]), _i64([3]))
+        second = ops.slice(x, _i64([half]), _i64([2**63 - 1]), _i64([1]), _i64([3]))
+        rotated = ops.concat([ops.multiply(second, ops.constant(np.float32(-1.0))), first], axis=-1)
+        return ops.add(ops.multiply(x, cos), ops.multiply(rotated, sin))
+
+    def _cached(self, new: ov.Node, name: str, groups: int, batch: ov.Node) -> ov.Node:
+        """Append [B, groups, S, head_dim] to the state of that name and return all of it."""
+        head_dim = self.decoder.shape.head_dim
+        variable_info = op_util.VariableInfo()
+        variable_info.data_shape = ov.PartialShape([-1, groups, -1, head_dim])
+        variable_info.data_type = ov.Type.f32
+        variable_info.variable_id = name
+        variable = op_util.Variable(variable_info)
+        empty_shape = ops.concat([batch, _i64([groups]), _i64([0]), _i64([head_dim])], axis=0)
+        empty = ops.broadcast(ops.constant(np.float32(0)), empty_shape)
+        past = ops.gather(ops.read_value(empty, variable), self.beam_idx, _i64(0))
+        present = ops.concat([past, new], axis=2)
+        self.assigns.append(ops.assign(present, variable))
+        return present
+
+    def _repeat(self, x: ov.Node, groups: int, heads: int) -> ov.Node:
+        """Each KV head serves `heads / groups` query heads."""
+        if heads == groups:
+            return x
+        head_dim = self.decoder.shape.head_dim
+        expanded = ops.unsqueeze(x, _i64([2]))
+        shape = ops.shape_of(expanded, "i64")
+        target = ops.concat(
+            [
+                ops.gather(shape, _i64([0, 1]), _i64(0)),
+                _i64([heads // groups]),
+                ops.gather(shape, _i64([3, 4]), _i64(0)),
+            ],
+            axis=0,
+        )
+        repeated = ops.broadcast(expanded, target, broadcast_spec="BIDIRECTIONAL")
+        return ops.reshape(repeated, _i64([0, heads, -1, head_dim]), True)
+
+    def _mlp(self, x: ov.Node, weights: MlpWeights) -> ov.Node:
+        gate, up = _linear(x, _constant(weights.gate)), _linear(x, _constant(weights.up))
+        return _linear(ops.multiply(ops.swish(gate), up), _constant(weights.down))
+
+    def _rms_norm(self, x: ov.Node, weight: NDArray[np.float32]) -> ov.Node:
+        squares = ops.power(x, ops.constant(np.float32(2)))
+        mean = ops.reduce_mean(squares, _i64([-1]), keep_dims=True)
+        deviation = ops.sqrt(ops.add(mean, ops.constant(np.float32(self.decoder.rms_norm_eps))))
+        normed = ops.multiply(x, ops.divide(ops.constant(np.float32(1)), deviation))
+        return ops.multiply(normed, ops.constant(weight.reshape(1, 1, -1)))
+
+
+def _parameter(name: str, dtype: ov.Type, rank: int) -> ov.Node:
+    node = ops.parameter([-1] * rank, dtype, name=name)
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
+def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
+    return ops.matmul(x, weight, False, True)
+
+
+def _constant(matrix: Matrix) -> ov.Node:
+    """fp32 [out, in]; a quantised matrix stays compressed, with the decompression that the plugins fuse."""
+    if not isinstance(matrix, PackedMatrix):
+        return ops.constant(matrix, shared_memory=True)
+    rows, columns = matrix.shape
+    blocks = columns // QUANTIZATION_BLOCK_SIZE
+    shape = [rows, blocks, QUANTIZATION_BLOCK_SIZE]
+    if matrix.bits == 4:
+        nibbles = matrix.integers.reshape(-1).view(np.uint8) & 0xF
+        packed = nibbles[0::2] | (nibbles[1::2] << 4)
+        integers = ops.constant(ov.Tensor(packed, ov.Shape(shape), ov.Type.i4), shared_memory=False)
+    else:
+        integers = ops.constant(matrix.integers.reshape(shape), shared_memory=True)
+    scales = ops.constant(matrix.scales.reshape(rows, blocks, 1), shared_memory=True)
+    scaled = ops.multiply(ops.convert(integers, "f16"), scales)
+    return ops.convert(ops.reshape(scaled, _i64([rows, columns]), False), "f32")
+
+
+def _i64(values: int | list[int]) -> ov.Node:
+    return ops.constant(np.array(values, dtype=np.int64))
