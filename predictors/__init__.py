@@ -1,1 +1,24 @@
-"""To be filled."""
+"""Arrays in, predictions with intervals out: latency from shapes, quality from trials. Knows nothing of supernets."""
+
+from predictors.accuracy import QualityPrediction, QualityPredictor, QualityReport, cross_validated
+from predictors.block_table import AdditiveTable
+from predictors.features import latency_features
+from predictors.intervals import conformal_quantile
+from predictors.latency import LatencyPrediction, LatencyPredictor
+from predictors.metrics import coverage, mape, spearman, within
+
+__all__ = [
+    "AdditiveTable",
+    "LatencyPrediction",
+    "LatencyPredictor",
+    "QualityPrediction",
+    "QualityPredictor",
+    "QualityReport",
+    "conformal_quantile",
+    "coverage",
+    "cross_validated",
+    "latency_features",
+    "mape",
+    "spearman",
+    "within",
+]

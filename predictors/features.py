@@ -1,0 +1,97 @@
+"""Shapes and a workload -> physics columns: what a step computes, what it reads, and how many parts it has.
+
+Shape letters: n models, L layers (the most of any model; shorter ones are padded with skipped layers), f columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
+
+import numpy as np
+import numpy.typing as npt
+
+from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, ModelShape, Precision, Workload, bits_per_weight
+from predictors.metrics import FloatArray
+
+#: Widths are padded to this many channels: four AVX-512 registers, a cache line of int8, a tile of most GEMM kernels.
+VECTOR_WIDTH = 64
+
+#: The columns of the linear base margin. For one model family and workload every cost of a layer is linear in these.
+LINEAR_COLUMNS = (
+    "constant",
+    "attention_layers",
+    "kv_groups",
+    "query_heads",
+    "mlp_layers",
+    "intermediate_size",
+    "width_padding",
+)
+
+# Nominal kernels of one step: norm, q, k, v, rotary, attention, output, residual; norm, gate, up, product, down,
+# residual; embedding, last norm, head. Runtimes fuse some; a layer skipped saves its share all the same.
+_ATTENTION_KERNELS, _MLP_KERNELS, _FIXED_KERNELS = 8, 6, 3
+_ACTIVATION_BYTES_PER_VALUE = 4
+
+
+def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
+    """[n, L, 3]: query heads, KV groups and intermediate size of each layer, zeros where a model has fewer layers."""
+    layers = max((len(shape.blocks) for shape in shapes), default=0)
+    sizes = attrgetter("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    padding = (0, 0, 0)
+    rows = (chain(map(sizes, s.blocks), [padding] * (layers - len(s.blocks))) for s in shapes)
+    flat = chain.from_iterable(chain.from_iterable(rows))
+    return np.fromiter(flat, dtype=np.int64, count=len(shapes) * layers * 3).reshape(len(shapes), layers, 3)
+
+
+def latency_features(
+    shapes: Sequence[ModelShape], workload: Workload, precision: Precision
+) -> tuple[tuple[str, ...], FloatArray]:
+    """(names, X [n, f]) of one step of `workload`; the names are the same for every model, workload and precision.
+
+    Bytes and FLOPs agree with `ModelShape.weight_bytes`, `.kv_cache_bytes` and `.flops`.
+    """
+    heads, groups, width = np.moveaxis(block_array(shapes), -1, 0)  # each [n, L]
+    hidden = np.array([s.hidden_size for s in shapes], dtype=np.int64)
+    head_dim = np.array([s.head_dim for s in shapes], dtype=np.int64)
+    vocab = np.array([s.vocab_size for s in shapes], dtype=np.int64)
+    embedding = np.array([s.embedding_parameters for s in shapes], dtype=np.int64)
+
+    batch = workload.batch_size
+    fed = workload.tokens if workload.phase == "prefill" else 1
+    seen = fed * (fed + 1) // 2 if workload.phase == "prefill" else workload.tokens + 1
+    cached = workload.tokens + (workload.phase == "decode")
+
+    attention_layers, mlp_layers = (heads > 0).sum(axis=1), (width > 0).sum(axis=1)
+    query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
+    matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + 3 * widths)
+    block_norms = hidden * (attention_layers + mlp_layers)
+    weight_bytes = (
+        matrices * bits_per_weight(BLOCK_BITS[precision]) / 8
+        + embedding * bits_per_weight(HEAD_BITS[precision]) / 8
+        + (block_norms + hidden) * 4
+    )
+    # what the matrices of a layer read and write: the stream four times, heads, groups and widths once each way
+    values = 4 * block_norms + 2 * head_dim * (query_heads + kv_groups) + 4 * widths
+
+    columns: dict[str, npt.NDArray[np.int64] | FloatArray] = {
+        "constant": np.ones(len(shapes)),
+        "attention_layers": attention_layers,
+        "kv_groups": kv_groups,
+        "query_heads": query_heads,
+        "mlp_layers": mlp_layers,
+        "intermediate_size": widths,
+        "width_padding": (-width % VECTOR_WIDTH).sum(axis=1),
+        "layers_off_16": (width % 16 > 0).sum(axis=1),
+        "layers_off_32": (width % 32 > 0).sum(axis=1),
+        "layers_off_64": (width % 64 > 0).sum(axis=1),
+        "layers_off_128": (width % 128 > 0).sum(axis=1),
+        "weight_bytes": weight_bytes,
+        "kv_bytes": 2 * kv_groups * head_dim * cached * batch * 4,
+        "projection_flops": batch * 2 * (fed * (matrices + block_norms) + hidden * vocab),
+        "attention_flops": batch * 4 * query_heads * head_dim * seen,
+        "activation_bytes": values * fed * batch * _ACTIVATION_BYTES_PER_VALUE,
+        "kernels": _ATTENTION_KERNELS * attention_layers + _MLP_KERNELS * mlp_layers + _FIXED_KERNELS,
+    }
+    return tuple(columns), np.column_stack([np.asarray(column, dtype=np.float64) for column in columns.values()])

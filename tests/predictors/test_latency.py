@@ -1,0 +1,183 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hw_profiles.shapes import BlockShape, ModelShape, Workload
+from predictors.latency import MINIMUM_SAMPLES, LatencyPredictor
+from predictors.metrics import coverage, mape, spearman
+
+DECODE = Workload("decode", 256)
+
+
+@pytest.fixture
+def fit(sample_shapes, device):
+    def fitted(samples: int, seed: int, cache_penalty: float = 0.0) -> LatencyPredictor:
+        shapes = sample_shapes(samples, seed)
+        return LatencyPredictor.fit(
+            shapes,
+            device(shapes, seed, cache_penalty=cache_penalty),
+            DECODE,
+            "int8",
+            seed,
+            target="cpu/fake/int8/2",
+            runtime_version="1.0",
+        )
+
+    return fitted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_twenty_samples_predict_within_three_per_cent(fit, sample_shapes, device, seed) -> None:
+    test = sample_shapes(200, seed=100 + seed)
+    value_ms = fit(20, seed).predict(test).value_ms
+    assert mape(value_ms, device(test, noise=0.0)) < 0.03
+    assert spearman(value_ms, device(test, noise=0.0)) > 0.99
+
+
+def test_noiseless_costs_are_recovered(sample_shapes, device) -> None:
+    shapes = sample_shapes(20, seed=0)
+    fitted = LatencyPredictor.fit(shapes, device(shapes, noise=0.0), DECODE, "int8", seed=0)
+    test = sample_shapes(100, seed=1)
+    assert mape(fitted.predict(test).value_ms, device(test, noise=0.0)) < 1e-3
+    assert fitted.provenance.linear_held_out_error < 1e-3
+
+
+@pytest.mark.parametrize("cache_penalty", [0.0, 0.1])
+def test_trees_never_cost_much(fit, sample_shapes, device, cache_penalty) -> None:
+    test = sample_shapes(200, seed=99)
+    actual = device(test, noise=0.0, cache_penalty=cache_penalty)
+    for seed in range(6):
+        learned = fit(15, seed, cache_penalty)
+        linear = replace(learned, boost=replace(learned.boost, booster=None, shrinkage=0.0))
+        assert mape(learned.predict(test).value_ms, actual) < mape(linear.predict(test).value_ms, actual) + 0.005
+
+
+def test_trees_learn_what_is_not_linear(fit, sample_shapes, device) -> None:
+    test = sample_shapes(200, seed=99)
+    learned = fit(60, seed=0, cache_penalty=0.15)
+    linear = replace(learned, boost=replace(learned.boost, booster=None, shrinkage=0.0))
+    actual = device(test, noise=0.0, cache_penalty=0.15)
+    assert mape(learned.predict(test).value_ms, actual) < 0.7 * mape(linear.predict(test).value_ms, actual)
+    assert learned.provenance.held_out_error < learned.provenance.linear_held_out_error
+
+
+def test_intervals_hold_what_they_promise(fit, sample_shapes, device) -> None:
+    """Over 30 fits of 20 samples; the mean coverage has a standard error near 1.5 %."""
+    test = sample_shapes(200, seed=99)
+    found = []
+    for seed in range(30):
+        prediction = fit(20, seed).predict(test)
+        found.append(coverage(prediction.low_ms, prediction.high_ms, device(test, seed=1000 + seed)))
+    assert 0.85 < np.mean(found) < 0.96
+
+
+def test_a_wider_promise_is_a_wider_interval(fit, full) -> None:
+    fitted = fit(30, seed=0)
+    half, most = fitted.predict([full], coverage=0.5), fitted.predict([full], coverage=0.9)
+    assert most.low_ms < half.low_ms < half.value_ms < half.high_ms < most.high_ms
+    assert half.value_ms == most.value_ms
+
+
+def test_every_layer_costs(fit, full) -> None:
+    """Keeping one more layer of the full model, whole or in part, always costs more."""
+    skipped = BlockShape(0, 0, 0)
+    for kept in (BlockShape(9, 3, 1536), BlockShape(9, 3, 0), BlockShape(0, 0, 384)):
+        ladder = [replace(full, blocks=(kept,) * n + (skipped,) * (30 - n)) for n in range(31)]
+        assert (np.diff(fit(20, seed=1).predict(ladder).value_ms) > 0).all()
+
+
+def test_relative_errors_weigh_small_models_as_much(full) -> None:
+    """A cost per layer of 1 ms against 2: the best relative slope is (1 + 1/2) / (1 + 1/4) = 1.2, not 1.5."""
+    skipped, kept = BlockShape(0, 0, 0), BlockShape(9, 3, 1536)
+    shapes = [replace(full, blocks=(kept,) * n + (skipped,) * (30 - n)) for n in range(5, 31)] * 2
+    y = np.concatenate([np.arange(5, 31) * 1.0, np.arange(5, 31) * 2.0])
+    fitted = LatencyPredictor.fit(shapes, y, DECODE, "int8", seed=0)
+    assert fitted.boost.shrinkage == 0
+    assert fitted.predict([full]).value_ms[0] == pytest.approx(30 * 1.2, rel=0.01)
+    heavier = LatencyPredictor.fit(shapes, y, DECODE, "int8", 0, weights=[1e6] * 26 + [1.0] * 26)
+    assert heavier.predict([full]).value_ms[0] == pytest.approx(30 * 1.0, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_predictor(fit, sample_shapes) -> None:
+    test = sample_shapes(50, seed=9)
+    one, other = fit(40, seed=2, cache_penalty=0.15), fit(40, seed=2, cache_penalty=0.15)
+    assert one.boost.shrinkage > 0
+    np.testing.assert_array_equal(one.predict(test).value_ms, other.predict(test).value_ms)
+    np.testing.assert_array_equal(one.predict(test).low_ms, other.predict(test).low_ms)
+
+
+def test_no_models_have_no_latencies(fit) -> None:
+    assert fit(20, seed=0).predict([]).value_ms.shape == (0,)
+
+
+@pytest.mark.parametrize("cache_penalty", [0.0, 0.15])  # without trees and with
+def test_a_saved_predictor_predicts_the_same(fit, sample_shapes, tmp_path: Path, cache_penalty) -> None:
+    fitted, test = fit(60, seed=0, cache_penalty=cache_penalty), sample_shapes(50, seed=9)
+    assert (fitted.boost.booster is None) == (cache_penalty == 0)
+    fitted.save(tmp_path / "latency.json")
+    loaded = LatencyPredictor.load(
+        tmp_path / "latency.json", target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0"
+    )
+    assert loaded.provenance == fitted.provenance
+    one, other = fitted.predict(test), loaded.predict(test)
+    np.testing.assert_array_equal(one.value_ms, other.value_ms)
+    np.testing.assert_array_equal(one.high_ms, other.high_ms)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target", "gpu"), ("workload", Workload("decode", 512)), ("runtime_version", "1.1")],
+)
+def test_a_predictor_of_something_else_is_not_loaded(fit, tmp_path: Path, field, value) -> None:
+    fit(20, seed=0).save(tmp_path / "latency.json")
+    asked = {"target": "cpu/fake/int8/2", "workload": DECODE, "runtime_version": "1.0", field: value}
+    with pytest.raises(ValueError, match=f"wanted {field}"):
+        LatencyPredictor.load(tmp_path / "latency.json", **asked)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("format", 0, "format"), ("feature_names", ["constant"], "columns"), ("held_out_log_errors", [0.1], "held-out")],
+)
+def test_a_file_of_another_version_is_not_loaded(fit, tmp_path: Path, field, value, message) -> None:
+    path = tmp_path / "latency.json"
+    fit(20, seed=0).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=message):
+        LatencyPredictor.load(path, target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0")
+
+
+def test_too_few_different_models_are_refused(sample_shapes, device) -> None:
+    shapes = sample_shapes(MINIMUM_SAMPLES - 1, seed=0) * 3
+    with pytest.raises(ValueError, match=f"at least {MINIMUM_SAMPLES} different models, got {MINIMUM_SAMPLES - 1}"):
+        LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0)
+    shapes = sample_shapes(MINIMUM_SAMPLES, seed=0)
+    prediction = LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0).predict(shapes)
+    assert np.isfinite(prediction.high_ms).all()
+
+
+@pytest.mark.parametrize("failed", [0.0, -1.0, np.nan, np.inf])
+def test_failed_measurements_are_refused(sample_shapes, device, failed) -> None:
+    shapes = sample_shapes(20, seed=0)
+    latency_ms = device(shapes)
+    latency_ms[3] = failed
+    with pytest.raises(ValueError, match="leave failed measurements out"):
+        LatencyPredictor.fit(shapes, latency_ms, DECODE, "int8", seed=0)
+
+
+def test_latencies_must_match_the_shapes(sample_shapes, device) -> None:
+    shapes = sample_shapes(20, seed=0)
+    with pytest.raises(ValueError, match="one latency and one weight a shape"):
+        LatencyPredictor.fit(shapes, device(shapes)[:-1], DECODE, "int8", seed=0)
+
+
+def test_another_model_family_is_refused(fit, sample_shapes, device) -> None:
+    other = ModelShape(960, 64, 49152, True, (BlockShape(15, 5, 2560),) * 30)
+    with pytest.raises(ValueError, match="fitted on models of"):
+        fit(20, seed=0).predict([other])
+    shapes = [*sample_shapes(20, seed=0), other]
+    with pytest.raises(ValueError, match="differ only in their blocks"):
+        LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0)
