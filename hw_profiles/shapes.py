@@ -85,7 +85,9 @@ class ModelShape:
 
     def weight_bytes(self, precision: Precision) -> int:
         """Bytes of all weights: matrices at the precision's bits with an fp16 scale per 32, norms as fp32."""
-        norms = self.hidden_size * (1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks))
+        norms = self.hidden_size * (
+            1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks)
+        )
         block_weights = self.parameters - self.embedding_parameters - norms
         return round(
             block_weights * bits_per_weight(BLOCK_BITS[precision]) / 8

@@ -1,0 +1,127 @@
+"""Choose which graphs to time on a target, so that a latency predictor can be fitted, judged, and its noise known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.shapes import BlockShape, ModelShape
+from hw_profiles.store import Role
+
+#: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
+DENSITY_RANGE = (0.2, 0.95)
+#: How far the density of the attention may lie from that of the MLPs, so that a fit can tell the two apart.
+DENSITY_SKEW = 0.3
+_DRAWS_PER_SHAPE = 50
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    shape: ModelShape
+    role: Role
+
+
+def plan(
+    full: ModelShape,
+    block_choices: Sequence[BlockShape],
+    *,
+    anchors: int = 12,
+    heldout: int = 8,
+    repeats: int = 2,
+    seed: int = 0,
+) -> list[PlannedGraph]:
+    """The graphs to time, in the order of their worth if the session is cut short.
+
+    Table entries give every second layer one choice of attention or MLP, the rest of the full model being kept: blocks
+    timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random.
+    """
+    if not block_choices:
+        raise ValueError("block_choices must hold at least one block, got none")
+    if not 0 <= repeats <= heldout:
+        raise ValueError(f"repeats are held-out shapes timed again, so at most heldout, got {repeats=} {heldout=}")
+    rng = np.random.default_rng(seed)
+    shapes = _random_shapes(full, block_choices, anchors, {full}, rng)
+    held = _random_shapes(full, block_choices, heldout, {full, *shapes}, rng)
+    again = sorted(rng.permutation(heldout)[:repeats])
+    return [
+        PlannedGraph(full, "reference"),
+        *(PlannedGraph(shape, "table") for shape in _table_shapes(full, block_choices)),
+        *(PlannedGraph(shape, "anchor") for shape in shapes),
+        *(PlannedGraph(shape, "heldout") for shape in held),
+        *(PlannedGraph(held[index], "repeat") for index in again),
+    ]
+
+
+def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list[ModelShape]:
+    """The full model with every second layer given one attention (its MLP kept) or one MLP (its attention kept)."""
+    heads = {(choice.num_attention_heads, choice.num_key_value_heads) for choice in block_choices}
+    changes = [
+        *({"num_attention_heads": query, "num_key_value_heads": groups} for query, groups in sorted(heads)),
+        *({"intermediate_size": width} for width in sorted({choice.intermediate_size for choice in block_choices})),
+    ]
+    shapes = [
+        replace(full, blocks=tuple(replace(b, **change) if i % 2 else b for i, b in enumerate(full.blocks)))
+        for change in changes
+    ]
+    return [shape for shape in shapes if shape != full]
+
+
+def _random_shapes(
+    full: ModelShape, block_choices: Sequence[BlockShape], count: int, taken: set[ModelShape], rng: np.random.Generator
+) -> list[ModelShape]:
+    """Distinct shapes whose densities cover DENSITY_RANGE evenly, in random order."""
+    low, high = DENSITY_RANGE
+    shapes: list[ModelShape] = []
+    for stratum in rng.permutation(count):
+        density = low + (high - low) * (stratum + rng.random()) / count
+        for _ in range(_DRAWS_PER_SHAPE):
+            shape = replace(full, blocks=_random_blocks(len(full.blocks), block_choices, density, rng))
+            if shape.attention_blocks and shape not in taken:  # runtimes expect a KV cache
+                break
+        else:
+            raise ValueError(
+                f"wanted {count} more random shapes, found {len(shapes)} among {len(set(block_choices))} block choices "
+                f"in {len(full.blocks)} layers; plan fewer or offer more choices"
+            )
+        taken = taken | {shape}
+        shapes.append(shape)
+    return shapes
+
+
+def _random_blocks(
+    layers: int, block_choices: Sequence[BlockShape], density: float, rng: np.random.Generator
+) -> tuple[BlockShape, ...]:
+    """Layers whose mean MLP width is near `density` of the widest, and whose mean attention is within DENSITY_SKEW."""
+    attentions = sorted({(choice.num_attention_heads, choice.num_key_value_heads) for choice in block_choices})
+    widths = sorted({choice.intermediate_size for choice in block_choices})
+    allowed = set(block_choices)
+    attention_density = float(np.clip(density + rng.uniform(-DENSITY_SKEW, DENSITY_SKEW), *DENSITY_RANGE))
+    attention_odds = _tilted_odds([query + groups for query, groups in attentions], attention_density, rng)
+    width_odds = _tilted_odds(widths, density, rng)
+    blocks = []
+    for index in rng.choice(len(attentions), size=layers, p=attention_odds):
+        query, groups = attentions[index]
+        offered = np.array([BlockShape(query, groups, width) in allowed for width in widths])
+        odds = np.where(offered, width_odds, 0)
+        blocks.append(BlockShape(query, groups, widths[rng.choice(len(widths), p=odds / odds.sum())]))
+    return tuple(blocks)
+
+
+def _tilted_odds(sizes: Sequence[int], density: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Probabilities favour_i * exp(tilt * size_i) with random favours and the tilt that makes the mean size `density`.
+
+    Sizes count as shares of the largest. A density that the sizes cannot reach gives the nearest that they can.
+    """
+    shares = np.array(sizes) / max(max(sizes), 1)
+    favours = 0.1 + rng.exponential(size=len(sizes))
+    low, high = -50.0, 50.0
+    odds: NDArray[np.float64] = favours
+    for _ in range(50):
+        tilt = (low + high) / 2
+        odds = favours * np.exp(tilt * (shares - shares.max()))
+        odds = odds / odds.sum()
+        low, high = (tilt, high) if odds @ shares < density else (low, tilt)
+    return odds

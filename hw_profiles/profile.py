@@ -1,0 +1,211 @@
+"""Time planned graphs on a target, in batches that a later call resumes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hw_profiles.devices import Device, Target
+from hw_profiles.planning import PlannedGraph
+from hw_profiles.runtimes import Runtime, Session
+from hw_profiles.shapes import ModelShape, Precision, Workload
+from hw_profiles.store import Measurement, Store
+from hw_profiles.timing import measure
+
+#: Writes a model of this shape and precision, with any weights, into the folder and returns the path to load.
+Build = Callable[[ModelShape, Precision, Path], Path]
+#: Told (graphs done, graphs in the plan, what is going on).
+Progress = Callable[[int, int, str], None]
+
+#: A loaded graph takes about this many times its weights: the file's copy, the runtime's packed copy, activations.
+MEMORY_PER_WEIGHT_BYTE = 3
+#: What the graphs of one batch may take together, the reference not counted.
+BATCH_MEMORY_BYTES = 3 * 2**29
+#: Longer batches put more time between a graph and its reference.
+BATCH_GRAPHS = 8
+
+
+class ProfileError(RuntimeError):
+    """Some graphs could not be built or loaded; the others are stored."""
+
+
+def profile(
+    store: Store,
+    device: Device,
+    target: Target,
+    planned: Sequence[PlannedGraph],
+    workloads: Sequence[Workload],
+    build: Build,
+    runtime: Runtime,
+    *,
+    rounds: int = 9,
+    decode_steps: int = 8,
+    seed: int = 0,
+    progress: Progress = lambda done, total, description: None,
+) -> None:
+    """Time what the store lacks, one transaction a batch: whatever stops it, the next call goes on from there.
+
+    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it.
+    """
+    references = [graph.shape for graph in planned if graph.role == "reference"]
+    if len(references) != 1:
+        raise ValueError(f"a plan needs exactly one graph with role reference, got {len(references)}")
+    if target.device_id != device.id:
+        raise ValueError(f"the target must be on device {device.id}, got one on {target.device_id}")
+    if target.runtime != runtime.name:
+        raise ValueError(f"the target must name the runtime {runtime.name}, got {target.runtime}")
+    store.add_device(device)
+    run = _Run(store, target, references[0], build, runtime, rounds, decode_steps)
+    pending = run.pending(planned, workloads)
+    done = len(planned) - sum(map(len, pending.values()))
+    progress(done, len(planned), f"{done} graphs are stored already")
+    if not pending:
+        return
+    memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
+    failures: list[tuple[PlannedGraph, Exception]] = []
+    with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+        reference = run.load(run.reference, Path(directory), max(work.tokens for work in workloads) + decode_steps)
+        batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
+        for number, (missing, batch) in enumerate(batches):
+            progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
+            failed = run.time_batch(batch, missing, reference, seed + number)
+            _free_memory()
+            failures += failed
+            done += len(batch) - len(failed)
+        del reference
+    progress(done, len(planned), "finished")
+    if failures:
+        graph, error = failures[0]
+        raise ProfileError(
+            f"{len(failures)} of {len(planned)} graphs could not be built or loaded for {target.key}, the first being "
+            f"{graph.role} {graph.shape.id}: {error}; the others are stored, run again to retry"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same over the batches of one call of `profile`."""
+
+    store: Store
+    target: Target
+    reference: ModelShape
+    build: Build
+    runtime: Runtime
+    rounds: int
+    decode_steps: int
+
+    def pending(
+        self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
+    ) -> dict[tuple[Workload, ...], list[PlannedGraph]]:
+        """The graphs that the store lacks, in groups that lack the same workloads."""
+        stored = {
+            (found.shape.id, found.role, found.workload)
+            for found in self.store.measurements(self.target, reference_id=self.reference.id)
+        }
+        groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
+        for graph in planned:
+            missing = tuple(work for work in workloads if (graph.shape.id, graph.role, work) not in stored)
+            if missing:
+                groups.setdefault(missing, []).append(graph)
+        return groups
+
+    def batches(self, graphs: Sequence[PlannedGraph], memory_bytes: int) -> Iterator[list[PlannedGraph]]:
+        """Consecutive graphs that fit the memory, at least one each. Repeats never share a batch with their first."""
+        batch: list[PlannedGraph] = []
+        batch_bytes = 0
+        for graph in graphs:
+            own_bytes = MEMORY_PER_WEIGHT_BYTE * graph.shape.weight_bytes(self.target.precision)
+            if graph.role == "reference":
+                own_bytes = 0  # loaded anyway
+            full = batch_bytes + own_bytes > memory_bytes or len(batch) == BATCH_GRAPHS
+            if batch and (full or (graph.role == "repeat") != (batch[-1].role == "repeat")):
+                yield batch
+                batch, batch_bytes = [], 0
+            batch.append(graph)
+            batch_bytes += own_bytes
+        if batch:
+            yield batch
+
+    def load(self, shape: ModelShape, directory: Path, max_tokens: int) -> Session:
+        directory.mkdir(exist_ok=True)
+        path = self.build(shape, self.target.precision, directory)
+        return self.runtime.load(path, self.target.threads, max_tokens)
+
+    def time_batch(
+        self, batch: Sequence[PlannedGraph], workloads: Sequence[Workload], reference: Session, seed: int
+    ) -> list[tuple[PlannedGraph, Exception]]:
+        """Build, load, time and store a batch; return the graphs that could not be built or loaded, and why."""
+        failed: list[tuple[PlannedGraph, Exception]] = []
+        sessions = {self.reference.id: reference}
+        max_tokens = max(work.tokens for work in workloads) + self.decode_steps
+        with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+            for graph in batch:
+                if graph.role != "reference":
+                    try:
+                        sessions[graph.shape.id] = self.load(graph.shape, Path(directory, graph.shape.id), max_tokens)
+                    except Exception as error:
+                        failed.append((graph, error))
+            loaded = [graph for graph in batch if graph.shape.id in sessions]
+            if loaded:
+                self.store.add_measurements(self._measurements(loaded, sessions, workloads, seed))
+            sessions.clear()  # before their files go
+        return failed
+
+    def _measurements(
+        self, graphs: Sequence[PlannedGraph], sessions: dict[str, Session], workloads: Sequence[Workload], seed: int
+    ) -> list[Measurement]:
+        timings = measure(
+            sessions,
+            self.reference.id,
+            workloads,
+            vocab_size=self.reference.vocab_size,
+            rounds=self.rounds,
+            decode_steps=self.decode_steps,
+            seed=seed,
+        )
+        return [
+            Measurement(
+                target=self.target,
+                shape=graph.shape,
+                workload=work,
+                role=graph.role,
+                reference_id=self.reference.id,
+                ratio=timing.ratio,
+                spread_ratio=timing.spread_ratio,
+                repeats=timing.repeats,
+                reference_ms=timing.reference_ms,
+                runtime_version=self.runtime.version(),
+            )
+            for graph in graphs
+            for work in workloads
+            for timing in [timings[graph.shape.id, work]]
+        ]
+
+
+def repeat_noise(store: Store, target: Target, workload: Workload) -> float | None:
+    """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better."""
+    first = {
+        (found.reference_id, found.shape.id): found.latency_ms
+        for found in store.measurements(target, workload, roles=["heldout"])
+    }
+    changes = [
+        abs(again.latency_ms / first[again.reference_id, again.shape.id] - 1)
+        for again in store.measurements(target, workload, roles=["repeat"])
+        if (again.reference_id, again.shape.id) in first
+    ]
+    return statistics.median(changes) if changes else None
+
+
+def _free_memory() -> None:
+    """Give the freed sessions' memory back to the system, which glibc does not do by itself."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,118 @@
+"""ONNX Runtime on the CPU: a decoder file with the KV cache as inputs and outputs, as onnxruntime-genai names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from hw_profiles.runtimes import check_room, model_file
+
+MODEL_FILE = "model.onnx"
+_FATAL_ONLY = 4
+
+
+class OnnxRuntime:
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        return str(ort.__version__)
+
+    def devices(self) -> list[str]:
+        return [str(provider) for provider in ort.get_available_providers()]
+
+    def load(self, path: Path, threads: int, max_tokens: int) -> OnnxSession:
+        file = model_file(path, MODEL_FILE)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = _FATAL_ONLY  # errors are raised, not printed as well
+        try:
+            return OnnxSession(ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]), max_tokens)
+        except Exception as error:  # its exceptions share no base class but Exception
+            raise ValueError(
+                f"wanted a decoder with a KV cache that ONNX Runtime can run, got {file}: {error}"
+            ) from error
+
+
+class OnnxSession:
+    """Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, kv, P, head_dim].
+
+    GroupQueryAttention appends to the cache in place when one buffer of `max_tokens` positions is bound as both past
+    and present, taking P from the mask. Graphs that cannot (`shares_cache` is then False) copy the cache each step.
+    """
+
+    def __init__(self, session: ort.InferenceSession, max_tokens: int) -> None:
+        self._session = session
+        self._max_tokens = max_tokens
+        shapes = {node.name: node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")}
+        self._cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in shapes.items()}
+        self._shared_buffers: dict[int, dict[str, ort.OrtValue]] = {}
+        self._past: dict[str, ort.OrtValue] = {}
+        self._past_tokens = 0
+        self.shares_cache = self._sharing_changes_nothing()
+
+    def reset(self) -> None:
+        self._past = {}
+        self._past_tokens = 0
+
+    def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        batch_size, fed = token_ids.shape
+        check_room(fed, self._past_tokens, self._max_tokens)
+        if not self._past_tokens:
+            self._past = self._shared_buffer(batch_size) if self.shares_cache else self._buffers(batch_size, 0)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids))
+        binding.bind_cpu_input("attention_mask", np.ones((batch_size, self._past_tokens + fed), np.int64))
+        binding.bind_output("logits", "cpu")
+        for name, buffer in self._past.items():
+            present = name.replace("past_key_values", "present")
+            binding.bind_ortvalue_input(name, buffer)
+            if self.shares_cache:
+                binding.bind_ortvalue_output(present, buffer)
+            else:
+                binding.bind_output(present, "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *present_buffers = binding.get_outputs()
+        if not self.shares_cache:
+            self._past = dict(zip(self._past, present_buffers, strict=True))
+        self._past_tokens += fed
+        last: NDArray[np.float32] = logits.numpy()[:, -1]
+        return last
+
+    def _shared_buffer(self, batch_size: int) -> dict[str, ort.OrtValue]:
+        """Kept from one prompt to the next: allocating inside a timed step would be timed with it."""
+        if batch_size not in self._shared_buffers:
+            self._shared_buffers[batch_size] = self._buffers(batch_size, self._max_tokens)
+        return self._shared_buffers[batch_size]
+
+    def _buffers(self, batch_size: int, tokens: int) -> dict[str, ort.OrtValue]:
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch_size, heads, tokens, head_dim), np.float32))
+            for name, (heads, head_dim) in self._cache_shapes.items()
+        }
+
+    def _sharing_changes_nothing(self) -> bool:
+        """Whether three tokens, two and then one, give the same logits with shared and with separate buffers."""
+        if self._max_tokens < 3:
+            return False
+        try:
+            self.shares_cache = False
+            separate = self._three_tokens()
+            self.shares_cache = True
+            return bool(np.allclose(separate, self._three_tokens(), rtol=1e-4, atol=1e-5))
+        except RuntimeError:
+            if not self.shares_cache:
+                raise
+            return False
+
+    def _three_tokens(self) -> NDArray[np.float32]:
+        """Logits [2, V] after a prompt of two tokens and after one more."""
+        try:
+            steps = [self.step(np.array([ids], np.int64))[0] for ids in ([1, 2], [3])]
+        finally:
+            self.reset()
+        return np.stack(steps)

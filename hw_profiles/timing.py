@@ -1,0 +1,129 @@
+"""Latency on a machine that drifts: every graph once a round, in random order, as a ratio to a reference graph.
+
+Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to a reference timed in the same
+round does not move with the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.runtimes import Session
+from hw_profiles.shapes import Workload
+
+#: Idle before a visit. Worker threads of the session before go on spinning for about 35 ms (ONNX Runtime) and would
+#: take a core from the session being timed.
+SETTLE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`ratio` is the median over rounds of own / reference; spreads are half the interquartile range over rounds."""
+
+    ratio: float
+    spread_ratio: float
+    median_ms: float
+    spread_ms: float
+    reference_ms: float
+    repeats: int
+
+
+def measure(
+    sessions: Mapping[str, Session],
+    reference: str,
+    workloads: Sequence[Workload],
+    *,
+    vocab_size: int,
+    rounds: int = 9,
+    decode_steps: int = 8,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[tuple[str, Workload], Timing]:
+    """Time every session on every workload, against the session named `reference`.
+
+    A round's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
+    length. `clock` returns seconds.
+    """
+    if reference not in sessions:
+        raise ValueError(f"the reference must be one of the sessions {', '.join(sessions)}, got {reference!r}")
+    if rounds < 1 or decode_steps < 1:
+        raise ValueError(f"rounds and decode_steps must be 1 or more, got {rounds=} {decode_steps=}")
+    rng = np.random.default_rng(seed)
+    names, distinct = list(sessions), sorted(set(workloads))
+    times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in names for work in distinct}
+    for round_number in range(rounds + 1):  # the first warms up and does not count
+        tokens = _draw_tokens(distinct, decode_steps, vocab_size, rng)
+        for index in rng.permutation(len(names)):
+            name = names[index]
+            sleep(SETTLE_S)
+            visit_ms = _visit(sessions[name], distinct, tokens, decode_steps, clock)
+            if round_number:
+                for work, value_ms in visit_ms.items():
+                    times_ms[name, work].append(value_ms)
+    return {
+        (name, work): _summary(np.array(own_ms), np.array(times_ms[reference, work]))
+        for (name, work), own_ms in times_ms.items()
+    }
+
+
+def _draw_tokens(
+    workloads: Sequence[Workload], decode_steps: int, vocab_size: int, rng: np.random.Generator
+) -> dict[int, NDArray[np.int64]]:
+    """For each batch size, tokens [B, longest prompt or context + decode_steps], for all sessions of a round."""
+    lengths: dict[int, int] = {}
+    for work in workloads:
+        lengths[work.batch_size] = max(lengths.get(work.batch_size, 0), work.tokens + decode_steps)
+    return {batch: rng.integers(0, vocab_size, (batch, length), np.int64) for batch, length in lengths.items()}
+
+
+def _visit(
+    session: Session,
+    workloads: Sequence[Workload],
+    tokens: Mapping[int, NDArray[np.int64]],
+    decode_steps: int,
+    clock: Callable[[], float],
+) -> dict[Workload, float]:
+    """One value in milliseconds for each workload. A decode workload takes over the cache that its prefill filled."""
+    values_ms: dict[Workload, float] = {}
+    session.reset()
+    session.step(next(iter(tokens.values()))[:, :1])  # wakes the threads up, untimed
+    for batch_size, length in sorted({(work.batch_size, work.tokens) for work in workloads}):
+        ids = tokens[batch_size]
+        session.reset()
+        if length:
+            prefill_ms = _step_ms(session, ids[:, :length], clock)
+            if (prefill := Workload("prefill", length, batch_size)) in workloads:
+                values_ms[prefill] = prefill_ms
+        if (decode := Workload("decode", length, batch_size)) in workloads:
+            steps = range(length, length + decode_steps)
+            values_ms[decode] = float(np.median([_step_ms(session, ids[:, i : i + 1], clock) for i in steps]))
+    return values_ms
+
+
+def _step_ms(session: Session, token_ids: NDArray[np.int64], clock: Callable[[], float]) -> float:
+    start = clock()
+    session.step(token_ids)
+    return (clock() - start) * 1e3
+
+
+def _summary(own_ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> Timing:
+    ratios = own_ms / reference_ms
+    return Timing(
+        ratio=float(np.median(ratios)),
+        spread_ratio=_half_interquartile_range(ratios),
+        median_ms=float(np.median(own_ms)),
+        spread_ms=_half_interquartile_range(own_ms),
+        reference_ms=float(np.median(reference_ms)),
+        repeats=len(own_ms),
+    )
+
+
+def _half_interquartile_range(values: NDArray[np.float64]) -> float:
+    low, high = np.percentile(values, [25, 75])
+    return float(high - low) / 2

@@ -1,0 +1,181 @@
+"""One contract for every runtime, and what is particular to each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hw_profiles.runtimes import RUNTIMES, Runtime, Session, runtime
+from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
+
+from . import tiny_graphs
+
+MAX_TOKENS = 32
+Write = Callable[[Path], Path]
+
+CASES: dict[str, tuple[Callable[[], Runtime], Write]] = {
+    "onnxruntime": (RUNTIMES["onnxruntime"], tiny_graphs.write_onnx),
+    "onnxruntime, Concat": (RUNTIMES["onnxruntime"], tiny_graphs.write_onnx_without_fused_attention),
+    "openvino": (RUNTIMES["openvino"], tiny_graphs.write_openvino),
+    "fake": (FakeRuntime, FakeModel(base_ms=0.0, vocab_size=tiny_graphs.VOCAB_SIZE).write),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Runtime, Write]:
+    make, write = CASES[request.param]
+    return make(), write
+
+
+@pytest.fixture
+def session(case: tuple[Runtime, Write], tmp_path: Path) -> Session:
+    engine, write = case
+    write(tmp_path)
+    return engine.load(tmp_path, threads=1, max_tokens=MAX_TOKENS)
+
+
+def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return np.random.default_rng(seed).integers(0, tiny_graphs.VOCAB_SIZE, (batch_size, length), np.int64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_step_by_step_equals_all_at_once(session: Session, batch_size: int) -> None:
+    ids = tokens(batch_size, 9)
+    at_once = session.step(ids).copy()
+    assert at_once.shape == (batch_size, tiny_graphs.VOCAB_SIZE)
+    session.reset()
+    session.step(ids[:, :5])
+    for i in range(5, 9):
+        last = session.step(ids[:, i : i + 1])
+    np.testing.assert_allclose(last, at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_counts_and_reset_forgets_it(session: Session) -> None:
+    ids = tokens(1, 4)
+    fresh = session.step(ids).copy()
+    session.reset()
+    session.step(tokens(1, 4, seed=1))
+    assert not np.allclose(session.step(ids), fresh, rtol=1e-3, atol=1e-3)
+    session.reset()
+    np.testing.assert_allclose(session.step(ids), fresh, rtol=1e-5, atol=1e-6)
+
+
+def test_reset_allows_another_batch_size(session: Session) -> None:
+    ids = tokens(2, 4)
+    single = session.step(ids[:1]).copy()
+    session.reset()
+    np.testing.assert_allclose(session.step(ids)[:1], single, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_stay_after_the_next_step(session: Session) -> None:
+    first = session.step(tokens(1, 4))
+    kept = first.copy()
+    session.step(tokens(1, 1, seed=1))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_full_cache_is_refused(session: Session) -> None:
+    session.step(tokens(1, MAX_TOKENS))
+    with pytest.raises(ValueError, match=r"at most 32 tokens.*got 32 and 1 more"):
+        session.step(tokens(1, 1))
+
+
+def test_file_and_folder_load_the_same(case: tuple[Runtime, Write], tmp_path: Path) -> None:
+    engine, write = case
+    path, ids = write(tmp_path), tokens(1, 4)
+    by_file, by_folder = (engine.load(p, 1, MAX_TOKENS).step(ids) for p in (path, tmp_path))
+    np.testing.assert_array_equal(by_file, by_folder)
+
+
+def test_a_missing_file_is_named(case: tuple[Runtime, Write], tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match=r"wanted a model file.*export"):
+            case[0].load(path, 1, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_a_corrupt_file_is_named(case: tuple[Runtime, Write], tmp_path: Path, content: bytes | None) -> None:
+    engine, write = case
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)  # None: cut short
+    with pytest.raises(ValueError, match=rf"wanted .*{path.name}"):
+        engine.load(path, 1, MAX_TOKENS)
+
+
+def test_version_and_devices(case: tuple[Runtime, Write]) -> None:
+    assert case[0].version()[0].isdigit()
+    assert any("CPU" in device for device in case[0].devices())
+
+
+def test_unknown_runtime_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="one of onnxruntime, openvino, got 'tvm'"):
+        runtime("tvm")
+    assert [runtime(name).name for name in RUNTIMES] == list(RUNTIMES)
+
+
+def test_importing_the_package_loads_no_runtime() -> None:
+    heavy = "{'onnxruntime', 'openvino', 'torch', 'transformers'}"
+    code = f"import sys, hw_profiles.profile; sys.exit(', '.join({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_onnxruntime_shares_the_cache_where_the_graph_can(tmp_path: Path) -> None:
+    from hw_profiles.runtimes.onnxruntime import OnnxRuntime
+
+    fused = OnnxRuntime().load(tiny_graphs.write_onnx(tmp_path), 1, MAX_TOKENS)
+    assert fused.shares_cache
+    ids = tokens(2, 12)
+    shared = [fused.step(ids[:, :6])] + [fused.step(ids[:, i : i + 1]) for i in range(6, 12)]
+    fused.reset()
+    fused.shares_cache = False
+    separate = [fused.step(ids[:, :6])] + [fused.step(ids[:, i : i + 1]) for i in range(6, 12)]
+    np.testing.assert_allclose(shared, separate, rtol=1e-5, atol=1e-6)
+
+    plain = OnnxRuntime().load(tiny_graphs.write_onnx_without_fused_attention(tmp_path), 1, MAX_TOKENS)
+    assert not plain.shares_cache
+
+
+def test_openvino_head_sees_only_the_last_token() -> None:
+    import openvino as ov
+
+    from hw_profiles.runtimes.openvino import OpenVinoSession, compile_properties, slice_before_head
+
+    whole, sliced = tiny_graphs.openvino_model(), tiny_graphs.openvino_model()
+    assert slice_before_head(sliced)
+    head = sliced.output("logits").get_node().input_value(0).get_node()
+    assert head.input_value(0).get_node().get_type_name() == "Slice"
+    compiled = [ov.Core().compile_model(model, "CPU", compile_properties(1)) for model in (whole, sliced)]
+    of_whole, of_sliced = (OpenVinoSession(model, MAX_TOKENS).step(tokens(2, 5)) for model in compiled)
+    np.testing.assert_allclose(of_sliced, of_whole, rtol=1e-4, atol=1e-5)
+
+
+def test_openvino_without_its_weights_is_refused(tmp_path: Path) -> None:
+    path = tiny_graphs.write_openvino(tmp_path)
+    path.with_suffix(".bin").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"wanted .*openvino_model.xml"):
+        RUNTIMES["openvino"]().load(path, 1, MAX_TOKENS)
+
+
+def test_openvino_computes_in_fp32_with_the_threads_asked_for() -> None:
+    import openvino as ov
+
+    from hw_profiles.runtimes.openvino import compile_properties
+
+    compiled = ov.Core().compile_model(tiny_graphs.openvino_model(), "CPU", compile_properties(threads=1))
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
+    assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_fake_takes_the_time_it_was_given(tmp_path: Path) -> None:
+    waited_s: list[float] = []
+    path = FakeModel(base_ms=3, token_ms=2, context_ms=1).write(tmp_path)
+    session = FakeRuntime(wait=waited_s.append).load(path, 1, MAX_TOKENS)
+    session.step(tokens(2, 4))
+    session.step(tokens(2, 1))
+    np.testing.assert_allclose(waited_s, [(3 + 2 * 4 * 2) / 1e3, (3 + 2 * (2 + 4)) / 1e3])

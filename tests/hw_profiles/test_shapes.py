@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from hw_profiles.shapes import BlockShape, ModelShape, Workload, bits_per_weight
+
+SMOLLM2_135M = ModelShape(576, 64, 49152, True, (BlockShape(9, 3, 1536),) * 30)
+#: hidden 4, two heads of 3 on one KV head, MLP width 5, then a block without attention; vocabulary 7, head not tied.
+TINY = ModelShape(4, 3, 7, False, (BlockShape(2, 1, 5), BlockShape(0, 0, 2)))
+
+
+def test_parameters_of_smollm2() -> None:
+    assert SMOLLM2_135M.parameters == 134_515_008  # as its model card and its safetensors say
+
+
+def test_parameters_by_hand() -> None:
+    first = 4 * 6 + 2 * 4 * 3 + 6 * 4 + 3 * 4 * 5 + 2 * 4  # q, k and v, o, MLP, two norms
+    second = 3 * 4 * 2 + 4
+    assert TINY.parameters == first + second + 4 + 2 * 7 * 4
+
+
+def test_flops_by_hand() -> None:
+    weights = (4 * 6 + 2 * 4 * 3 + 6 * 4 + 3 * 4 * 5 + 8) + (3 * 4 * 2 + 4)
+    head = 2 * 4 * 7
+    # two heads of 3, twice (scores and values), two FLOPs each, over 1 + 2 + 3 positions
+    assert TINY.flops(Workload("prefill", 3)) == 3 * 2 * weights + 4 * 2 * 3 * 6 + head
+    # one token on 5 in the cache sees 6 positions
+    assert TINY.flops(Workload("decode", 5, batch_size=2)) == 2 * (2 * weights + 4 * 2 * 3 * 6 + head)
+
+
+def test_weight_and_cache_bytes() -> None:
+    assert TINY.weight_bytes("fp32") == 4 * TINY.parameters
+    norms = 4 * (1 + 2 + 1)
+    matrices, embedding = TINY.parameters - norms - 56, 56
+    assert TINY.weight_bytes("int4") == round(matrices * 4.5 / 8 + embedding * 8.5 / 8 + norms * 4)
+    assert TINY.kv_cache_bytes(tokens=10, batch_size=2) == 2 * 1 * 3 * 10 * 2 * 4
+    assert bits_per_weight(8) == 8.5
+
+
+def test_json_keeps_a_shape_and_its_id() -> None:
+    again = ModelShape.from_json(TINY.to_json())
+    assert again == TINY
+    assert again.id == TINY.id != SMOLLM2_135M.id
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 8), (0, 1, 8), (2, 0, 8), (2, 1, -1)])
+def test_impossible_blocks_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        BlockShape(*sizes)
+
+
+def test_impossible_workloads_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Workload("prefill", 0)
+    with pytest.raises(ValueError, match="prefill or decode"):
+        Workload("train", 1)  # type: ignore[arg-type]
+    assert Workload("decode", 0).tokens == 0

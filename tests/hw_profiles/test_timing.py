@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hw_profiles.runtimes import Session
+from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
+from hw_profiles.shapes import Workload
+from hw_profiles.timing import SETTLE_S, measure
+
+WORKLOADS = [
+    Workload("prefill", 16),
+    Workload("decode", 16),
+    Workload("decode", 4),
+    Workload("decode", 8, batch_size=2),
+]
+REFERENCE = FakeModel(base_ms=4.0, token_ms=0.5, context_ms=0.25)
+HALF = FakeModel(base_ms=2.0, token_ms=0.25, context_ms=0.125)
+
+
+class Clock:
+    """Time that passes only when a session works or the timer sleeps, faster or slower as the machine drifts."""
+
+    def __init__(self, drift: Callable[[float], float] = lambda now_s: 1.0) -> None:
+        self.now_s = 0.0
+        self._drift = drift
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds * self._drift(self.now_s)
+
+
+def load(tmp_path: Path, models: dict[str, FakeModel], wait: Callable[[float], None]) -> dict[str, Session]:
+    engine = FakeRuntime(wait)
+    sessions: dict[str, Session] = {}
+    for name, model in models.items():
+        (tmp_path / name).mkdir()
+        sessions[name] = engine.load(model.write(tmp_path / name), threads=1, max_tokens=64)
+    return sessions
+
+
+def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
+    clock = Clock()
+    sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
+    timings = measure(
+        sessions, "full", WORKLOADS, vocab_size=16, rounds=3, decode_steps=5, clock=clock, sleep=clock.wait
+    )
+    assert set(timings) == {(name, work) for name in ("full", "half") for work in WORKLOADS}
+    expected_ms = {
+        WORKLOADS[0]: 4.0 + 16 * 0.5,
+        WORKLOADS[1]: 4.0 + 0.5 + (16 + 2) * 0.25,  # the median of five steps is the third, two tokens later
+        WORKLOADS[2]: 4.0 + 0.5 + (4 + 2) * 0.25,
+        WORKLOADS[3]: 4.0 + 2 * (0.5 + (8 + 2) * 0.25),
+    }
+    for work, value_ms in expected_ms.items():
+        full, half = timings["full", work], timings["half", work]
+        assert full.ratio == pytest.approx(1.0)
+        assert full.median_ms == full.reference_ms == half.reference_ms == pytest.approx(value_ms)
+        assert half.ratio == pytest.approx(0.5)
+        assert half.median_ms == pytest.approx(value_ms / 2)
+        assert half.repeats == 3
+        assert half.spread_ratio == pytest.approx(0.0, abs=1e-9)
+
+
+def test_decode_on_an_empty_cache(tmp_path: Path) -> None:
+    clock, work = Clock(), Workload("decode", 0)
+    sessions = load(tmp_path, {"full": REFERENCE}, clock.wait)
+    timing = measure(sessions, "full", [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
+    assert timing["full", work].median_ms == pytest.approx(4.0 + 0.5 + 1 * 0.25)
+
+
+def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
+    """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
+    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 15.0, 1.0))
+    sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
+    timing = measure(sessions, "full", WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
+    for work in WORKLOADS:
+        half = timing["half", work]
+        assert half.spread_ms / half.median_ms > 0.1
+        assert half.ratio == pytest.approx(0.5, rel=0.02)
+        assert half.spread_ratio < 0.02
+
+
+def test_every_round_visits_all_in_changing_order(tmp_path: Path) -> None:
+    visits: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def reset(self) -> None:
+            if not visits or visits[-1] != self.name:
+                visits.append(self.name)
+
+        def step(
+            self, token_ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+        ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+            clock.wait(1e-3)
+            return np.zeros((1, 1), np.float32)
+
+    clock = Clock()
+    sessions: dict[str, Session] = {name: Recorder(name) for name in "abcd"}
+
+    def pause(seconds: float) -> None:
+        assert seconds == SETTLE_S
+        visits.append("|")
+
+    measure(sessions, "a", WORKLOADS[:1], vocab_size=4, rounds=5, clock=clock, sleep=pause)
+    order = "".join(visits).replace("|", "")
+    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert len(rounds) == 6  # one to warm up
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_a_known_sleep_on_the_real_clock(tmp_path: Path) -> None:
+    work = Workload("prefill", 1)
+    sessions = load(tmp_path, {"full": FakeModel(base_ms=20.0), "half": FakeModel(base_ms=10.0)}, time.sleep)
+    timing = measure(sessions, "full", [work], vocab_size=4, rounds=5, decode_steps=1)
+    assert timing["half", work].ratio == pytest.approx(0.5, rel=0.15)
+    assert 10.0 <= timing["half", work].median_ms < 14.0
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    sessions = load(tmp_path, {"full": REFERENCE}, time.sleep)
+    with pytest.raises(ValueError, match=r"one of the sessions full, got 'ful'"):
+        measure(sessions, "ful", WORKLOADS, vocab_size=4)
+    with pytest.raises(ValueError, match=r"rounds=0"):
+        measure(sessions, "full", WORKLOADS, vocab_size=4, rounds=0)
