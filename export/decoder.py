@@ -171,21 +171,36 @@ def _assemble(
         path, hidden = f"model.layers.{i}", shape.hidden_size
         queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
         width = block.intermediate_size
-        attention = AttentionWeights(
-            norm(f"{path}.input_layernorm.weight"),
-            matrix(f"{path}.self_attn.q_proj.weight", queries, hidden),
-            matrix(f"{path}.self_attn.k_proj.weight", keys, hidden),
-            matrix(f"{path}.self_attn.v_proj.weight", keys, hidden),
-            matrix(f"{path}.self_attn.o_proj.weight", hidden, queries),
-        )  if queries else None
-        mlp = MlpWeights(
-            norm(f"{path}.post_attention_layernorm.weight"),
-            matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
-            matrix(f"{path}.mlp.up_proj.weight", width, hidden),
-            matrix(f"{path}.mlp.down_proj.weight", hidden, width),
-        ) if width else None
+        attention = (
+            AttentionWeights(
+                norm(f"{path}.input_layernorm.weight"),
+                matrix(f"{path}.self_attn.q_proj.weight", queries, hidden),
+                matrix(f"{path}.self_attn.k_proj.weight", keys, hidden),
+                matrix(f"{path}.self_attn.v_proj.weight", keys, hidden),
+                matrix(f"{path}.self_attn.o_proj.weight", hidden, queries),
+            )
+            if queries
+            else None
+        )
+        mlp = (
+            MlpWeights(
+                norm(f"{path}.post_attention_layernorm.weight"),
+                matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
+                matrix(f"{path}.mlp.up_proj.weight", width, hidden),
+                matrix(f"{path}.mlp.down_proj.weight", hidden, width),
+            )
+            if width
+            else None
+        )
         layers.append(Layer(attention, mlp))
     return Decoder(
-        shape, precision, rope_theta, rms_norm_eps, max_position_embeddings,
-        embedding, tuple(layers), norm("model.norm.weight"), head,
+        shape,
+        precision,
+        rope_theta,
+        rms_norm_eps,
+        max_position_embeddings,
+        embedding,
+        tuple(layers),
+        norm("model.norm.weight"),
+        head,
     )

@@ -16,7 +16,14 @@ from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaFor
 from hw_profiles.shapes import BlockShape
 
 #: Keys of a config that describe where it came from, not what it is.
-_ORIGIN_KEYS = ("model_type", "architectures", "transformers_version", "_name_or_path", "quantization_config", "auto_map")
+_ORIGIN_KEYS = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "quantization_config",
+    "auto_map",
+)
 
 
 def register() -> None:

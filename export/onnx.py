@@ -7,12 +7,14 @@ must not pay the head once per token.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from transformers import GenerationConfig
 
 from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
@@ -36,13 +38,60 @@ def write_onnx(decoder: Decoder, directory: Path) -> Path:
     return path
 
 
+def write_genai_config(decoder: Decoder, generation: GenerationConfig, directory: Path) -> None:
+    """Write `genai_config.json`, with which onnxruntime-genai runs the folder.
+
+    Its `num_hidden_layers` counts KV cache slots, so layers without attention are left out of it.
+    """
+    shape = decoder.shape
+    config = {
+        "model": {
+            "type": "llama",
+            "vocab_size": shape.vocab_size,
+            "context_length": decoder.max_position_embeddings,
+            "bos_token_id": generation.bos_token_id,
+            "eos_token_id": generation.eos_token_id,
+            "pad_token_id": generation.pad_token_id if generation.pad_token_id is not None else generation.eos_token_id,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL_FILE,
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": max(block.num_attention_heads for block in shape.blocks),
+                "num_key_value_heads": max(block.num_key_value_heads for block in shape.blocks),
+                "num_hidden_layers": len(shape.attention_blocks),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": decoder.max_position_embeddings,
+            "past_present_share_buffer": True,
+        },
+    }
+    (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 class _Graph:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.stored: set[str] = set()
-        self.inputs = [_value("input_ids", TensorProto.INT64, ["B", "S"]), _value("attention_mask", TensorProto.INT64, ["B", "T"])]
+        self.inputs = [
+            _value("input_ids", TensorProto.INT64, ["B", "S"]),
+            _value("attention_mask", TensorProto.INT64, ["B", "T"]),
+        ]
         self.outputs = [_value("logits", TensorProto.FLOAT, ["B", 1, decoder.shape.vocab_size])]
 
     def model(self) -> onnx.ModelProto:
@@ -86,9 +135,13 @@ class _Graph:
     def _embedding(self) -> str:
         embedding = self.decoder.embedding
         if not isinstance(embedding, PackedMatrix):
-            return self._node("Gather", [self._tensor("embed_tokens.weight", embedding), "input_ids"], "hidden_states", axis=0)
+            return self._node(
+                "Gather", [self._tensor("embed_tokens.weight", embedding), "input_ids"], "hidden_states", axis=0
+            )
         weight, scales = self._packed("embed_tokens", embedding)
-        rows = self._node("Reshape", [weight, self._int64("embedding_shape", [embedding.shape[0], -1])], "embedding_rows")
+        rows = self._node(
+            "Reshape", [weight, self._int64("embedding_shape", [embedding.shape[0], -1])], "embedding_rows"
+        )
         return self._node(
             "GatherBlockQuantized",
             [rows, "input_ids", scales],
@@ -196,7 +249,9 @@ class _Graph:
         return weight, scales
 
     def _node(self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float) -> str:
-        self.nodes.append(helper.make_node(operator, inputs, list(outputs), name=outputs[0], domain=domain, **attributes))
+        self.nodes.append(
+            helper.make_node(operator, inputs, list(outputs), name=outputs[0], domain=domain, **attributes)
+        )
         return outputs[0]
 
     def _tensor(self, name: str, array: NDArray[np.generic]) -> str:

@@ -13,11 +13,15 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as ops
 from openvino.op import util as op_util
+from transformers import PreTrainedTokenizerBase
 
 from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 MODEL_FILE = "openvino_model.xml"
+#: Defaults that the file carries, so that a runtime computes with the numbers that were searched and verified:
+#: OpenVINO's own would round the KV cache and the activations to 8 bits (mean KL 7e-3 at int8 weights instead of 1e-8).
+RUNTIME_OPTIONS = {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def openvino_model(decoder: Decoder) -> ov.Model:
@@ -28,8 +32,20 @@ def openvino_model(decoder: Decoder) -> ov.Model:
 def write_openvino(decoder: Decoder, directory: Path) -> Path:
     """Write `openvino_model.xml` and its `.bin` and return the path of the former."""
     path = directory / MODEL_FILE
-    ov.save_model(openvino_model(decoder), path, compress_to_fp16=False)
+    model = openvino_model(decoder)
+    for option, value in RUNTIME_OPTIONS.items():
+        model.set_rt_info(value, ["runtime_options", option])
+    ov.save_model(model, path, compress_to_fp16=False)
     return path
+
+
+def write_openvino_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer and detokenizer models that `LLMPipeline` looks for."""
+    from openvino_tokenizers import convert_tokenizer
+
+    encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
+    ov.save_model(encoder, directory / "openvino_tokenizer.xml")
+    ov.save_model(decoder, directory / "openvino_detokenizer.xml")
 
 
 class _Graph:
@@ -84,7 +100,14 @@ class _Graph:
         return ops.logical_and(ops.unsqueeze(causal, _i64([0, 1])), kept)
 
     def _attention(
-        self, x: ov.Node, weights: AttentionWeights, slot: int, batch: ov.Node, cos: ov.Node, sin: ov.Node, mask: ov.Node
+        self,
+        x: ov.Node,
+        weights: AttentionWeights,
+        slot: int,
+        batch: ov.Node,
+        cos: ov.Node,
+        sin: ov.Node,
+        mask: ov.Node,
     ) -> ov.Node:
         head_dim = self.decoder.shape.head_dim
         heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim

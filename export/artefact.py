@@ -1,0 +1,159 @@
+"""What an exported folder says of itself, and how it comes to be whole or not at all.
+
+Beside the model files lie `llm-nas.json`, the manifest, and `parity.safetensors`, real text with the logits that the active
+supernet gives on it: enough to verify the folder on any machine, without the study or the original model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hw_profiles.shapes import PRECISIONS, ModelShape, Precision
+
+Format = Literal["huggingface", "openvino", "onnx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+MANIFEST_FILE = "llm-nas.json"
+PARITY_FILE = "parity.safetensors"
+_MANIFEST_VERSION = 1
+
+
+class ArtefactError(ValueError):
+    """An exported folder that cannot be trusted as it lies there."""
+
+
+@dataclass(frozen=True)
+class LatencyPrediction:
+    """Predicted milliseconds of a workload on a target, with its 90 % interval."""
+
+    phase: str
+    tokens: int
+    batch_size: int
+    target: str
+    value_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` maps each file's name to its size in bytes; sizes are filled in when the folder is complete."""
+
+    format: Format
+    precision: Precision
+    shape: ModelShape
+    base_model: str
+    base_fingerprint: str
+    subnet_id: str
+    predictions: tuple[LatencyPrediction, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        fields = {"manifest_version": _MANIFEST_VERSION, **asdict(self)}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        fields: dict[str, Any] = json.loads(text)
+        if fields.pop("manifest_version") != _MANIFEST_VERSION or fields["format"] not in FORMATS:
+            raise ValueError("unknown manifest version or format")
+        if fields["precision"] not in PRECISIONS:
+            raise ValueError("unknown precision")
+        fields["shape"] = ModelShape.from_json(json.dumps(fields["shape"]))
+        fields["predictions"] = tuple(LatencyPrediction(**entry) for entry in fields["predictions"])
+        fields["files"] = {str(name): int(size) for name, size in fields["files"].items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Real text and what the active supernet says of it.
+
+    `token_ids` [N, T]; of each window the first `prompt_tokens` are fed at once and the rest one by one; `logits`
+    [N, K, V] are the fp32 logits at `positions` [K], each at or past the prompt's last token.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    logits: Tensor
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.positions[0]) + 1
+
+    def save(self, directory: Path) -> None:
+        tensors = {"token_ids": self.token_ids, "positions": self.positions, "logits": self.logits}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / PARITY_FILE)
+
+    @classmethod
+    def load(cls, directory: Path) -> Parity:
+        try:
+            return cls(**load_file(directory / PARITY_FILE))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise ArtefactError(
+                f"{directory / PARITY_FILE} is not the parity data that nas export writes ({error}); export again"
+            ) from error
+
+
+@contextmanager
+def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the name `directory`, manifest and all, only once it is complete.
+
+    Raises ArtefactError where `directory` holds something that is no earlier export.
+    """
+    if (
+        directory.exists()
+        and (not directory.is_dir() or any(directory.iterdir()))
+        and not (directory / MANIFEST_FILE).exists()
+    ):
+        raise ArtefactError(
+            f"{directory} exists and is no folder of ours to replace; give another --output or remove it"
+        )
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        sizes = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir()) if path.is_file()}
+        complete = Manifest(**{**manifest.__dict__, "files": sizes})
+        (unfinished / MANIFEST_FILE).write_text(complete.to_json())
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest: every file named lies in the folder, at its size. Raises ArtefactError."""
+    path = directory / MANIFEST_FILE
+    if not directory.is_dir() or not path.is_file():
+        raise ArtefactError(
+            f"{directory} is not a folder that nas export wrote (no {MANIFEST_FILE}); give one that it wrote"
+        )
+    try:
+        manifest = Manifest.from_json(path.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{path} is damaged or from another version ({error!r}); export again") from error
+    for name, size in manifest.files.items():
+        file = directory / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise ArtefactError(f"{path} names {name!r}, which is no plain file of that folder; export again")
+        if file.stat().st_size != size:
+            raise ArtefactError(f"{file} has {file.stat().st_size:,} bytes where {size:,} were written; export again")
+    return manifest
+
+
+def model_bytes(manifest: Manifest) -> int:
+    """Bytes of the folder that a runtime needs: everything but our own evidence."""
+    return sum(size for name, size in manifest.files.items() if name not in (MANIFEST_FILE, PARITY_FILE))

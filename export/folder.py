@@ -1,0 +1,66 @@
+"""One call per exported folder: the model, its tokenizer, the manifest and the parity data, whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from export.artefact import Manifest, Parity, whole_or_absent
+from export.decoder import decoder_from_model
+from export.huggingface import write_huggingface
+from export.onnx import write_genai_config, write_onnx
+from export.openvino import write_openvino, write_openvino_tokenizer
+from export.quantize import fake_quantize
+from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
+
+
+def export_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: Manifest, parity: Parity, directory: Path
+) -> Path:
+    """Write an fp32 `model` in the manifest's format, its weights rounded to the manifest's precision.
+
+    The Hugging Face folder holds the rounded weights as fp32: the same model, in the form that tools expect.
+    """
+    precision = manifest.precision
+    with whole_or_absent(directory, manifest) as unfinished:
+        parity.save(unfinished)
+        if manifest.format == "huggingface":
+            write_huggingface(_rounded(model, precision), tokenizer, unfinished)
+        else:
+            decoder = decoder_from_model(model, precision)
+            tokenizer.save_pretrained(unfinished)
+            generation = generation_config(model.config, tokenizer)
+            generation.save_pretrained(unfinished)
+            if manifest.format == "onnx":
+                write_onnx(decoder, unfinished)
+                write_genai_config(decoder, generation, unfinished)
+            else:
+                write_openvino(decoder, unfinished)
+                write_openvino_tokenizer(tokenizer, unfinished)
+                model.config.save_pretrained(unfinished)
+    return directory
+
+
+def generation_config(config: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Greedy decoding that ends where the tokenizer says that a turn ends."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id,
+        do_sample=False,
+    )
+
+
+def _rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    if precision == "fp32":
+        return model
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                bits = HEAD_BITS[precision] if id(parameter) in embeddings else BLOCK_BITS[precision]
+                parameter.copy_(fake_quantize(parameter, bits))
+    return model

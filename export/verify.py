@@ -1,0 +1,214 @@
+"""Prove an exported folder: its logits against the active supernet's, its own generator, its size, its latency.
+
+Nothing here needs the study or the original model: the folder carries the text and the logits to compare with.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.artefact import ArtefactError, Format, Manifest, Parity, model_bytes, read_manifest
+from hw_profiles.runtimes import Session, runtime
+from hw_profiles.shapes import Workload
+from hw_profiles.timing import Timing, measure
+
+#: Largest difference of logits allowed at fp32, and largest mean KL in nats with quantised weights.
+MAX_LOGIT_DIFFERENCE = 1e-3
+MAX_MEAN_KL = 1e-3
+_RUNTIME_OF_FORMAT: dict[Format, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class LogitAgreement:
+    """Over `positions` tokens of real text: the largest difference of any logit, and the mean KL in nats."""
+
+    max_logit_difference: float
+    mean_kl: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`exact` is the agreement when the runtime computes with fp32 activations, where the shipped file rounds them."""
+
+    directory: Path
+    manifest: Manifest
+    size_bytes: int
+    shipped: LogitAgreement
+    exact: LogitAgreement
+    timings: dict[Workload, Timing]
+    generated: str
+
+    @property
+    def parity_holds(self) -> bool:
+        """The file holds the numbers that the supernet evaluated."""
+        if self.manifest.precision == "fp32":
+            return self.exact.max_logit_difference <= MAX_LOGIT_DIFFERENCE
+        return self.exact.mean_kl <= MAX_MEAN_KL
+
+
+def verify(
+    directories: Sequence[Path],
+    *,
+    threads: int,
+    workloads: Sequence[Workload],
+    prompt: str = "The capital of France is",
+    new_tokens: int = 40,
+    rounds: int = 15,
+    seed: int = 0,
+) -> list[Verification]:
+    """Check each folder, then time them all interleaved, so that their latencies compare.
+
+    Raises ArtefactError for a folder that is damaged or that its runtime cannot load.
+    """
+    manifests = [read_manifest(directory) for directory in directories]
+    sessions = {
+        str(directory): open_session(directory, manifest.format, threads)
+        for directory, manifest in zip(directories, manifests, strict=True)
+    }
+    checked = []
+    for directory, manifest in zip(directories, manifests, strict=True):
+        parity = Parity.load(directory)
+        shipped = logit_agreement(sessions[str(directory)], parity)
+        exact = shipped
+        if manifest.format == "onnx" and manifest.precision != "fp32":
+            exact = _agreement_with_fp32_activations(directory, threads, parity)
+        generated = generate(directory, manifest.format, threads, prompt, new_tokens)
+        checked.append((shipped, exact, generated))
+    timings = measure(
+        sessions,
+        str(directories[0]),
+        workloads,
+        vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
+        rounds=rounds,
+        seed=seed,
+    )
+    return [
+        Verification(
+            directory=directory,
+            manifest=manifest,
+            size_bytes=model_bytes(manifest),
+            shipped=shipped,
+            exact=exact,
+            timings={workload: timings[str(directory), workload] for workload in workloads},
+            generated=generated,
+        )
+        for directory, manifest, (shipped, exact, generated) in zip(directories, manifests, checked, strict=True)
+    ]
+
+
+def open_session(directory: Path, format_: Format, threads: int) -> Session:
+    """The folder as a session of its own runtime; a Hugging Face folder runs in torch."""
+    try:
+        if format_ == "huggingface":
+            return TorchSession(directory, threads)
+        return runtime(_RUNTIME_OF_FORMAT[format_]).load(directory, threads, _MAX_TOKENS)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtefactError(f"{directory} does not load ({error}); export again") from error
+
+
+def logit_agreement(session: Session, parity: Parity) -> LogitAgreement:
+    """Feed each window's prompt at once and the rest token by token, and compare the logits on the way."""
+    wanted = {int(position): k for k, position in enumerate(parity.positions)}
+    differences, kls = [], []
+    for window, reference in zip(parity.token_ids.numpy(), parity.logits, strict=True):
+        session.reset()
+        fed = 0
+        for count in [parity.prompt_tokens] + [1] * (int(parity.positions[-1]) + 1 - parity.prompt_tokens):
+            logits = torch.from_numpy(session.step(window[None, fed : fed + count])[0]).float()
+            fed += count
+            if fed - 1 in wanted:
+                expected = reference[wanted[fed - 1]]
+                differences.append((logits - expected).abs().max().item())
+                log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
+                kls.append(float((log_p.exp() * (log_p - log_q)).sum()))
+    return LogitAgreement(max(differences), max(0.0, float(np.mean(kls))), len(kls))
+
+
+def generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
+    """Greedy continuation of a prompt through the runtime's own generator, onnxruntime's being a plain loop."""
+    if format_ == "openvino":
+        return _generate_openvino(directory, threads, prompt, new_tokens)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    session = open_session(directory, format_, threads)
+    if isinstance(session, TorchSession):
+        output = session.model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :].tolist()
+    else:
+        output, next_ids = [], ids.numpy()
+        while len(output) < new_tokens and (not output or output[-1] != tokenizer.eos_token_id):
+            output.append(int(session.step(next_ids)[0].argmax()))
+            next_ids = np.array([[output[-1]]], np.int64)
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+class TorchSession:
+    """A Hugging Face folder as a `Session`, with transformers' KV cache. Runs the folder's code only if it is ours."""
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from export.huggingface import register
+
+        register()
+        torch.set_num_threads(threads)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+        self._cache = None
+
+    def reset(self) -> None:
+        self._cache = None
+
+    @torch.inference_mode()
+    def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        output = self.model(
+            input_ids=torch.from_numpy(np.array(token_ids)),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        logits: NDArray[np.float32] = output.logits[:, -1].numpy()
+        return logits
+
+
+def _generate_openvino(directory: Path, threads: int, prompt: str, new_tokens: int) -> str:
+    import openvino_genai
+
+    from hw_profiles.runtimes.openvino import compile_properties
+
+    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **compile_properties(threads))
+    config = openvino_genai.GenerationConfig()
+    config.max_new_tokens = new_tokens
+    config.do_sample = False
+    config.apply_chat_template = False
+    config.set_eos_token_id(pipeline.get_tokenizer().get_eos_token_id())
+    return str(pipeline.generate(prompt, config))
+
+
+def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
+    """Agreement of the same ONNX weights when MatMulNBits leaves the activations alone."""
+    import onnx
+
+    from export.onnx import DATA_FILE, MODEL_FILE
+
+    model = onnx.load(directory / MODEL_FILE, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    # beside the original, on the same file system: the weights are linked, not copied
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        onnx.save(model, Path(scratch, MODEL_FILE))
+        os.link(directory / DATA_FILE, Path(scratch, DATA_FILE))
+        return logit_agreement(runtime("onnxruntime").load(Path(scratch), threads, _MAX_TOKENS), parity)
