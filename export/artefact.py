@@ -1,7 +1,7 @@
 """What an exported folder says of itself, and how it comes to be whole or not at all.
 
-Beside the model files lie `llm-nas.json`, the manifest, and `parity.safetensors`, real text with the logits that the active
-supernet gives on it: enough to verify the folder on any machine, without the study or the original model.
+Beside the model files lie `llm-nas.json`, the manifest, and `parity.safetensors`, real text with the logits that the
+active supernet gives on it: enough to verify the folder on any machine, without the study or the original model.
 """
 
 from __future__ import annotations

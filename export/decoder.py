@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from export.quantize import quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
@@ -39,7 +39,7 @@ Matrix = Array | PackedMatrix
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` [hidden, heads x head_dim]."""
+    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` as `q` transposed."""
 
     norm: Array
     q: Matrix
@@ -81,7 +81,7 @@ class Decoder:
     head: Matrix
 
 
-def decoder_shape(model: torch.nn.Module) -> ModelShape:
+def decoder_shape(model: PreTrainedModel) -> ModelShape:
     """Read the shape of each layer off the weights of a Llama-style model, plain or heterogeneous."""
     config, weights = model.config, dict(model.named_parameters())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,14 +100,15 @@ def decoder_shape(model: torch.nn.Module) -> ModelShape:
     return ModelShape(config.hidden_size, head_dim, config.vocab_size, bool(config.tie_word_embeddings), blocks)
 
 
-def decoder_from_model(model: torch.nn.Module, precision: Precision) -> Decoder:
+def decoder_from_model(model: PreTrainedModel, precision: Precision) -> Decoder:
     """Take the fp32 weights of a Llama-style model, quantised to `precision`."""
     config = model.config
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
         if bits >= 16:
-            return weights[name].contiguous().numpy()
+            plain: Array = weights[name].contiguous().numpy()
+            return plain
         packed = quantize(weights[name], bits)
         return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
 

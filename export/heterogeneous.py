@@ -83,8 +83,8 @@ class HeterogeneousLlamaForCausalLM(LlamaForCausalLM):
 def _no_uniform_layers(config: HeterogeneousLlamaConfig) -> Iterator[None]:
     """Keep the parent's constructor from building its own layers.
 
-    On the config itself, not on a copy: the parent resolves the attention implementation there, and a model whose config
-    misses it is silently not causal.
+    On the config itself, not on a copy: the parent resolves the attention implementation there, and a model whose
+    config misses it is silently not causal.
     """
     config.num_hidden_layers = 0
     try:

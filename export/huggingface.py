@@ -43,7 +43,8 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
     # rotary frequencies are a buffer outside the state dict: computed, not loaded
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:

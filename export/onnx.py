@@ -30,8 +30,8 @@ ACCURACY_LEVEL = 4
 def write_onnx(decoder: Decoder, directory: Path) -> Path:
     """Write `model.onnx` and `model.onnx.data` and return the path of the former.
 
-    Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, KV heads, P, head_dim] with i
-    counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
+    Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, KV heads, P, head_dim]
+    with i counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
     """
     path = directory / MODEL_FILE
     onnx.save_model(_Graph(decoder).model(), path, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
@@ -236,7 +236,7 @@ class _Graph:
         )
 
     def _packed(self, name: str, matrix: PackedMatrix) -> tuple[str, str]:
-        """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a matrix in use already is not stored twice."""
+        """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a shared matrix is stored once."""
         rows, columns = matrix.shape
         weight, scales = f"{name}.weight", f"{name}.scales"
         if weight in self.stored:
@@ -248,7 +248,9 @@ class _Graph:
         self._tensor(scales, matrix.scales.astype(np.float32))
         return weight, scales
 
-    def _node(self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float) -> str:
+    def _node(
+        self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float | list[int]
+    ) -> str:
         self.nodes.append(
             helper.make_node(operator, inputs, list(outputs), name=outputs[0], domain=domain, **attributes)
         )

@@ -25,7 +25,7 @@ RUNTIME_OPTIONS = {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE
 
 
 def openvino_model(decoder: Decoder) -> ov.Model:
-    """Inputs `input_ids`, `attention_mask`, `position_ids`, `beam_idx`; output `logits` [B, S, V]; the KV cache is state."""
+    """Inputs `input_ids`, `attention_mask`, `position_ids`, `beam_idx`; output `logits` [B, S, V]; the cache is state."""
     return _Graph(decoder).model()
 
 

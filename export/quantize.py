@@ -18,7 +18,7 @@ _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`weight` = `integers` x `scales`, integers int8 [out, in] within -2^(bits-1)..2^(bits-1)-1, scales fp16 [out, in / 32]."""
+    """`weight` = `integers` x `scales`: int8 [out, in] within -2^(bits-1)..2^(bits-1)-1 and fp16 [out, in / 32]."""
 
     integers: torch.Tensor
     scales: torch.Tensor
