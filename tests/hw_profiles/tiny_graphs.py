@@ -119,31 +119,46 @@ def write_onnx_without_fused_attention(directory: Path) -> Path:
 
 
 def openvino_model() -> ov.Model:
-    """One attention layer over a state of all tokens so far; its last logits need no causal mask."""
+    """One attention layer; the last logits need no causal mask.
+
+    The state must sit in the pattern that OpenVINO fuses into its attention: outside it, an empty initial state made
+    plugin 2026.4 raise or, its length computed at run time, keep old tokens through `reset_state`.
+    """
     rng = np.random.default_rng(0)
     names = {"input_ids": (2, np.int64), "attention_mask": (2, np.int64), "position_ids": (2, np.int64)}
     parameters = {name: ops.parameter([-1] * rank, kind, name=name) for name, (rank, kind) in names.items()}
     parameters["beam_idx"] = ops.parameter([-1], np.int32, name="beam_idx")
     for name, parameter in parameters.items():
         parameter.output(0).set_names({name})
-    ids = parameters["input_ids"]
+    ids, beam_idx = parameters["input_ids"], parameters["beam_idx"]
     positions = ops.unsqueeze(ops.convert(parameters["position_ids"], "f32"), ops.constant(2))
     embedding = ops.gather(ops.constant(_weights(rng, VOCAB_SIZE, HIDDEN_SIZE)), ids, ops.constant(0))
     hidden = ops.add(embedding, ops.multiply(positions, ops.constant(np.float32(0.1))))
-    # the empty state's length is computed from the tokens: a constant 0 would be folded into the state's own shape
-    zero = ops.reduce_sum(ops.subtract(ids, ids), ops.constant(np.array([0, 1])), False)
     batch = ops.gather(ops.shape_of(ids, "i64"), ops.constant(np.array([0])), ops.constant(0))
-    empty_shape = ops.concat([batch, ops.unsqueeze(zero, ops.constant(0)), ops.constant(np.array([HIDDEN_SIZE]))], 0)
-    info = op_util.VariableInfo()
-    info.data_shape, info.data_type, info.variable_id = ov.PartialShape([-1, -1, HIDDEN_SIZE]), ov.Type.f32, "past"
-    variable = op_util.Variable(info)
-    state = ops.read_value(ops.broadcast(ops.constant(np.float32(0)), empty_shape), variable)
-    seen = ops.concat([ops.gather(state, parameters["beam_idx"], ops.constant(0)), hidden], 1)
-    assign = ops.assign(seen, variable)
-    attention = ops.matmul(ops.softmax(ops.matmul(hidden, seen, False, True), -1), seen, False, False)
-    logits = ops.matmul(attention, ops.constant(_weights(rng, VOCAB_SIZE, HIDDEN_SIZE)), False, True)
+    empty_shape = ops.concat([batch, ops.constant(np.array([1, 0, HIDDEN_SIZE]))], 0)
+    swap_axes = ops.constant(np.array([0, 2, 1, 3]))
+    assigns = []
+
+    def one_head() -> ov.Node:
+        projected = ops.matmul(hidden, ops.constant(_weights(rng, HIDDEN_SIZE, HIDDEN_SIZE)), False, False)
+        split = ops.reshape(projected, ops.constant(np.array([0, 0, 1, HIDDEN_SIZE])), True)
+        return ops.transpose(split, swap_axes)
+
+    def cached(new: ov.Node, name: str) -> ov.Node:
+        info = op_util.VariableInfo()
+        info.data_shape, info.data_type, info.variable_id = ov.PartialShape([-1, 1, -1, HIDDEN_SIZE]), ov.Type.f32, name
+        variable = op_util.Variable(info)
+        state = ops.read_value(ops.broadcast(ops.constant(np.float32(0)), empty_shape), variable)
+        present = ops.concat([ops.gather(state, beam_idx, ops.constant(0)), new], 2)
+        assigns.append(ops.assign(present, variable))
+        return present
+
+    query, key, value = (one_head() for _ in range(3))
+    attended = ops.scaled_dot_product_attention(query, cached(key, "key"), cached(value, "value"))
+    mixed = ops.reshape(ops.transpose(attended, swap_axes), ops.constant(np.array([0, 0, HIDDEN_SIZE])), True)
+    logits = ops.matmul(mixed, ops.constant(_weights(rng, VOCAB_SIZE, HIDDEN_SIZE)), False, True)
     logits.output(0).set_names({"logits"})
-    return ov.Model([ops.result(logits)], [assign], list(parameters.values()), "tiny")
+    return ov.Model([ops.result(logits)], assigns, list(parameters.values()), "tiny")
 
 
 def write_openvino(directory: Path) -> Path:

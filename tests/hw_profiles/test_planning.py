@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hw_profiles.planning import plan
+from hw_profiles.shapes import BlockShape, ModelShape
+
+FULL = ModelShape(576, 64, 49152, True, (BlockShape(9, 3, 1536),) * 30)
+ATTENTIONS = [(9, 3), (6, 2), (3, 1), (0, 0)]
+WIDTHS = [1536, 1152, 768, 384, 192, 96, 0]
+CHOICES = [BlockShape(heads, groups, width) for heads, groups in ATTENTIONS for width in WIDTHS]
+
+
+def test_roles_and_counts() -> None:
+    planned = plan(FULL, CHOICES)
+    assert planned[0].shape == FULL
+    assert Counter(graph.role for graph in planned) == {
+        "reference": 1,
+        "table": 3 + 6,
+        "anchor": 12,
+        "heldout": 8,
+        "repeat": 2,
+    }
+    assert [graph.role for graph in planned] == sorted(
+        (graph.role for graph in planned), key=["reference", "table", "anchor", "heldout", "repeat"].index
+    )
+
+
+def test_table_changes_one_thing_in_every_second_layer() -> None:
+    for graph in plan(FULL, CHOICES):
+        if graph.role == "table":
+            assert graph.shape.blocks[::2] == FULL.blocks[::2]
+            (changed,) = set(graph.shape.blocks[1::2])
+            full = FULL.blocks[0]
+            assert changed != full
+            assert full in (
+                replace(changed, intermediate_size=1536),
+                replace(changed, num_attention_heads=9, num_key_value_heads=3),
+            )
+
+
+def test_random_shapes_are_distinct_heterogeneous_and_offered() -> None:
+    planned = [graph for graph in plan(FULL, CHOICES) if graph.role in ("anchor", "heldout")]
+    assert len({graph.shape for graph in planned}) == 20
+    for graph in planned:
+        assert set(graph.shape.blocks) <= set(CHOICES)
+        assert len(set(graph.shape.blocks)) > 2
+
+
+@pytest.mark.parametrize("role", ["anchor", "heldout"])
+def test_random_shapes_cover_small_and_large(role: str) -> None:
+    for seed in range(5):
+        planned = plan(FULL, CHOICES, seed=seed)
+        empty = replace(FULL, blocks=()).parameters
+        kept = [(g.shape.parameters - empty) / (FULL.parameters - empty) for g in planned if g.role == role]
+        assert min(kept) < 0.4
+        assert max(kept) > 0.8
+        thirds = np.histogram(kept, bins=[0.15, 0.45, 0.7, 1.0])[0]
+        assert thirds.sum() == len(kept)
+        assert thirds.min() >= 1
+
+
+def test_attention_and_mlp_vary_apart() -> None:
+    """Were the two densities one, no fit could tell what an attention costs from what an MLP costs."""
+    shapes = [graph.shape for graph in plan(FULL, CHOICES, anchors=60) if graph.role == "anchor"]
+    groups = [sum(block.num_key_value_heads for block in shape.blocks) for shape in shapes]
+    widths = [sum(block.intermediate_size for block in shape.blocks) for shape in shapes]
+    assert 0.3 < np.corrcoef(groups, widths)[0, 1] < 0.9
+
+
+def test_repeats_are_heldout_shapes() -> None:
+    planned = plan(FULL, CHOICES, heldout=6, repeats=6)
+    shapes = {role: {g.shape for g in planned if g.role == role} for role in ("heldout", "repeat")}
+    assert shapes["repeat"] == shapes["heldout"]
+
+
+def test_only_the_seed_decides() -> None:
+    assert plan(FULL, CHOICES, seed=3) == plan(FULL, CHOICES, seed=3) != plan(FULL, CHOICES, seed=4)
+
+
+def test_choices_need_not_form_a_grid() -> None:
+    choices = [BlockShape(9, 3, 1536), BlockShape(9, 3, 384), BlockShape(0, 0, 768)]
+    for graph in plan(FULL, choices):
+        if graph.role in ("anchor", "heldout"):
+            assert set(graph.shape.blocks) <= set(choices)
+            assert graph.shape.attention_blocks
+
+
+def test_impossible_plans_are_refused() -> None:
+    two_layers = replace(FULL, blocks=FULL.blocks[:2])
+    with pytest.raises(ValueError, match="wanted 12 more random shapes, found 3 among 2 block choices in 2 layers"):
+        plan(two_layers, [BlockShape(9, 3, 1536), BlockShape(9, 3, 768)])
+    with pytest.raises(ValueError, match="repeats=9 heldout=8"):
+        plan(FULL, CHOICES, repeats=9)
+    with pytest.raises(ValueError, match="at least one block"):
+        plan(FULL, [])

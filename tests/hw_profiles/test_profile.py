@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hw_profiles.devices import Device, Target
+from hw_profiles.planning import PlannedGraph, plan
+from hw_profiles.profile import BATCH_GRAPHS, ProfileError, profile, repeat_noise
+from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
+from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
+from hw_profiles.store import Measurement, Store
+
+DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
+TARGET = Target(DEVICE.id, "fake", "int8", 1)
+FULL = ModelShape(16, 4, 32, True, (BlockShape(4, 2, 64),) * 6)
+CHOICES = [BlockShape(heads, heads // 2, width) for heads in (4, 2, 0) for width in (64, 32, 0)]
+WORKLOADS = [Workload("prefill", 8), Workload("decode", 8)]
+PLANNED = plan(FULL, CHOICES, anchors=6, heldout=4, repeats=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(str(tmp_path / "profiles.db")) as opened:
+        yield opened
+
+
+class Builder:
+    """Writes fake models that take 1 ms a million parameters, and remembers what it was asked for."""
+
+    def __init__(
+        self, fails: Callable[[ModelShape, int], BaseException | None] = lambda shape, count: None, scale: float = 1.0
+    ) -> None:
+        self._scale = scale
+        self.built: list[ModelShape] = []
+        self.folders: list[Path] = []
+        self._fails = fails
+
+    def __call__(self, shape: ModelShape, precision: Precision, directory: Path) -> Path:
+        assert precision == "int8"
+        assert list(directory.iterdir()) == []
+        failure = self._fails(shape, len(self.built))
+        if failure is not None:
+            raise failure
+        self.built.append(shape)
+        self.folders.append(directory)
+        return FakeModel(base_ms=self._scale * milliseconds(shape), vocab_size=shape.vocab_size).write(directory)
+
+
+def milliseconds(shape: ModelShape) -> float:
+    return 0.2 + shape.parameters / 2e4
+
+
+def run(store: Store, build: Builder, planned: list[PlannedGraph] = PLANNED, **options: object) -> list[str]:
+    told: list[str] = []
+    options = {"rounds": 3, "decode_steps": 2, "workloads": WORKLOADS} | options
+    profile(
+        store,
+        DEVICE,
+        TARGET,
+        planned,
+        build=build,
+        runtime=FakeRuntime(),
+        progress=lambda done, total, description: told.append(f"{done}/{total} {description}"),
+        **options,  # type: ignore[arg-type]
+    )
+    return told
+
+
+def stored(store: Store) -> dict[tuple[str, str, Workload], Measurement]:
+    return {(m.role, m.shape.id, m.workload): m for m in store.measurements()}
+
+
+def test_everything_planned_is_measured_and_nothing_twice(store: Store) -> None:
+    build = Builder()
+    told = run(store, build)
+    assert set(stored(store)) == {(g.role, g.shape.id, work) for g in PLANNED for work in WORKLOADS}
+    assert told[0].startswith(f"0/{len(PLANNED)} ")
+    assert told[-1] == f"{len(PLANNED)}/{len(PLANNED)} finished"
+    before = store.measurements()
+    again = Builder()
+    assert run(store, again) == [f"{len(PLANNED)}/{len(PLANNED)} {len(PLANNED)} graphs are stored already"]
+    assert again.built == []
+    assert store.measurements() == before
+
+
+def test_ratios_are_those_programmed(store: Store) -> None:
+    slow = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")]
+    run(store, Builder(scale=5.0), slow, rounds=5)
+    for found in store.measurements():
+        assert found.reference_id == FULL.id
+        assert found.ratio == pytest.approx(milliseconds(found.shape) / milliseconds(FULL), rel=0.25)
+    reference = store.measurements(roles=["reference"])
+    assert [m.ratio for m in reference] == [1.0, 1.0]
+    assert [m.repeats for m in reference] == [5, 5]
+
+
+def test_files_are_gone_and_the_reference_is_built_once(store: Store) -> None:
+    build = Builder()
+    run(store, build)
+    assert not any(folder.exists() for folder in build.folders)
+    assert build.built.count(FULL) == 1  # the reference stays loaded
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryError()])
+def test_an_interrupted_profile_goes_on_where_it_was(store: Store, failure: BaseException) -> None:
+    """The build stops in the second batch: the first is kept as it is, the rest is measured by the next call."""
+    stopped = Builder(lambda shape, count: failure if count > BATCH_GRAPHS + 1 else None)
+    with pytest.raises((KeyboardInterrupt, ProfileError)):
+        run(store, stopped)
+    before = stored(store)
+    assert 0 < len(before) < len(PLANNED) * len(WORKLOADS)
+    resumed = Builder()
+    told = run(store, resumed)
+    assert told[0].startswith(f"{len(before) // len(WORKLOADS)}/{len(PLANNED)} ")
+    after = stored(store)
+    assert set(after) == {(g.role, g.shape.id, work) for g in PLANNED for work in WORKLOADS}
+    for key, found in before.items():
+        assert replace(after[key], typical_reference_ms=None) == replace(found, typical_reference_ms=None)
+    assert len(resumed.built) == 1 + len(PLANNED) - len(before) // len(WORKLOADS)  # 1: the reference
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.hw_profiles.test_profile import *
+import hw_profiles.timing
+hw_profiles.timing.SETTLE_S = 0.002
+with Store({path!r}) as store:
+    run(store, Builder(), rounds=40)
+"""
+
+
+def test_kill_9_keeps_the_finished_batches(tmp_path: Path) -> None:
+    path = tmp_path / "profiles.db"
+    code = KILLED.format(root=str(Path(__file__).parents[2]), path=str(path))
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline_s = time.monotonic() + 30
+    before: dict[tuple[str, str, Workload], Measurement] = {}
+    while not before and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        if path.exists():
+            with Store(str(path)) as store:
+                before = stored(store)
+    assert process.poll() is None, "the profile was over before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with Store(str(path)) as store:
+        before = stored(store)
+        assert 0 < len(before) < len(PLANNED) * len(WORKLOADS)
+        run(store, Builder())
+        after = stored(store)
+    assert len(after) == len(PLANNED) * len(WORKLOADS)
+    assert {key: after[key].ratio for key in before} == {key: found.ratio for key, found in before.items()}
+
+
+def test_a_new_workload_is_all_that_is_added(store: Store) -> None:
+    run(store, Builder(), workloads=WORKLOADS[:1])
+    before = stored(store)
+    run(store, Builder())
+    after = stored(store)
+    assert len(after) == 2 * len(before)
+    assert all(after[key].created_at == found.created_at for key, found in before.items())
+
+
+def test_a_graph_that_fails_is_named_and_left_out(store: Store) -> None:
+    broken = PLANNED[5].shape
+    build = Builder(lambda shape, count: OSError("no space left") if shape == broken else None)
+    with pytest.raises(ProfileError, match=rf"1 of {len(PLANNED)} graphs .*{broken.id}: no space left"):
+        run(store, build)
+    assert len(stored(store)) == (len(PLANNED) - 1) * len(WORKLOADS)
+    run(store, Builder())
+    assert len(stored(store)) == len(PLANNED) * len(WORKLOADS)
+
+
+def test_a_failing_reference_stops_at_once(store: Store) -> None:
+    with pytest.raises(OSError, match="no space left"):
+        run(store, Builder(lambda shape, count: OSError("no space left")))
+    assert stored(store) == {}
+
+
+def test_batches_keep_to_the_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.profile.BATCH_MEMORY_BYTES", 6 * FULL.weight_bytes("int8"))
+    batches = [line.count(",") + 1 for line in run(store, Builder()) if "timing" in line]
+    graphs = [g for g in PLANNED if g.role != "reference"]
+    weight_bytes = [g.shape.weight_bytes("int8") for g in graphs]
+    assert sum(batches) == len(PLANNED)
+    position = 0
+    for size in [batches[0] - 1, *batches[1:]]:  # the reference counts nothing
+        assert 3 * sum(weight_bytes[position : position + size]) <= 6 * FULL.weight_bytes("int8")
+        position += size
+    assert max(batches) < BATCH_GRAPHS
+
+
+def test_repeats_come_in_a_later_batch(store: Store) -> None:
+    run(store, Builder())
+    for again in store.measurements(roles=["repeat"]):
+        first = next(m for m in store.measurements(again.target, again.workload, ["heldout"]) if m.shape == again.shape)
+        assert again.reference_ms != first.reference_ms
+
+
+def test_repeat_noise_by_hand(store: Store) -> None:
+    work, shapes = WORKLOADS[0], [graph.shape for graph in PLANNED[1:4]]
+    store.add_device(DEVICE)
+    assert repeat_noise(store, TARGET, work) is None
+    made = Measurement(TARGET, FULL, work, "reference", FULL.id, 1.0, 0.0, 3, 10.0, "1")
+    pairs = zip(shapes, (0.5, 0.6, 0.4), (0.55, 0.6, 0.36), strict=True)  # +10 %, 0, -10 %
+    for shape, first, second in pairs:
+        store.add_measurements([replace(made, shape=shape, role="heldout", ratio=first)])
+        store.add_measurements([replace(made, shape=shape, role="repeat", ratio=second, reference_ms=20.0)])
+    assert repeat_noise(store, TARGET, work) == pytest.approx(0.1)
+    assert repeat_noise(store, TARGET, WORKLOADS[1]) is None
+
+
+def test_arguments_that_do_not_fit_together(store: Store) -> None:
+    with pytest.raises(ValueError, match="exactly one graph with role reference, got 0"):
+        run(store, Builder(), PLANNED[1:])
+    with pytest.raises(ValueError, match="must be on device"):
+        profile(store, DEVICE, replace(TARGET, device_id="x"), PLANNED, WORKLOADS, Builder(), FakeRuntime())
+    with pytest.raises(ValueError, match="must name the runtime fake, got openvino"):
+        profile(store, DEVICE, replace(TARGET, runtime="openvino"), PLANNED, WORKLOADS, Builder(), FakeRuntime())
