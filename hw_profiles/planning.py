@@ -43,13 +43,14 @@ def plan(
     if not 0 <= repeats <= heldout:
         raise ValueError(f"repeats are held-out shapes timed again, so at most heldout, got {repeats=} {heldout=}")
     rng = np.random.default_rng(seed)
-    shapes = _random_shapes(full, block_choices, anchors, {full}, rng)
-    held = _random_shapes(full, block_choices, heldout, {full, *shapes}, rng)
+    table = _table_shapes(full, block_choices)
+    fitted = _random_shapes(full, block_choices, anchors, {full, *table}, rng)
+    held = _random_shapes(full, block_choices, heldout, {full, *table, *fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
     return [
         PlannedGraph(full, "reference"),
-        *(PlannedGraph(shape, "table") for shape in _table_shapes(full, block_choices)),
-        *(PlannedGraph(shape, "anchor") for shape in shapes),
+        *(PlannedGraph(shape, "table") for shape in table),
+        *(PlannedGraph(shape, "anchor") for shape in fitted),
         *(PlannedGraph(shape, "heldout") for shape in held),
         *(PlannedGraph(held[index], "repeat") for index in again),
     ]

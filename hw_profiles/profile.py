@@ -146,7 +146,7 @@ class _Run:
         max_tokens = max(work.tokens for work in workloads) + self.decode_steps
         with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
             for graph in batch:
-                if graph.role != "reference":
+                if graph.shape.id not in sessions:  # the reference is
                     try:
                         sessions[graph.shape.id] = self.load(graph.shape, Path(directory, graph.shape.id), max_tokens)
                     except Exception as error:

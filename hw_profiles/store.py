@@ -209,11 +209,15 @@ class Store:
                 if verdict != "ok":
                     raise StoreError(f"{self.where} is damaged ({verdict}); restore a copy or give another path")
             # the version first: a process that opens the file in between must not take it for a foreign one
-            ours = [_SchemaVersion.__table__, _Device.__table__, _Measurement.__table__]
-            for table in ours:
-                session.execute(CreateTable(table, if_not_exists=True))  # type: ignore[arg-type]
-            self._insert_new(session, _SchemaVersion, [{"name": "hw_profiles", "version": SCHEMA_VERSION}])
-            version = session.scalars(select(_SchemaVersion.version).filter_by(name="hw_profiles")).one()
+            for model in (_SchemaVersion, _Device, _Measurement):
+                if model.__tablename__ not in tables:  # an open of a complete file waits for no writer
+                    table = _Base.metadata.tables[model.__tablename__]
+                    session.execute(CreateTable(table, if_not_exists=True))
+            query = select(_SchemaVersion.version).filter_by(name="hw_profiles")
+            version = session.scalars(query).one_or_none()
+            if version is None:
+                self._insert_new(session, _SchemaVersion, [{"name": "hw_profiles", "version": SCHEMA_VERSION}])
+                version = session.scalars(query).one()
         if version != SCHEMA_VERSION:
             raise StoreError(
                 f"{self.where} has schema version {version}, wanted {SCHEMA_VERSION}; "

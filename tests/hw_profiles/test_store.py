@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from sqlalchemy import text
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
-from hw_profiles.store import Measurement, Store, StoreError
+from hw_profiles.store import BUSY_TIMEOUT_MS, Measurement, Store, StoreError
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "openvino", "int8", 2)
@@ -198,6 +199,19 @@ def test_an_unwritable_file_size_is_reported(store: Store) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     store.add_measurements([measurement(16)])
     assert [m.shape for m in store.measurements()] == [shape(16)]
+
+
+def test_readers_and_opens_do_not_wait_for_a_writer(store: Store, path: Path) -> None:
+    store.add_measurements([measurement(8)])
+    writer = sqlite3.connect(path)
+    try:
+        writer.execute("BEGIN EXCLUSIVE")
+        start_s = time.monotonic()
+        with Store(str(path)) as again:
+            assert len(again.measurements()) == 1
+        assert (time.monotonic() - start_s) * 1e3 < BUSY_TIMEOUT_MS / 10
+    finally:
+        writer.close()
 
 
 def test_other_packages_keep_their_tables_beside_ours(store: Store, path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_known_sleep_on_the_real_clock(tmp_path: Path) -> None:
     sessions = load(tmp_path, {"full": FakeModel(base_ms=20.0), "half": FakeModel(base_ms=10.0)}, time.sleep)
     timing = measure(sessions, "full", [work], vocab_size=4, rounds=5, decode_steps=1)
     assert timing["half", work].ratio == pytest.approx(0.5, rel=0.15)
-    assert 10.0 <= timing["half", work].median_ms < 14.0
+    assert 10.0 <= timing["half", work].median_ms < 20.0
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
