@@ -146,7 +146,8 @@ with Store({path!r}) as store:
 def test_kill_9_keeps_the_finished_batches(tmp_path: Path) -> None:
     path = tmp_path / "profiles.db"
     code = KILLED.format(root=str(Path(__file__).parents[2]), path=str(path))
-    process = subprocess.Popen([sys.executable, "-c", code])
+    # what it leaves behind in the temporary folder goes with the test's own
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)})
     deadline_s = time.monotonic() + 30
     before: dict[tuple[str, str, Workload], Measurement] = {}
     while not before and time.monotonic() < deadline_s:
