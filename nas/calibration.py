@@ -1,0 +1,133 @@
+"""Second moments of what every projection reads, in one pass over calibration text, kept on disk layer by layer.
+
+H = sum over tokens of x x^T, fp32 [in, in]. Only one layer's statistics are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nas.families import LoadedModel, computing, fast_dtype
+
+#: Part of every cache key: raise it when what is stored changes its meaning.
+_VERSION = 1
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """H of the four inputs of one layer's projections."""
+
+    attention_input: torch.Tensor
+    attention_output: torch.Tensor  # what o_proj reads
+    mlp_input: torch.Tensor
+    mlp_output: torch.Tensor  # what down_proj reads
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One file per layer in `folder`; `tokens` were summed. `key` names model, text and precision of the pass."""
+
+    key: str
+    tokens: int
+    folder: Path
+
+    def layer(self, index: int) -> LayerStatistics:
+        return LayerStatistics(**load_layer(self.folder, index, {field.name for field in fields(LayerStatistics)}))
+
+
+def statistics_key(loaded: LoadedModel, windows: torch.Tensor) -> str:
+    """Sixteen hex digits, equal where `collect` would store the same numbers."""
+    digest = hashlib.sha256(f"{_VERSION} {loaded.fingerprint} {fast_dtype()} {tuple(windows.shape)}".encode())
+    digest.update(windows.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Statistics:
+    """Run token windows [N, T] through the model once, or find that pass in `cache_dir`; a damaged one is run again."""
+    statistics = Statistics(key := statistics_key(loaded, windows), windows.numel(), cache_dir / f"statistics-{key}")
+    if is_complete(statistics.folder, len(loaded.layers), {field.name for field in fields(LayerStatistics)}):
+        return statistics
+    rows = max(1, _TOKENS_AT_ONCE // windows.shape[1])
+    dtype = fast_dtype()
+    batches = [loaded.embed(batch) for batch in torch.split(windows, rows)]
+    for index, layer in enumerate(loaded.layers):
+        sums: dict[str, torch.Tensor] = {}
+        hooks = [
+            layer.get_submodule(path).register_forward_pre_hook(_summing(sums, name))
+            for name, path in _inputs(loaded).items()
+        ]
+        with computing(dtype):
+            batches = [loaded.run_layer(index, batch) for batch in batches]
+        for hook in hooks:
+            hook.remove()
+        save_layer(statistics.folder, index, asdict(LayerStatistics(**sums)))
+    return statistics
+
+
+def _inputs(loaded: LoadedModel) -> dict[str, str]:
+    family = loaded.family
+    return {
+        "attention_input": family.query,
+        "attention_output": family.output,
+        "mlp_input": family.gate,
+        "mlp_output": family.down,
+    }
+
+
+def _summing(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        with torch.autocast("cpu", enabled=False):
+            x = inputs[0].flatten(0, -2).float()
+            H = x.T @ x
+            sums[name] = sums[name] + H if name in sums else H
+
+    return hook
+
+
+def save_layer(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one layer's tensors; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{os.getpid()}-{index}.partial"
+    save_file(tensors, partial)
+    partial.replace(_file(folder, index))
+
+
+def load_layer(folder: Path, index: int, names: set[str]) -> dict[str, torch.Tensor]:
+    """One layer's tensors; ValueError where the file is damaged or lacks one of `names`."""
+    file = _file(folder, index)
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"wanted cached tensors in {file}, got: {error}; delete {folder} to have it rebuilt"
+        ) from error
+    if not names <= tensors.keys():
+        raise ValueError(f"wanted {sorted(names)} in {file}, got {sorted(tensors)}; delete {folder} to have it rebuilt")
+    return tensors
+
+
+def is_complete(folder: Path, layers: int, names: set[str]) -> bool:
+    """Whether every layer's file is there and sound."""
+    if not all(_file(folder, index).is_file() for index in range(layers)):
+        return False
+    try:
+        for index in range(layers):
+            load_layer(folder, index, names)
+    except ValueError:
+        return False
+    return True
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"layer_{index:03d}.safetensors"

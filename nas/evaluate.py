@@ -1,0 +1,112 @@
+"""How much worse a subnet is: KL divergence from the full model, and perplexity, on fixed token windows.
+
+Shapes: N windows of T tokens, D hidden size, V vocabulary, M = N x T positions. KL is in nats per token,
+mean over positions of sum_v p_v (log p_v - log q_v) with p the full fp32 model's distribution and q the subnet's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nas.families import computing, fast_dtype
+from nas.space import Subnet
+from nas.supernet import Part, Supernet
+
+_TOKENS_AT_ONCE = 8192
+#: Positions whose logits are in memory together; more of them leave the processor's cache and take twice as long.
+_LOGITS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`kl` in nats per token, `perplexity` of the next token within each window, over `tokens` positions."""
+
+    kl: float
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+class Evaluator:
+    """Evaluates subnets on token windows [N, T]; the same subnet gives the same floats on the same machine.
+
+    Matrix products run in `dtype`, by default bfloat16 where the processor has it; teacher and subnets alike.
+    """
+
+    def __init__(self, supernet: Supernet, windows: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self.supernet = supernet
+        self.windows = windows
+        self.dtype = dtype or fast_dtype()
+        self._inputs: list[torch.Tensor] = []  # the full model's hidden states [N, T, D] entering each layer
+        with torch.no_grad(), computing(self.dtype):
+            supernet.activate(supernet.space.full(32))
+            self._teacher = self._normed(self._run(supernet.loaded.embed(windows), 0))
+            self._teacher_head = supernet.loaded.head.weight.detach()
+
+    def evaluate(self, subnet: Subnet) -> Quality:
+        """KL and perplexity of one subnet, which is left active."""
+        start = time.perf_counter()
+        self.supernet.activate(subnet)
+        with torch.no_grad(), computing(self.dtype):
+            kl, nll = self._compare(self._run(self.supernet.loaded.embed(self.windows), 0))
+        return Quality(kl, math.exp(nll), self.windows.numel(), time.perf_counter() - start)
+
+    def full_kl(self, bits: int) -> float:
+        """What rounding the full model alone costs."""
+        return self.evaluate(self.supernet.space.full(bits)).kl
+
+    def block_kl(self, layer: int, part: Part, choice: int, bits: int = 32) -> float:
+        """KL of the full fp32 model with one part of one layer at `choice` and `bits`; runs layers from there on."""
+        supernet = self.supernet
+        full = supernet.space.full(32)
+        supernet.activate(full)
+        with torch.no_grad(), computing(self.dtype):
+            if not self._inputs:
+                self._remember_inputs()
+            supernet.activate_part(layer, part, choice, bits)
+            kl, _ = self._compare(self._run(self._inputs[layer], layer))
+        supernet.activate(full)
+        return kl
+
+    def _remember_inputs(self) -> None:
+        hidden = self.supernet.loaded.embed(self.windows)
+        for layer in range(self.supernet.space.depth):
+            self._inputs.append(hidden)
+            hidden = self._run(hidden, layer, layer + 1)
+
+    def _run(self, hidden: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
+        """Hidden states [N, T, D] through layers start..stop, layer by layer, so that each weight is cast once."""
+        rows = max(1, _TOKENS_AT_ONCE // self.windows.shape[1])
+        for layer in range(start, self.supernet.space.depth if stop is None else stop):
+            batches = [self.supernet.loaded.run_layer(layer, batch) for batch in torch.split(hidden, rows)]
+            hidden = batches[0] if len(batches) == 1 else torch.cat(batches)
+        return hidden
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [M, D], in the precision it reads it."""
+        return self.supernet.loaded.final_norm(hidden).flatten(0, 1).to(self.dtype)
+
+    def _compare(self, hidden: torch.Tensor) -> tuple[float, float]:
+        """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden [N, T, D]."""
+        student = self._normed(hidden)
+        head = self.supernet.loaded.head.weight.to(self.dtype).T
+        teacher_head = self._teacher_head.to(self.dtype).T
+        targets = torch.nn.functional.pad(self.windows[:, 1:], (0, 1)).flatten()
+        followed = torch.ones_like(self.windows, dtype=torch.bool)
+        followed[:, -1] = False  # a window's last position has no next token
+        divergences, losses = [], []
+        for first in range(0, len(student), _LOGITS_AT_ONCE):
+            rows = slice(first, first + _LOGITS_AT_ONCE)
+            q = (student[rows] @ head).float()  # logits, [rows, V]
+            p = (self._teacher[rows] @ teacher_head).float()
+            log_q_sum, log_p_sum = q.logsumexp(-1), p.logsumexp(-1)
+            losses.append(log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1))
+            difference = torch.sub(p, q, out=q)
+            p.sub_(log_p_sum.unsqueeze(-1)).exp_()
+            divergences.append(torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum)
+        nll = torch.cat(losses)[followed.flatten()]
+        return float(torch.cat(divergences).mean(dtype=torch.float64)), float(nll.mean(dtype=torch.float64))

@@ -1,0 +1,197 @@
+"""Where each family of decoders keeps its parts, and how a model is loaded: one row per `model_type`.
+
+A model is a Hugging Face id, a local folder, or a .gguf file. Shape letters: N windows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hw_profiles.shapes import BlockShape, ModelShape
+from nas.gguf_model import load_gguf
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths, from the model for the first group and from one layer for the second."""
+
+    model_type: str
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    rotary: str = "model.rotary_emb"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+    #: A config attribute that must be unset: it turns on attention over a window, which no writer here supports.
+    sliding_window: str = ""
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama"),
+        Family("mistral", sliding_window="sliding_window"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder in fp32 with its tokenizer; `fingerprint` is equal for equal configs and weights."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    family: Family
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(self.family.layers))
+
+    @property
+    def head(self) -> nn.Linear:
+        head: nn.Linear = self.model.get_submodule(self.family.head)
+        return head
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self.config)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [N, T] -> the hidden states [N, T, D] that enter layer 0."""
+        hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens)
+        return hidden
+
+    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, T, D] through layer `index` as it is now, causally, without a cache."""
+        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        rotary = self.model.get_submodule(self.family.rotary)(hidden, positions)
+        out: torch.Tensor = self.layers[index](
+            hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary
+        )
+        return out
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
+        return normed
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (AMX, AVX512-BF16, Arm BF16), float32 elsewhere.
+
+    oneDNN also accepts bfloat16 on processors that only emulate it, slower than float32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return torch.bfloat16 if native and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def computing(dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`; weights, norms and the residual stream stay fp32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The ModelShape of a Hugging Face decoder config whose layers are all alike."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        blocks=(BlockShape(heads, groups, config.intermediate_size),) * config.num_hidden_layers,
+    )
+
+
+def wrap(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    """A Hugging Face model that is already in memory as a LoadedModel; ValueError where its family has no row."""
+    family = _family(model.config)
+    model.requires_grad_(False).eval()
+    return LoadedModel(model, tokenizer, name, fingerprint(model), family)
+
+
+def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a Hugging Face id, a local folder or a .gguf file in fp32, ready for evaluation.
+
+    Raises ValueError where there is nothing of that name, the file is no sound GGUF, or the family is not supported.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) != 1:
+            raise ValueError(
+                f"wanted a folder with config.json or one .gguf file, got {path} with {len(found)} of them"
+            )
+        path = found[0]
+    if path.is_file():
+        model_, tokenizer = load_gguf(path)
+        return wrap(model_, tokenizer, path.stem)
+    looks_like_path = model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith(".")
+    if not path.exists() and looks_like_path:
+        raise ValueError(f"wanted a Hugging Face id, a folder or a .gguf file, but there is no {path}; check the path")
+    return _load_huggingface(str(path) if path.exists() else model, trust_remote_code)
+
+
+def fingerprint(model: Any) -> str:
+    """Sixteen hex digits over the config and, per tensor, the exact sum of its bit patterns and a strided sample."""
+    volatile = ("_name_or_path", "transformers_version", "quantization_config", "dtype", "torch_dtype", "architectures")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        bits = tensor.detach().float().contiguous().view(torch.int32).flatten()
+        # summed two at a time, wrapping around: an integer sum does not depend on the number of threads
+        words = bits.view(torch.int64) if bits.numel() % 2 == 0 else bits
+        digest.update(f"{name}{tuple(tensor.shape)}{int(words.numpy().sum())}".encode())
+        digest.update(bits[:: max(1, bits.numel() // 256)].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _family(config: Any) -> Family:
+    row = FAMILIES.get(config.model_type)
+    if row is None:
+        supported = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
+    if row.sliding_window and getattr(config, row.sliding_window, None):
+        raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
+    return row
+
+
+def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _family(config)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"wanted a Hugging Face model with its tokenizer at {source}, got: {reason}") from error
+    return wrap(model, tokenizer, Path(source).name)

@@ -1,0 +1,74 @@
+"""Keep-orders: which inputs of a linear map to drop first, by the optimal brain surgeon's saliency.
+
+Shapes: W [out, in] the map, H [in, in] the sum of x x^T over calibration tokens. All arithmetic is in float64.
+
+Dropping input j and letting the others make up for it costs s_j = |W_:j|^2 / [H^-1]_jj (Hassibi and Stork 1993);
+dropping a block g of inputs costs tr(W_g ([H^-1]_gg)^-1 W_g^T). Backward elimination drops the least costly, updates
+W and H^-1 to what is left, and goes on; the reverse is the keep-order, of which every width is a prefix.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Ridge relative to each input's own energy H_jj. A ridge relative to the mean drowns every input but the largest:
+#: one channel in SmolLM2's layer 11 has 8e5 times the median's energy.
+DAMPING = 1e-2
+
+
+def normalise(H: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, d): the correlation matrix C [in, in] = H_ij / (d_i d_j) + damping on its diagonal, and the scales d [in].
+
+    Inputs that never fired get scale 1 and stay on the diagonal alone.
+    """
+    H = H.double()
+    scale = H.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    C = H / scale.unsqueeze(0) / scale.unsqueeze(1)
+    C.diagonal().fill_(1 + damping)
+    return C, scale
+
+
+def keep_order(
+    W: torch.Tensor, H: torch.Tensor, *, group: int = 1, chunk: int = 1, damping: float = DAMPING
+) -> torch.Tensor:
+    """Groups of `group` consecutive inputs, most important first: int64 [in / group]; `chunk` groups go at a step.
+
+    Saliencies do not depend on the inputs' scales, so the elimination runs on the correlation matrix.
+    """
+    C, scale = normalise(H, damping)
+    W = W.double() * scale
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
+    left = torch.arange(W.shape[1] // group)
+    dropped: list[torch.Tensor] = []
+    while len(left):
+        saliency = _saliency(W, inverse, group)
+        ascending = saliency.argsort(stable=True)
+        out, keep = ascending[:chunk], ascending[chunk:].sort().values
+        dropped.append(left[out])
+        left = left[keep]
+        W, inverse = _eliminate(W, inverse, _inputs(out, group), _inputs(keep, group))
+    return torch.cat(dropped).flip(0)
+
+
+def _saliency(W: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
+    if group == 1:
+        return W.square().sum(0) / inverse.diagonal()
+    groups = W.shape[1] // group
+    blocks = torch.stack([inverse[i : i + group, i : i + group] for i in range(0, groups * group, group)])
+    W_g = W.reshape(W.shape[0], groups, group).permute(1, 2, 0)  # [groups, group, out]
+    solved: torch.Tensor = (W_g * torch.linalg.solve(blocks, W_g)).sum((1, 2))
+    return solved
+
+
+def _eliminate(
+    W: torch.Tensor, inverse: torch.Tensor, out: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W and H^-1 of the inputs `keep`, which have taken over what `out` carried (the surgeon's step for a block)."""
+    across = inverse[out][:, keep]  # [out, keep]
+    gain = torch.linalg.solve(inverse[out][:, out], across)
+    return W[:, keep] - W[:, out] @ gain, inverse[keep][:, keep] - across.T @ gain
+
+
+def _inputs(groups: torch.Tensor, group: int) -> torch.Tensor:
+    return (groups.unsqueeze(1) * group + torch.arange(group)).flatten()

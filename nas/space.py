@@ -1,0 +1,215 @@
+"""The subnets a search may choose from: per layer the KV groups and the MLP width, and bits for the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
+from nas.families import model_shape
+
+_PRECISION_OF_BITS: dict[int, Precision] = {bits: precision for precision, bits in BLOCK_BITS.items()}
+#: Thin widths stand beside 0: skipping an MLP is often dear where keeping a sixteenth of it is cheap.
+WIDTH_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+GROUP_FRACTIONS = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
+
+
+@dataclass(frozen=True, order=True)
+class LayerChoice:
+    """What one layer keeps; 0 skips the part. Query heads per KV group stay as they are."""
+
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """One choice per layer and the bits of all blocks' weights: 32 (fp32), 8 or 4. The full model is a Subnet too."""
+
+    layers: tuple[LayerChoice, ...]
+    bits: int
+
+    @property
+    def id(self) -> str:
+        """Ten hex digits, equal for equal subnets."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
+
+    @property
+    def precision(self) -> Precision:
+        return _PRECISION_OF_BITS[self.bits]
+
+    def to_json(self) -> str:
+        layers = [[layer.num_key_value_heads, layer.intermediate_size] for layer in self.layers]
+        return json.dumps({"bits": self.bits, "layers": layers}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Subnet:
+        fields = json.loads(text)
+        return cls(tuple(LayerChoice(groups, width) for groups, width in fields["layers"]), fields["bits"])
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Choices are ascending; the last of each is the full model's own size. Widths are multiples of 32."""
+
+    base: ModelShape
+    group_choices: tuple[int, ...]
+    width_choices: tuple[int, ...]
+    bits_choices: tuple[int, ...] = (8, 4)
+
+    def __post_init__(self) -> None:
+        block = self.base.blocks[0]
+        if set(self.base.blocks) != {block}:
+            raise ValueError(
+                "wanted a model whose layers are all alike, got differing blocks; search its original instead"
+            )
+        for name, choices, full in (
+            ("group_choices", self.group_choices, block.num_key_value_heads),
+            ("width_choices", self.width_choices, block.intermediate_size),
+        ):
+            if list(choices) != sorted(set(choices)) or not choices or choices[0] < 0 or choices[-1] != full:
+                raise ValueError(f"wanted {name} ascending from 0 or more to the full {full}, got {choices}")
+        ragged = [width for width in self.width_choices if width % QUANTIZATION_BLOCK_SIZE]
+        if ragged:
+            raise ValueError(f"wanted widths in multiples of {QUANTIZATION_BLOCK_SIZE}, got {ragged}")
+        if not self.bits_choices or not set(self.bits_choices) <= set(_PRECISION_OF_BITS):
+            raise ValueError(f"wanted bits_choices out of {sorted(_PRECISION_OF_BITS)}, got {self.bits_choices}")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        group_fractions: Sequence[float] = GROUP_FRACTIONS,
+        width_fractions: Sequence[float] = WIDTH_FRACTIONS,
+        bits_choices: Sequence[int] = (8, 4),
+    ) -> SearchSpace:
+        """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded."""
+        base = model_shape(config)
+        block = base.blocks[0]
+        groups = {round(block.num_key_value_heads * fraction) for fraction in group_fractions}
+        unit = QUANTIZATION_BLOCK_SIZE
+        widths = {round(block.intermediate_size * fraction / unit) * unit for fraction in width_fractions}
+        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices))
+
+    def full(self, bits: int = 32) -> Subnet:
+        return Subnet((LayerChoice(self.group_choices[-1], self.width_choices[-1]),) * self.depth, bits)
+
+    @property
+    def smallest(self) -> Subnet:
+        """The least of every choice, bits included."""
+        return Subnet((LayerChoice(self.group_choices[0], self.width_choices[0]),) * self.depth, min(self.bits_choices))
+
+    @property
+    def depth(self) -> int:
+        return len(self.base.blocks)
+
+    @property
+    def size(self) -> int:
+        """How many subnets there are."""
+        per_layer: int = len(self.group_choices) * len(self.width_choices)
+        return int(per_layer**self.depth) * len(self.bits_choices)
+
+    def sample(
+        self, rng: np.random.Generator, density: tuple[float, float] = (0.2, 1.0), spread: float = 0.25
+    ) -> Subnet:
+        """A random subnet around a density d drawn from `density`: keeping f has the weight exp(-|f - d| / spread).
+
+        Independent uniform choices would put nearly all subnets close to the same size.
+        """
+        target = rng.uniform(*density)
+
+        def draw(choices: tuple[int, ...]) -> list[int]:
+            weights = np.exp(-np.abs(np.array(choices) / choices[-1] - target) / spread)
+            return [choices[i] for i in rng.choice(len(choices), self.depth, p=weights / weights.sum())]
+
+        layers = zip(draw(self.group_choices), draw(self.width_choices), strict=True)
+        bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
+        return Subnet(tuple(LayerChoice(groups, width) for groups, width in layers), bits)
+
+    def validate(self, subnet: Subnet) -> None:
+        """ValueError where depth or a size is not one of the choices, or bits are neither searched nor 32."""
+        if len(subnet.layers) != self.depth:
+            raise ValueError(f"wanted a subnet of {self.depth} layers, got {len(subnet.layers)}")
+        if subnet.bits not in (32, *self.bits_choices):
+            raise ValueError(f"wanted bits out of {(32, *self.bits_choices)}, got {subnet.bits}")
+        for index, layer in enumerate(subnet.layers):
+            if layer.num_key_value_heads not in self.group_choices or layer.intermediate_size not in self.width_choices:
+                raise ValueError(
+                    f"wanted num_key_value_heads out of {self.group_choices} and intermediate_size out of "
+                    f"{self.width_choices}, got {layer} in layer {index}"
+                )
+
+    def __contains__(self, subnet: object) -> bool:
+        if not isinstance(subnet, Subnet) or subnet.bits not in self.bits_choices:
+            return False
+        try:
+            self.validate(subnet)
+        except ValueError:
+            return False
+        return True
+
+    def encode(self, subnet: Subnet) -> npt.NDArray[np.int64]:
+        """Indices of choices, int64 [2 * depth + 1]: each layer's groups and width in turn, then the bits."""
+        self.validate(subnet)
+        if subnet.bits not in self.bits_choices:
+            raise ValueError(f"wanted bits out of {self.bits_choices} to encode a subnet, got {subnet.bits}")
+        genes = [
+            index
+            for layer in subnet.layers
+            for index in (
+                self.group_choices.index(layer.num_key_value_heads),
+                self.width_choices.index(layer.intermediate_size),
+            )
+        ]
+        return np.array([*genes, self.bits_choices.index(subnet.bits)], dtype=np.int64)
+
+    def decode(self, genes: npt.NDArray[np.integer[Any]]) -> Subnet:
+        """The subnet of the indices [2 * depth + 1] that `encode` gives; ValueError where one is out of range."""
+        if genes.shape != (2 * self.depth + 1,) or (genes < 0).any() or (genes >= self.gene_sizes).any():
+            raise ValueError(f"wanted {2 * self.depth + 1} indices of 0 or more below {self.gene_sizes}, got {genes}")
+        layers = tuple(
+            LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w in genes[:-1].reshape(-1, 2).tolist()
+        )
+        return Subnet(layers, self.bits_choices[int(genes[-1])])
+
+    @property
+    def gene_sizes(self) -> npt.NDArray[np.int64]:
+        """How many choices each index of `encode` has, int64 [2 * depth + 1]."""
+        per_layer = [len(self.group_choices), len(self.width_choices)]
+        return np.array(per_layer * self.depth + [len(self.bits_choices)], dtype=np.int64)
+
+    def block(self, layer: LayerChoice) -> BlockShape:
+        full = self.base.blocks[0]
+        per_group = full.num_attention_heads // full.num_key_value_heads
+        groups = layer.num_key_value_heads
+        return BlockShape(groups * per_group, groups, layer.intermediate_size)
+
+    def block_choices(self) -> list[BlockShape]:
+        """Every distinct layer of the space, smallest first: what a device profile has to cover."""
+        return [self.block(LayerChoice(g, w)) for g in self.group_choices for w in self.width_choices]
+
+    def model_shape(self, subnet: Subnet) -> ModelShape:
+        self.validate(subnet)
+        base = self.base
+        blocks = tuple(map(self.block, subnet.layers))
+        return ModelShape(base.hidden_size, base.head_dim, base.vocab_size, base.tie_word_embeddings, blocks)
+
+    def precision(self, subnet: Subnet) -> Precision:
+        return subnet.precision
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchSpace:
+        fields = json.loads(text)
+        base = ModelShape.from_json(json.dumps(fields["base"]))
+        choices = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
+        return cls(base, *choices)

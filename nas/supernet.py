@@ -1,0 +1,264 @@
+"""One model that computes any subnet of its space: prefixes of keep-orders, with least-squares weights made beforehand.
+
+Nothing is masked and nothing is trained. RoPE frequencies, the attention scale and norms never change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
+from hw_profiles.shapes import HEAD_BITS
+from nas.calibration import collect, is_complete, load_layer, save_layer, statistics_key
+from nas.families import LoadedModel
+from nas.importance import DAMPING, keep_order
+from nas.reformation import reform
+from nas.space import SearchSpace, Subnet
+
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+
+#: Channels dropped at a step of the elimination.
+_CHUNK = 32
+
+
+class SkippedAttention(nn.Module):
+    """Adds nothing to the residual stream and owns no slot in a KV cache."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedMlp(nn.Module):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """Keep-order of one part's KV groups or channels, and per size short of full the reformed output weights.
+
+    `outputs[k]` is fp32 [hidden, inputs of k]: o_proj or down_proj over the first k of `order`; `errors[k]` the share
+    of the output's energy that it loses on the calibration text.
+    """
+
+    order: torch.Tensor
+    outputs: dict[int, torch.Tensor]
+    errors: dict[int, float]
+
+
+class Supernet:
+    """Wraps `loaded.model`, whose weights `activate` swaps: `model(input_ids)` gives the active subnet's logits.
+
+    Feed whole sequences: generating with a KV cache is for extracted models. Sizes short of full need `prepare`.
+    """
+
+    def __init__(self, loaded: LoadedModel, space: SearchSpace) -> None:
+        if space.base != loaded.shape:
+            raise ValueError(f"wanted a space made from {loaded.name}'s config, got one for another model; rebuild it")
+        self.loaded = loaded
+        self.space = space
+        self.model = loaded.model
+        self._layers = loaded.layers
+        self._modules = [{p: layer.get_submodule(self._path(p)) for p in PARTS} for layer in self._layers]
+        self._original = [
+            {name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in self._layers
+        ]
+        self._ends = {m: m.weight.detach() for m in (self.model.get_input_embeddings(), loaded.head)}
+        self._tied = loaded.config.tie_word_embeddings
+        self._reform = True
+        self._plans: list[dict[Part, PartPlan]] = []
+        self._quantized: dict[tuple[int, Part, int, int], dict[str, QuantizedWeight | torch.Tensor]] = {}
+        self._active: dict[tuple[int, Part], tuple[int, int]] = {
+            (i, p): (self._full(p), 32) for i in range(space.depth) for p in PARTS
+        }
+        self._head_bits = 32
+        self._quantized_ends: dict[int, dict[nn.Module, torch.Tensor]] = {}
+
+    def prepare(self, windows: torch.Tensor, *, reform: bool = True, cache_dir: Path | None = None) -> None:
+        """Orders and least-squares weights of every choice from token windows [N, T], or what `cache_dir` has of them.
+
+        With `reform` off subnets inherit their weights unchanged (same orders), to show what reformation is worth.
+        """
+        self.activate(self.space.full(32))
+        self._reform = reform
+        self._quantized.clear()
+        with tempfile.TemporaryDirectory() as scratch:
+            self._plans = self._load_plans(windows, cache_dir or Path(scratch))
+
+    def _load_plans(self, windows: torch.Tensor, cache_dir: Path) -> list[dict[Part, PartPlan]]:
+        choices = {p: self._short_of_full(p) for p in PARTS}
+        protocol = f"{statistics_key(self.loaded, windows)} {choices} {DAMPING} {_CHUNK}"
+        folder = cache_dir / f"supernet-{hashlib.sha256(protocol.encode()).hexdigest()[:16]}"
+        names = {f"{p}.{kind}" for p in PARTS for kind in ("order", "errors")}
+        names |= {f"{p}.{k}" for p in PARTS for k in choices[p]}
+        if not is_complete(folder, self.space.depth, names):
+            statistics = collect(self.loaded, windows, cache_dir)
+            for index in range(self.space.depth):
+                layer = statistics.layer(index)
+                plans = {"attention": self._plan(index, "attention", layer.attention_output)}
+                plans["mlp"] = self._plan(index, "mlp", layer.mlp_output)
+                save_layer(folder, index, {f"{p}.{k}": t for p, plan in plans.items() for k, t in _pack(plan).items()})
+        tensors = [load_layer(folder, index, names) for index in range(self.space.depth)]
+        return [{p: _unpack(layer, p, choices[p]) for p in PARTS} for layer in tensors]
+
+    def _plan(self, index: int, part: Part, H: torch.Tensor) -> PartPlan:
+        weight = self._original[index][f"{self._output(part)}.weight"]
+        group = weight.shape[1] // self._full(part)
+        order = keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
+        widths = [k * group for k in self._short_of_full(part)]
+        reformed = reform(weight, H, _rows(order, group), widths)
+        return PartPlan(
+            order,
+            {k: reformed[k * group].weight for k in self._short_of_full(part)},
+            {k: reformed[k * group].error for k in self._short_of_full(part)},
+        )
+
+    def plan(self, layer: int, part: Part) -> PartPlan:
+        """What `prepare` made for one part; ValueError before it ran."""
+        if not self._plans:
+            raise ValueError(
+                "wanted a prepared supernet for sizes short of full, got none; call prepare(windows) first"
+            )
+        return self._plans[layer][part]
+
+    def activate(self, subnet: Subnet) -> None:
+        """Make `model` compute `subnet` with weights rounded to its bits; only what differs from before is touched."""
+        self.space.validate(subnet)
+        for index, layer in enumerate(subnet.layers):
+            self.activate_part(index, "attention", layer.num_key_value_heads, subnet.bits)
+            self.activate_part(index, "mlp", layer.intermediate_size, subnet.bits)
+        self._activate_ends(HEAD_BITS[subnet.precision])
+
+    def activate_part(self, layer: int, part: Part, choice: int, bits: int) -> None:
+        """Change one part of one layer and leave the rest of `model` as it is."""
+        if self._active[layer, part] == (choice, bits):
+            return
+        if choice == 0:
+            skipped = SkippedAttention() if part == "attention" else SkippedMlp()
+            setattr(self._layers[layer], self._path(part), skipped)
+        else:
+            weights = self._rounded(layer, part, choice, bits)
+            setattr(self._layers[layer], self._path(part), self._modules[layer][part])
+            for name, tensor in weights.items():
+                _set(self._layers[layer], name, tensor)
+        self._active[layer, part] = (choice, bits)
+
+    def _activate_ends(self, bits: int) -> None:
+        if bits == self._head_bits:
+            return
+        if bits >= 16:
+            ends = self._ends
+        else:
+            if bits not in self._quantized_ends:
+                modules = list(self._ends)
+                rounded = {modules[0]: fake_quantize(self._ends[modules[0]], bits)}
+                rounded[modules[1]] = rounded[modules[0]] if self._tied else fake_quantize(self._ends[modules[1]], bits)
+                self._quantized_ends[bits] = rounded
+            ends = self._quantized_ends[bits]
+        parameters = {id(t): nn.Parameter(t, requires_grad=False) for t in ends.values()}
+        for module, tensor in ends.items():
+            module.weight = parameters[id(tensor)]
+        self._head_bits = bits
+
+    def layer_weights(self, subnet: Subnet, layer: int) -> dict[str, torch.Tensor]:
+        """Reformed slices of one layer in fp32, not yet rounded, by name within the layer; skipped parts are absent."""
+        choice = subnet.layers[layer]
+        weights: dict[str, torch.Tensor] = {}
+        for part in PARTS:
+            if kept := choice.num_key_value_heads if part == "attention" else choice.intermediate_size:
+                weights |= self._part_weights(layer, part, kept)
+                norm = self.loaded.family.attention_norm if part == "attention" else self.loaded.family.mlp_norm
+                weights[f"{norm}.weight"] = self._original[layer][f"{norm}.weight"]
+        return weights
+
+    def extract(self, subnet: Subnet) -> Any:
+        """A standalone heterogeneous Hugging Face model with `subnet`'s weights in fp32, not yet rounded."""
+        from export.huggingface import heterogeneous_model
+
+        model = heterogeneous_model(self.loaded.config, self.space.model_shape(subnet).blocks)
+        family = self.loaded.family
+        state = {
+            f"{family.layers}.{index}.{name}": tensor
+            for index in range(self.space.depth)
+            for name, tensor in self.layer_weights(subnet, index).items()
+        }
+        norm = self.model.get_submodule(family.final_norm)
+        embedding, head = self._ends.values()
+        state |= {f"{family.final_norm}.{name}": tensor for name, tensor in norm.state_dict().items()}
+        state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
+        model.load_state_dict(state, strict=True)
+        model.requires_grad_(False).eval()
+        return model
+
+    def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
+        """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
+        if bits >= 16:
+            return self._part_weights(layer, part, choice)
+        key = (layer, part, choice, bits)
+        if key not in self._quantized:
+            weights = self._part_weights(layer, part, choice)
+            self._quantized[key] = {name: quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
+        cached = self._quantized[key].items()
+        return {name: dequantize(t) if isinstance(t, QuantizedWeight) else t for name, t in cached}
+
+    def _part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
+        original = {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}
+        if choice == self._full(part):
+            return original
+        plan = self.plan(layer, part)
+        output = self._output(part)
+        kept = plan.order[:choice]
+        weights = {}
+        for name, tensor in original.items():
+            if name == f"{output}.weight":
+                group = tensor.shape[1] // self._full(part)
+                weights[name] = plan.outputs[choice] if self._reform else tensor[:, _rows(kept, group)]
+            elif name == f"{output}.bias":
+                weights[name] = tensor
+            else:
+                weights[name] = tensor[_rows(kept, tensor.shape[0] // self._full(part))]
+        return weights
+
+    def _full(self, part: Part) -> int:
+        return (self.space.group_choices if part == "attention" else self.space.width_choices)[-1]
+
+    def _short_of_full(self, part: Part) -> tuple[int, ...]:
+        choices = self.space.group_choices if part == "attention" else self.space.width_choices
+        return tuple(k for k in choices[:-1] if k)
+
+    def _path(self, part: Part) -> str:
+        return self.loaded.family.attention if part == "attention" else self.loaded.family.mlp
+
+    def _output(self, part: Part) -> str:
+        return self.loaded.family.output if part == "attention" else self.loaded.family.down
+
+
+def _rows(order: torch.Tensor, group: int) -> torch.Tensor:
+    """Indices of the rows (or columns) of groups of `group` consecutive ones."""
+    return (order.unsqueeze(1) * group + torch.arange(group)).flatten()
+
+
+def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    linear = layer.get_submodule(path)
+    setattr(linear, attribute, nn.Parameter(tensor, requires_grad=False))
+    if isinstance(linear, nn.Linear) and attribute == "weight":
+        linear.out_features, linear.in_features = tensor.shape
+
+
+def _pack(plan: PartPlan) -> dict[str, torch.Tensor]:
+    errors = torch.tensor(list(plan.errors.values()), dtype=torch.float64)
+    return {"order": plan.order, "errors": errors, **{str(k): weight for k, weight in plan.outputs.items()}}
+
+
+def _unpack(tensors: dict[str, torch.Tensor], part: Part, choices: tuple[int, ...]) -> PartPlan:
+    errors = dict(zip(choices, tensors[f"{part}.errors"].tolist(), strict=True))
+    return PartPlan(tensors[f"{part}.order"], {k: tensors[f"{part}.{k}"] for k in choices}, errors)
