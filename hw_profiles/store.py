@@ -27,8 +27,8 @@ from hw_profiles.devices import Device, Target
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
 
 #: reference: the full model; table: one choice in every second layer; anchor: fits the predictor; heldout: judges it;
-#: repeat: a held-out shape once more, for the noise floor.
-Role = Literal["reference", "table", "anchor", "heldout", "repeat"]
+#: repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a budget query.
+Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist"]
 
 SCHEMA_VERSION = 1
 #: How long a writer waits for another process's transaction.
@@ -147,11 +147,11 @@ class Store:
     def add_device(self, device: Device) -> None:
         """Remember a device; one that is known already stays as it is."""
         description = json.dumps(asdict(device), sort_keys=True)
-        with self._transaction() as session:
+        with self.transaction() as session:
             self._insert_new(session, _Device, [{"id": device.id, "description": description}])
 
     def devices(self) -> list[Device]:
-        with self._transaction() as session:
+        with self.transaction() as session:
             rows = session.scalars(select(_Device).order_by(_Device.id)).all()
             return [_device(row.description) for row in rows]
 
@@ -159,7 +159,7 @@ class Store:
         """Add all or, on an error, none. A measurement that is there already is kept and the new one dropped."""
         if not measurements:
             return
-        with self._transaction() as session:
+        with self.transaction() as session:
             self._insert_new(session, _Measurement, [_to_row(measurement) for measurement in measurements])
 
     def measurements(
@@ -177,7 +177,7 @@ class Store:
             query = query.filter_by(**asdict(workload))
         if reference_id is not None:
             query = query.filter_by(reference_id=reference_id)
-        with self._transaction() as session:
+        with self.transaction() as session:
             found = [_from_row(row) for row in session.scalars(query)]
         typical_ms = _typical_reference_ms(found)
         return [
@@ -189,7 +189,7 @@ class Store:
     def targets(self) -> list[Target]:
         """The targets with at least one measurement."""
         columns = (_Measurement.device_id, _Measurement.runtime, _Measurement.precision, _Measurement.threads)
-        with self._transaction() as session:
+        with self.transaction() as session:
             rows = session.execute(select(*columns).distinct()).all()
         return sorted(
             Target(device, runtime, cast(Precision, bits), threads) for device, runtime, bits, threads in rows
@@ -197,7 +197,7 @@ class Store:
 
     def _open(self) -> None:
         """Check that the database is ours, sound, and of this version; create what is missing."""
-        with self._transaction() as session:
+        with self.transaction() as session:
             connection = session.connection()
             tables = inspect(connection).get_table_names()
             if tables and _SchemaVersion.__tablename__ not in tables:
@@ -224,7 +224,7 @@ class Store:
                 "use the llm-nas that wrote it or give another path"
             )
         if self.engine.dialect.name == "sqlite":
-            with self._transaction() as session:  # only now: a foreign file must stay as it is
+            with self.transaction() as session:  # only now: a foreign file must stay as it is
                 session.connection().exec_driver_sql("PRAGMA journal_mode=WAL")  # readers never wait for a writer
 
     def _insert_new(self, session: Session, table: type[_Base], rows: list[dict[str, Any]]) -> None:
@@ -233,7 +233,7 @@ class Store:
         session.execute(insert(table).on_conflict_do_nothing(), rows)
 
     @contextmanager
-    def _transaction(self) -> Iterator[Session]:
+    def transaction(self) -> Iterator[Session]:
         """Commit at the end or roll everything back; the database's errors come out as one sentence."""
         try:
             with Session(self.engine) as session, session.begin():

@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 
 from nas.families import computing, fast_dtype
+from nas.quality import Quality
 from nas.space import Subnet
 from nas.supernet import Part, Supernet
 
 _TOKENS_AT_ONCE = 8192
 #: Positions whose logits are in memory together; more of them leave the processor's cache and take twice as long.
 _LOGITS_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Quality:
-    """`kl` in nats per token, `perplexity` of the next token within each window, over `tokens` positions."""
-
-    kl: float
-    perplexity: float
-    tokens: int
-    seconds: float
 
 
 class Evaluator:
@@ -71,6 +61,10 @@ class Evaluator:
             kl, _ = self._compare(self._run(self._inputs[layer], layer))
         supernet.activate(full)
         return kl
+
+    def reformation_error(self, layer: int, part: Part, choice: int) -> float:
+        """Share of the part's output energy that `choice`, short of full, loses on the calibration text."""
+        return self.supernet.plan(layer, part).errors[choice] if choice else 1.0
 
     def _remember_inputs(self) -> None:
         hidden = self.supernet.loaded.embed(self.windows)

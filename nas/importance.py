@@ -19,11 +19,11 @@ DAMPING = 1e-2
 def normalise(H: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
     """(C, d): the correlation matrix C [in, in] = H_ij / (d_i d_j) + damping on its diagonal, and the scales d [in].
 
-    Inputs that never fired get scale 1 and stay on the diagonal alone.
+    Inputs that never fired count as a millionth of the loudest: nothing divides by zero, and they are dropped first.
     """
     H = H.double()
     scale = H.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = scale.clamp_min(max(1e-6 * float(scale.max()), 1e-30))
     C = H / scale.unsqueeze(0) / scale.unsqueeze(1)
     C.diagonal().fill_(1 + damping)
     return C, scale

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +20,7 @@ def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.array(front, dtype=np.int64)
 
 
-def hypervolume(points: npt.ArrayLike, reference: Sequence[float]) -> float:
+def hypervolume(points: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     """The volume that the points [N, M] dominate below `reference` [M]; points beyond it add nothing."""
     from pymoo.indicators.hv import HV
 

@@ -1,0 +1,113 @@
+"""The additive estimate of quality, and the solver that is exact for it: seeds of the search, the baseline to beat.
+
+KL(subnet) is estimated as the cost of its bits plus, for each layer's attention and MLP, the KL that replacing this
+part alone costs (Puzzle, arXiv 2411.19146). Latency being near additive too, choosing a size for each part under a
+budget is a multiple-choice knapsack; its Lagrangian splits into one small minimum per part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.supernet import Part
+
+Floats = NDArray[np.float64]
+#: Milliseconds of each subnet.
+Latency = Callable[[Sequence[Subnet]], Floats]
+
+#: Widths, as shares of the full one, whose replacement is evaluated; the reformation error fills in those between.
+SCORED_WIDTHS = (0.0, 1 / 8, 1 / 2)
+_KL_FLOOR = 1e-6
+_MULTIPLIERS = np.logspace(-5, 2, 160)
+
+
+@dataclass(frozen=True)
+class AdditiveScores:
+    """`attention` [layers, group choices], `mlp` [layers, width choices] in nats; `bits` the KL of rounding alone."""
+
+    space: SearchSpace
+    attention: Floats
+    mlp: Floats
+    bits: dict[int, float]
+
+    def predict(self, subnets: Sequence[Subnet]) -> Floats:
+        """Estimated KL of each subnet."""
+        genes = np.array([self.space.encode(subnet)[:-1].reshape(-1, 2) for subnet in subnets])
+        layers = np.arange(self.space.depth)
+        parts = self.attention[layers, genes[..., 0]] + self.mlp[layers, genes[..., 1]]
+        rounding = np.array([self.bits[subnet.bits] for subnet in subnets])
+        estimate: Floats = parts.sum(axis=1) + rounding
+        return estimate
+
+
+def scored_choices(space: SearchSpace, part: Part) -> list[int]:
+    """Sizes short of full whose single replacement is evaluated, for every layer."""
+    if part == "attention":
+        return list(space.group_choices[:-1])
+    full = space.width_choices[-1]
+    return [min(space.width_choices[:-1], key=lambda width: abs(width - share * full)) for share in SCORED_WIDTHS]
+
+
+def fill_in(choices: Sequence[int], scored: dict[int, float], errors: dict[int, float]) -> Floats:
+    """KL of every choice [len(choices)] from the scored ones: log KL is linear in log reformation error between them.
+
+    Beyond the largest scored size KL falls in proportion to the error; the full size costs nothing.
+    """
+    known = sorted(scored)
+    log_kl = {choice: np.log(max(scored[choice], _KL_FLOOR)) for choice in known}
+    log_error = {choice: np.log(max(errors.get(choice, 1.0), 1e-12)) for choice in choices[:-1]}
+    # np.interp wants ascending abscissae: the error falls as the size grows
+    abscissae, ordinates = [log_error[c] for c in reversed(known)], [log_kl[c] for c in reversed(known)]
+    filled = []
+    for choice in choices[:-1]:
+        if choice in log_kl:
+            value = log_kl[choice]
+        elif choice > known[-1]:
+            value = log_kl[known[-1]] + log_error[choice] - log_error[known[-1]]
+        else:
+            value = float(np.interp(log_error[choice], abscissae, ordinates))
+        filled.append(float(np.exp(value)))
+    return np.array([*filled, 0.0])
+
+
+def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int) -> list[Subnet]:
+    """Up to `count` additive optima of falling latency: minima of KL + multiplier x ms, evenly spread in between."""
+    space = scores.space
+    attention_ms, mlp_ms = part_costs(space, latency, bits)
+    solutions: dict[Subnet, None] = {}
+    for multiplier in _MULTIPLIERS:
+        groups = (scores.attention + multiplier * attention_ms).argmin(axis=1)
+        widths = (scores.mlp + multiplier * mlp_ms).argmin(axis=1)
+        if not any(space.group_choices[g] for g in groups):
+            break  # a decoder without any attention is no candidate
+        layers = (
+            LayerChoice(space.group_choices[g], space.width_choices[w]) for g, w in zip(groups, widths, strict=True)
+        )
+        solutions[Subnet(tuple(layers), bits)] = None
+    distinct = [subnet for subnet in solutions if subnet != space.full(bits)]
+    if len(distinct) <= count:
+        return distinct
+    latencies = latency(distinct)
+    steps = np.linspace(latencies.max(), latencies.min(), count)
+    nearest = sorted({int(np.abs(latencies - step).argmin()) for step in steps})
+    return [distinct[i] for i in nearest]
+
+
+def part_costs(space: SearchSpace, latency: Latency, bits: int) -> tuple[Floats, Floats]:
+    """Milliseconds of one layer's attention [group choices] and MLP [width choices], relative to skipping it."""
+    full_groups, full_width = space.group_choices[-1], space.width_choices[-1]
+
+    def uniform(groups: int, width: int) -> Subnet:
+        # half of the layers, so that the model stays within what was profiled
+        changed, kept = LayerChoice(groups, width), LayerChoice(full_groups, full_width)
+        return Subnet(tuple(changed if i % 2 else kept for i in range(space.depth)), bits)
+
+    changed_layers = space.depth // 2
+    attention = latency([uniform(groups, full_width) for groups in space.group_choices]) / changed_layers
+    mlp = latency([uniform(full_groups, width) for width in space.width_choices]) / changed_layers
+    return attention - attention[0], mlp - mlp[0]

@@ -1,0 +1,52 @@
+"""From a subnet of the supernet to an exported folder with its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from export import LatencyPrediction, Manifest, Parity, export_folder
+from export.artefact import Format
+from nas.space import Subnet
+from nas.supernet import Supernet
+
+_VERSIONED = ("torch", "transformers", "onnxruntime", "openvino")
+#: Each window is fed as a prompt of 96 tokens and 32 more one by one; logits are compared at every fourth of those.
+_PROMPT_TOKENS = 96
+_PARITY_POSITIONS = range(_PROMPT_TOKENS - 1, _PROMPT_TOKENS + 32, 4)
+
+
+def export_subnet(
+    supernet: Supernet,
+    subnet: Subnet,
+    format_: Format,
+    directory: Path,
+    windows: torch.Tensor,
+    predictions: Sequence[LatencyPrediction] = (),
+) -> Path:
+    """Write `subnet` at its own bits, with the active supernet's logits on `windows` [N, 128 or more] as evidence."""
+    manifest = Manifest(
+        format=format_,
+        precision=subnet.precision,
+        shape=supernet.space.model_shape(subnet),
+        base_model=supernet.loaded.name,
+        base_fingerprint=supernet.loaded.fingerprint,
+        subnet_id=subnet.id,
+        predictions=tuple(predictions),
+        versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
+    )
+    model = supernet.extract(subnet)
+    return export_folder(model, supernet.loaded.tokenizer, manifest, parity(supernet, subnet, windows), directory)
+
+
+@torch.inference_mode()
+def parity(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> Parity:
+    """fp32 logits of the active subnet on `windows` [N, T]."""
+    tokens = windows[:, : _PARITY_POSITIONS[-1] + 1]
+    positions = torch.tensor(list(_PARITY_POSITIONS))
+    supernet.activate(subnet)
+    logits = torch.stack([supernet.model(input_ids=window[None]).logits[0, positions] for window in tokens])
+    return Parity(tokens.clone(), positions, logits.float())

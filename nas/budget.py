@@ -1,0 +1,129 @@
+"""Budget queries: the best trial that a device can run within the limits, from what is stored.
+
+A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by its measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hw_profiles import Workload
+from nas.latency import LatencyModel
+from nas.quality import Quality
+from nas.space import Subnet
+from nas.study import Trial
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits; None where there is none. `max_parameters_ratio` is relative to the full model."""
+
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    max_size_bytes: int | None = None
+    max_parameters_ratio: float | None = None
+    prompt_tokens: int = 128
+    context_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        limits = (self.tpot_ms, self.ttft_ms, self.max_size_bytes, self.max_parameters_ratio)
+        if all(limit is None for limit in limits):
+            raise ValueError(
+                "a query needs a budget; give --tpot-ms, --ttft-ms, --max-size-mb or --max-parameters-ratio"
+            )
+        if any(limit is not None and limit <= 0 for limit in limits):
+            raise ValueError(f"budgets must be above 0, got {self}")
+
+    @property
+    def latency_limits(self) -> dict[Workload, float]:
+        """Milliseconds allowed of each workload that is limited."""
+        limits = {
+            Workload("decode", self.context_tokens): self.tpot_ms,
+            Workload("prefill", self.prompt_tokens): self.ttft_ms,
+        }
+        return {workload: limit for workload, limit in limits.items() if limit is not None}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one workload: predicted, with its 90 % interval, and measured where it was."""
+
+    value_ms: float
+    low_ms: float
+    high_ms: float
+    measured_ms: float | None
+
+    @property
+    def admitted_ms(self) -> float:
+        """What is held against a budget."""
+        return self.high_ms if self.measured_ms is None else self.measured_ms
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A subnet, its quality, what it costs on the device, and its share of the full model's parameters."""
+
+    subnet: Subnet
+    quality: Quality
+    latencies: Mapping[Workload, Latency]
+    size_bytes: int
+    parameters: int
+    parameters_ratio: float
+
+    def excess(self, budget: Budget) -> float:
+        """By which factor the most exceeded limit is exceeded; at most 1 within the budget."""
+        ratios = [self.latencies[w].admitted_ms / limit for w, limit in budget.latency_limits.items()]
+        if budget.max_size_bytes is not None:
+            ratios.append(self.size_bytes / budget.max_size_bytes)
+        if budget.max_parameters_ratio is not None:
+            ratios.append(self.parameters_ratio / budget.max_parameters_ratio)
+        return max(ratios)
+
+
+class BudgetUnmetError(ValueError):
+    """No trial meets the budget; `nearest` comes closest."""
+
+    def __init__(self, message: str, nearest: Answer) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+def describe(trials: Sequence[Trial], models: Mapping[Workload, LatencyModel], space_parameters: int) -> list[Answer]:
+    """Every trial with its latencies on the models' device."""
+    subnets = [trial.subnet for trial in trials]
+    predictions = {workload: model.predict(subnets) for workload, model in models.items()}
+    answers = []
+    for i, trial in enumerate(trials):
+        model = next(iter(models.values()))
+        shape = model.space.model_shape(trial.subnet)
+        latencies = {
+            workload: Latency(
+                float(p.value_ms[i]),
+                float(p.low_ms[i]),
+                float(p.high_ms[i]),
+                models[workload].measured_ms(trial.subnet),
+            )
+            for workload, p in predictions.items()
+        }
+        size_bytes = shape.weight_bytes(trial.subnet.precision)
+        ratio = shape.parameters / space_parameters
+        answers.append(Answer(trial.subnet, trial.quality, latencies, size_bytes, shape.parameters, ratio))
+    return answers
+
+
+def admitted(answers: Sequence[Answer], budget: Budget) -> list[Answer]:
+    """Those within every limit, best quality first.
+
+    Raises BudgetUnmetError, with the answer that comes nearest, where there is none.
+    """
+    within = [answer for answer in answers if answer.excess(budget) <= 1]
+    if not within:
+        nearest = min(answers, key=lambda answer: answer.excess(budget))
+        costs = ", ".join(f"{w.phase} {latency.admitted_ms:.2f} ms" for w, latency in nearest.latencies.items())
+        raise BudgetUnmetError(
+            f"no subnet of the study meets the budget; the nearest, {nearest.subnet.id}, has {costs}, "
+            f"{nearest.size_bytes / 1e6:.0f} MB and {nearest.parameters_ratio:.0%} of the parameters",
+            nearest,
+        )
+    return sorted(within, key=lambda answer: answer.quality.kl)

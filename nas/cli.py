@@ -1,0 +1,422 @@
+"""The `nas` command. Every command takes --json: one object on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.table import Table
+
+from hw_profiles import RUNTIMES, ProfileError, Store, StoreError, Workload, detect, runtime
+from hw_profiles.shapes import PRECISIONS, Precision
+from nas.terminal import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_UNMET,
+    emit,
+    fail,
+    note,
+    os_error_sentence,
+    progress_bar,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Database = Annotated[str, typer.Option(envvar="NAS_DATABASE", help="SQLite file or SQLAlchemy URL.")]
+Cache = Annotated[Path, typer.Option(envvar="NAS_CACHE", help="Folder for calibration statistics and weights.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {', '.join(RUNTIMES)}.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores by default.")]
+DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
+PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
+ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
+TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
+TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
+
+_DATABASE = "llm-nas.db"
+_CACHE = Path(".llm-nas-cache")
+
+
+@app.command()
+def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
+    """What is here, and what is profiled."""
+    here = detect()
+    available = {}
+    for name in RUNTIMES:
+        try:
+            engine = runtime(name)
+            available[name] = {"version": engine.version(), "devices": engine.devices()}
+        except ImportError:
+            continue
+    with Store(database) as store:
+        known = {device.id: device.name for device in store.devices()}
+        profiled = []
+        for target in store.targets():
+            found = store.measurements(target)
+            last = max(measurement.created_at for measurement in found)
+            profiled.append(
+                {
+                    "device": target.device_id,
+                    "target": target.key,
+                    "measurements": len(found),
+                    "runtime_version": found[-1].runtime_version,
+                    "last": last.isoformat(timespec="seconds"),
+                }
+            )
+    table = Table("device", "target", "measurements", "runtime version", "last", title="Profiled")
+    for row in profiled:
+        table.add_row(*(str(value) for value in row.values()))
+    engines = "\n".join(f"  {n} {a['version']}: {', '.join(a['devices'])}" for n, a in available.items())
+    header = f"{here.id}  {here.name}, {here.cores} cores, {here.memory_bytes / 2**30:.0f} GiB\n{engines}"
+    emit({"here": {"id": here.id, **asdict(here)}, "runtimes": available, "devices": known, "profiled": profiled},
+         as_json, header, table)  # fmt: skip
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")],
+    runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {', '.join(RUNTIMES)}.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PRECISIONS)}.")] = None,
+    threads: Threads = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    anchors: Annotated[int, typer.Option(help="Random graphs that the predictors are fitted on.")] = 12,
+    heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
+    seed: int = 0,
+    database: Database = _DATABASE,
+    as_json: Json = False,
+) -> None:
+    """Time decoder graphs of MODEL's shapes on this machine. Run again after an interruption to go on."""
+    from nas.profiling import profile_targets
+
+    engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
+    with Store(database) as store, progress_bar("profile") as progress:
+        results = profile_targets(
+            store,
+            model,
+            engines,
+            [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)],
+            threads or detect().cores,
+            [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)],
+            counts={"anchors": anchors, "heldout": heldout, "repeats": repeats},
+            rounds=rounds,
+            seed=seed,
+            progress=progress,
+        )
+    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
+    for row in results:
+        table.add_row(row["target"], f"{row['phase']} {row['tokens']}", f"{row['full_ms']:.2f}", str(row["graphs"]))
+    emit({"device": detect().id, "targets": results}, as_json, table)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")],
+    study_name: StudyName,
+    runtime_name: RuntimeName = "openvino",
+    evaluations: Annotated[int, typer.Option(help="Subnets evaluated on text.")] = 100,
+    objective: Annotated[list[str], typer.Option(help="kl, and tpot_ms or ttft_ms.")] = ["kl", "tpot_ms"],  # noqa: B006
+    budget_ms: Annotated[float | None, typer.Option(help="Latency near which a good answer is wanted most.")] = None,
+    device: DeviceId = None,
+    threads: Threads = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    database: Database = _DATABASE,
+    cache: Cache = _CACHE,
+    as_json: Json = False,
+) -> None:
+    """Search MODEL's subnets for quality and latency. Run again after an interruption to go on."""
+    import time
+
+    from nas.families import load_model
+    from nas.latency import LatencyModel
+    from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
+    from nas.search import SearchSettings
+    from nas.search import search as run_search
+    from nas.space import SearchSpace
+    from nas.study import Study
+
+    workloads = {"tpot_ms": Workload("decode", context_tokens), "ttft_ms": Workload("prefill", prompt_tokens)}
+    if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:
+        raise ValueError(f"objectives must be kl and one of {', '.join(workloads)}, got {', '.join(objective)}")
+    settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms)
+    started = time.perf_counter()
+    with Store(database) as store:
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        space = SearchSpace.from_config(loaded.config)
+        here = detect()
+        latency = LatencyModel.fit(
+            store, device or here.id, runtime_name, threads or here.cores, space, workloads[objective[1]]
+        )
+        protocol = EvaluationProtocol(reform=reform)
+        study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict())
+        note(f"{loaded.name}: {space.size:.1e} subnets; calibrating and reforming")
+        supernet = open_supernet(loaded, space, protocol, cache)
+        with progress_bar("search") as progress:
+            trials = run_search(space, open_evaluator(supernet, protocol), latency.value_ms, study, settings, progress)
+        values_ms = latency.value_ms([trial.subnet for trial in trials])
+    rows: list[dict[str, Any]] = [
+        {
+            "id": trial.subnet.id,
+            "bits": trial.subnet.bits,
+            "role": trial.role,
+            "kl": trial.quality.kl,
+            "perplexity": trial.quality.perplexity,
+            objective[1]: float(ms),
+        }
+        for trial, ms in zip(trials, values_ms, strict=True)
+    ]
+    table = Table("subnet", "bits", "role", "KL", "perplexity", objective[1], title=f"Study {study_name}")
+    for row in sorted(rows, key=lambda row: row["kl"])[:12]:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    cost = {"evaluations": len(trials), "tokens": sum(t.quality.tokens for t in trials),
+            "seconds": time.perf_counter() - started}  # fmt: skip
+    emit({"study": study_name, "trials": rows, **cost}, as_json, table)
+
+
+@app.command()
+def query(
+    study_name: StudyName,
+    tpot_ms: TpotLimit = None,
+    ttft_ms: TtftLimit = None,
+    max_size_mb: Annotated[
+        float | None, typer.Option(help="Limit of the weights' size on disk, in 10^6 bytes.")
+    ] = None,
+    max_parameters_ratio: Annotated[float | None, typer.Option(help="Limit relative to the full model.")] = None,
+    runtime_name: RuntimeName = "openvino",
+    device: DeviceId = None,
+    threads: Threads = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    measure: Annotated[int, typer.Option(help="Finalists timed on this machine before one is returned.")] = 0,
+    database: Database = _DATABASE,
+    as_json: Json = False,
+) -> None:
+    """The best subnet of a study within a budget. Exit code 1, with the nearest, where there is none."""
+    from nas.budget import Budget
+    from nas.queries import answer_query
+    from nas.study import Study
+
+    budget = Budget(
+        tpot_ms,
+        ttft_ms,
+        None if max_size_mb is None else round(max_size_mb * 1e6),
+        max_parameters_ratio,
+        prompt_tokens,
+        context_tokens,
+    )
+    here = detect()
+    with Store(database) as store, progress_bar("query") as progress:
+        study = Study.load(store, study_name)
+        answer = answer_query(
+            store, study, budget, device or here.id, runtime_name, threads or here.cores, measure, progress
+        )
+    emit(_answer_fields(answer), as_json, _answer_table(answer))
+
+
+@app.command()
+def export(
+    study_name: StudyName,
+    subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    format_: Annotated[str, typer.Option("--format", help="openvino, onnx or huggingface.")] = "openvino",
+    precision: Annotated[str | None, typer.Option(help="fp32, int8 or int4; the subnet's own by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is, if it moved since the search.")] = None,
+    threads: Threads = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    trust_remote_code: bool = False,
+    database: Database = _DATABASE,
+    cache: Cache = _CACHE,
+    as_json: Json = False,
+) -> None:
+    """Write a subnet as a folder that stock runtimes load."""
+    from export.artefact import FORMATS
+    from nas.artefacts import export_subnet
+    from nas.families import load_model
+    from nas.protocol import EvaluationProtocol, open_supernet
+    from nas.protocol import test_windows as unseen_windows
+    from nas.queries import find_subnet, predictions_for
+    from nas.study import Study, StudyError
+
+    if format_ not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+    here = detect()
+    with Store(database) as store:
+        study = Study.load(store, study_name)
+        chosen = find_subnet(study, subnet, None if precision is None else _precision(precision))
+        workloads = [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)]
+        predictions = predictions_for(store, study.space, chosen, format_, here.id, threads or here.cores, workloads)
+    loaded = load_model(model or study.model, trust_remote_code=trust_remote_code)
+    if loaded.fingerprint != study.fingerprint:
+        raise StudyError(f"{model or study.model} is not the model that study {study_name!r} was made of; give --model")
+    protocol = EvaluationProtocol(reform=bool(study.protocol["reform"]))
+    supernet = open_supernet(loaded, study.space, protocol, cache)
+    export_subnet(supernet, chosen, format_, output, unseen_windows(loaded.tokenizer, 4, 256), predictions)
+    size_bytes = sum(file.stat().st_size for file in output.iterdir())
+    result = {"directory": str(output), "subnet": chosen.id, "precision": chosen.precision, "bytes": size_bytes}
+    emit(result, as_json, f"{output}: {chosen.id} at {chosen.precision}, {size_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def verify(
+    directories: Annotated[list[Path], typer.Argument(help="Folders that nas export wrote.")],
+    beside: Annotated[list[Path], typer.Option(help="Folders timed in the same run but not judged.")] = [],  # noqa: B006
+    tpot_ms: TpotLimit = None,
+    ttft_ms: TtftLimit = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    threads: Threads = None,
+    prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
+    rounds: Annotated[int, typer.Option(help="Rounds that every folder is timed in.")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Compare folders with the supernet they came from and time them. Exit code 1 where parity or a budget fails."""
+    from export import verify as run_verify
+
+    decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
+    checked = run_verify(
+        [*directories, *beside],
+        threads=threads or detect().cores,
+        workloads=[prefill, decode],
+        prompt=prompt,
+        rounds=rounds,
+    )
+    rows: list[dict[str, Any]] = []
+    for result in checked:
+        tpot, ttft = result.timings[decode], result.timings[prefill]
+        judged = result.directory in directories
+        rows.append(
+            {
+                "directory": str(result.directory),
+                "format": result.manifest.format,
+                "precision": result.manifest.precision,
+                "size_bytes": result.size_bytes,
+                "max_logit_difference": result.exact.max_logit_difference,
+                "mean_kl": result.exact.mean_kl,
+                "shipped_max_logit_difference": result.shipped.max_logit_difference,
+                "shipped_mean_kl": result.shipped.mean_kl,
+                "parity_holds": result.parity_holds,
+                "ttft_ms": ttft.median_ms,
+                "ttft_spread_ms": ttft.spread_ms,
+                "tpot_ms": tpot.median_ms,
+                "tpot_spread_ms": tpot.spread_ms,
+                "within_budget": not judged
+                or ((tpot_ms is None or tpot.median_ms <= tpot_ms) and (ttft_ms is None or ttft.median_ms <= ttft_ms)),
+                "generated": result.generated,
+            }
+        )
+    table = Table(
+        "folder", "precision", "MB", "max logit diff", "mean KL", "as shipped", "TTFT ms", "TPOT ms", "parity", "budget"
+    )
+    for row in rows:
+        table.add_row(
+            row["directory"], row["precision"], f"{row['size_bytes'] / 1e6:.1f}", f"{row['max_logit_difference']:.1e}",
+            f"{row['mean_kl']:.1e}", f"{row['shipped_mean_kl']:.1e}", f"{row['ttft_ms']:.1f}", f"{row['tpot_ms']:.2f}",
+            *("yes" if row[name] else "NO" for name in ("parity_holds", "within_budget")),
+        )  # fmt: skip
+    emit({"folders": rows}, as_json, table, *(f"{row['directory']}: {row['generated']!r}" for row in rows))
+    if not all(row["parity_holds"] and row["within_budget"] for row in rows):
+        raise typer.Exit(EXIT_UNMET)
+
+
+@app.command()
+def report(
+    study_name: StudyName,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    tpot_ms: TpotLimit = None,
+    runtime_name: RuntimeName = "openvino",
+    device: DeviceId = None,
+    threads: Threads = None,
+    prompt_tokens: PromptTokens = 128,
+    context_tokens: ContextTokens = 128,
+    database: Database = _DATABASE,
+    as_json: Json = False,
+) -> None:
+    """Plots of a study and of the profile behind it, as one HTML file."""
+    from nas.queries import report_data
+    from nas.report import write_report
+    from nas.study import Study
+
+    here = detect()
+    with Store(database) as store:
+        study = Study.load(store, study_name)
+        data = report_data(
+            store, study, tpot_ms, device or here.id, runtime_name, threads or here.cores, prompt_tokens, context_tokens
+        )
+    write_report(data, output)
+    emit({"report": str(output)}, as_json, f"{output}: {len(data.trials)} trials")
+
+
+def _precision(value: str) -> Precision:
+    for precision in PRECISIONS:
+        if value == precision:
+            return precision
+    raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
+
+
+def _answer_fields(answer: Any) -> dict[str, Any]:
+    latencies = {
+        "tpot_ms" if workload.phase == "decode" else "ttft_ms": {
+            "value": latency.value_ms,
+            "low": latency.low_ms,
+            "high": latency.high_ms,
+            "measured": latency.measured_ms,
+        }
+        for workload, latency in answer.latencies.items()
+    }
+    return {
+        "subnet": answer.subnet.id,
+        "bits": answer.subnet.bits,
+        "kl": answer.quality.kl,
+        "perplexity": answer.quality.perplexity,
+        "parameters": answer.parameters,
+        "parameters_ratio": answer.parameters_ratio,
+        "size_bytes": answer.size_bytes,
+        "layers": json.loads(answer.subnet.to_json())["layers"],
+        **latencies,
+    }
+
+
+def _answer_table(answer: Any) -> Table:
+    table = Table("", "value", title=f"Subnet {answer.subnet.id}, {answer.subnet.precision}")
+    table.add_row("KL to the full model", f"{answer.quality.kl:.4f}")
+    table.add_row("perplexity (search text)", f"{answer.quality.perplexity:.2f}")
+    table.add_row("parameters", f"{answer.parameters / 1e6:.1f} M ({answer.parameters_ratio:.0%})")
+    table.add_row("weights", f"{answer.size_bytes / 1e6:.1f} MB")
+    for workload, latency in answer.latencies.items():
+        measured = "" if latency.measured_ms is None else f", measured {latency.measured_ms:.2f}"
+        predicted = f"{latency.value_ms:.2f} ms [{latency.low_ms:.2f}, {latency.high_ms:.2f}]{measured}"
+        table.add_row(f"{workload.phase} {workload.tokens}", predicted)
+    return table
+
+
+def main() -> None:
+    """Entry point: every failure that a user can cause ends in one sentence and an exit code, never a traceback."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        code = fail(error.format_message(), EXIT_BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        code = fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
+    except (StoreError, ValueError, ImportError, ProfileError) as error:
+        from nas.budget import BudgetUnmetError
+
+        if isinstance(error, BudgetUnmetError):
+            code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
+        else:
+            code = fail(str(error), EXIT_BAD_INPUT)
+    except OSError as error:
+        code = fail(os_error_sentence(error), EXIT_BAD_INPUT)
+    sys.exit(code)

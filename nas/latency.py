@@ -1,0 +1,180 @@
+"""Latency of subnets on a profiled device: one predictor a precision, fitted on its measurements, and their error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles import Measurement, ModelShape, Store, Target, Workload
+from hw_profiles.profile import repeat_noise
+from hw_profiles.shapes import PRECISIONS, Precision
+from nas.space import SearchSpace, Subnet
+from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, mape, spearman, within
+
+Floats = NDArray[np.float64]
+
+
+class ProfileMissingError(ValueError):
+    """The device was not profiled for what is asked."""
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Predictors of one runtime and workload on one device. Measured subnets keep their measured value."""
+
+    space: SearchSpace
+    workload: Workload
+    predictors: dict[Precision, LatencyPredictor]
+    measured: dict[tuple[Precision, ModelShape], float]
+
+    @classmethod
+    def fit(
+        cls, store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
+    ) -> LatencyModel:
+        """Fit on everything but the held-out graphs, which stay unseen so that `errors` can judge.
+
+        Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
+        """
+        predictors: dict[Precision, LatencyPredictor] = {}
+        measured: dict[tuple[Precision, ModelShape], float] = {}
+        for precision in PRECISIONS:
+            target = Target(device_id, runtime, precision, threads)
+            found = store.measurements(target, workload, reference_id=space.base.id)
+            training = [m for m in found if m.role in ("reference", "table", "anchor")]
+            if not training:
+                continue
+            predictors[precision] = LatencyPredictor.fit(
+                [m.shape for m in training],
+                [m.latency_ms for m in training],
+                workload,
+                precision,
+                seed=0,
+                target=f"{device_id}/{target.key}",
+                runtime_version=training[-1].runtime_version,
+            )
+            measured |= {(precision, m.shape): m.latency_ms for m in found if m.role in ("reference", "finalist")}
+        if not predictors:
+            there = sorted(
+                {
+                    f"{m.target.key} {m.workload.phase} {m.workload.tokens}"
+                    for m in store.measurements(roles=["reference"])
+                }
+            )
+            raise ProfileMissingError(
+                f"{runtime} with {threads} threads was not profiled for {workload.phase} at {workload.tokens} tokens "
+                f"and this model (profiled: {', '.join(there) or 'nothing'}); run nas profile first"
+            )
+        return cls(space, workload, predictors, measured)
+
+    def predict(self, subnets: Sequence[Subnet]) -> LatencyPrediction:
+        """Expected milliseconds with 90 % intervals, [n]; ProfileMissingError for a precision that was not profiled."""
+        value, low, high = (np.empty(len(subnets)) for _ in range(3))
+        shapes = [self.space.model_shape(subnet) for subnet in subnets]
+        for precision in {subnet.precision for subnet in subnets}:
+            if precision not in self.predictors:
+                raise ProfileMissingError(
+                    f"precision {precision} was not profiled (only {', '.join(self.predictors)}); run nas profile "
+                    f"--precision {precision}"
+                )
+            rows = [i for i, subnet in enumerate(subnets) if subnet.precision == precision]
+            predicted = self.predictors[precision].predict([shapes[i] for i in rows])
+            value[rows], low[rows], high[rows] = predicted.value_ms, predicted.low_ms, predicted.high_ms
+        return LatencyPrediction(value, low, high)
+
+    def value_ms(self, subnets: Sequence[Subnet]) -> Floats:
+        """Expected milliseconds alone, [n]: what a search minimises."""
+        return self.predict(subnets).value_ms
+
+    def measured_ms(self, subnet: Subnet) -> float | None:
+        return self.measured.get((subnet.precision, self.space.model_shape(subnet)))
+
+
+@dataclass(frozen=True)
+class HeldoutGraph:
+    """A graph that no predictor was fitted on, and what each of them says of it, in ms."""
+
+    precision: Precision
+    shape: ModelShape
+    measured_ms: float
+    predicted_ms: float
+    low_ms: float
+    high_ms: float
+    additive_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyErrors:
+    """Over the held-out graphs of all precisions; rank correlations within each precision, then averaged."""
+
+    runtime: str
+    workload: Workload
+    samples: int
+    mape: float
+    within_5: float
+    within_10: float
+    interval_coverage: float
+    spearman: float
+    additive_mape: float
+    flops_spearman: float
+    repeat_noise: float | None
+    graphs: tuple[HeldoutGraph, ...]
+
+
+def held_out_errors(
+    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
+) -> LatencyErrors:
+    """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
+    model = LatencyModel.fit(store, device_id, runtime, threads, space, workload)
+    graphs: list[HeldoutGraph] = []
+    noises = []
+    for precision, predictor in model.predictors.items():
+        target = Target(device_id, runtime, precision, threads)
+        found = store.measurements(target, workload, reference_id=space.base.id)
+        heldout = [m for m in found if m.role == "heldout"]
+        if heldout:
+            predicted = predictor.predict([m.shape for m in heldout])
+            additive_ms = _additive(found).predict([m.shape for m in heldout])
+            columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
+            graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
+        if (noise := repeat_noise(store, target, workload)) is not None:
+            noises.append(noise)
+    if not graphs:
+        raise ProfileMissingError(
+            f"{runtime} has no held-out graphs for {workload.phase}; profile with held-out graphs"
+        )
+    actual, predicted_ms = (np.array([getattr(g, name) for g in graphs]) for name in ("measured_ms", "predicted_ms"))
+    by_precision = [
+        [g for g in graphs if g.precision == precision] for precision in dict.fromkeys(g.precision for g in graphs)
+    ]
+    return LatencyErrors(
+        runtime=runtime,
+        workload=workload,
+        samples=len(graphs),
+        mape=mape(predicted_ms, actual),
+        within_5=within(predicted_ms, actual, 0.05),
+        within_10=within(predicted_ms, actual, 0.10),
+        interval_coverage=float(np.mean([g.low_ms <= g.measured_ms <= g.high_ms for g in graphs])),
+        spearman=_mean_spearman(by_precision, lambda g: g.predicted_ms),
+        additive_mape=mape(np.array([g.additive_ms for g in graphs]), actual),
+        flops_spearman=_mean_spearman(by_precision, lambda g: g.shape.flops(workload)),
+        repeat_noise=float(np.median(noises)) if noises else None,
+        graphs=tuple(graphs),
+    )
+
+
+def _additive(found: Sequence[Measurement]) -> AdditiveTable:
+    reference = next(m for m in found if m.role == "reference")
+    table = [m for m in found if m.role == "table"]
+    return AdditiveTable.fit(
+        reference.shape, reference.latency_ms, [m.shape for m in table], [m.latency_ms for m in table]
+    )
+
+
+def _mean_spearman(groups: Sequence[Sequence[HeldoutGraph]], estimate: Callable[[HeldoutGraph], float]) -> float:
+    values = [
+        spearman(np.array([estimate(g) for g in group]), np.array([g.measured_ms for g in group])) for group in groups
+    ]
+    return float(np.mean(values))

@@ -1,0 +1,63 @@
+"""How quality is measured: which text calibrates, which guides the search, which is only reported on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.evaluate import Evaluator
+from nas.families import LoadedModel, fast_dtype
+from nas.space import SearchSpace
+from nas.supernet import Supernet
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """Windows of tokens: `calibration` for orders and weights, `search` for the KL of trials.
+
+    A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`.
+    """
+
+    calibration_windows: int = 64
+    calibration_tokens: int = 256
+    search_windows: int = 16
+    search_tokens: int = 256
+    reform: bool = True
+    calibration_files: Sequence[Path] = CALIBRATION_FILES
+    search_files: Sequence[Path] = SEARCH_FILES
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = asdict(self)
+        for name in ("calibration_files", "search_files"):
+            fields[name] = [sha256(Path(file).read_bytes()).hexdigest()[:16] for file in fields[name]]
+        return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
+
+    def calibration(self, tokenizer: Any) -> torch.Tensor:
+        return file_windows(tokenizer, self.calibration_files, self.calibration_windows, self.calibration_tokens)
+
+    def search(self, tokenizer: Any) -> torch.Tensor:
+        return file_windows(tokenizer, self.search_files, self.search_windows, self.search_tokens)
+
+
+def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:
+    """Text that neither calibration nor search sees, [windows, tokens]."""
+    return file_windows(tokenizer, TEST_FILES, windows, tokens)
+
+
+def open_supernet(
+    loaded: LoadedModel, space: SearchSpace, protocol: EvaluationProtocol, cache_dir: Path | None
+) -> Supernet:
+    """The prepared supernet of a loaded model, from the cache where it was made before."""
+    supernet = Supernet(loaded, space)
+    supernet.prepare(protocol.calibration(loaded.tokenizer), reform=protocol.reform, cache_dir=cache_dir)
+    return supernet
+
+
+def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:
+    return Evaluator(supernet, protocol.search(supernet.loaded.tokenizer))

@@ -1,0 +1,166 @@
+"""What the commands ask of a stored study: the answer to a budget, one subnet, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from export import FORMAT_OF_RUNTIME, LatencyPrediction
+from hw_profiles import Store, Target, Workload, runtime
+from hw_profiles.profile import Progress
+from hw_profiles.shapes import BLOCK_BITS, Precision
+from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
+from nas.profiling import measure_finalists
+from nas.report import LatencyError, MeasuredLatency, ReportData, TrialPoint
+from nas.space import SearchSpace, Subnet
+from nas.study import Study, StudyError
+
+
+def answer_query(
+    store: Store,
+    study: Study,
+    budget: Budget,
+    device_id: str,
+    runtime_name: str,
+    threads: int,
+    measure: int,
+    progress: Progress = lambda done, total, what: None,
+) -> Answer:
+    """The trial of best quality within the budget; with `measure` only one that was timed and still met it.
+
+    Raises BudgetUnmetError where there is none.
+    """
+    workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens)]
+
+    def answers() -> list[Answer]:
+        models = {
+            workload: LatencyModel.fit(store, device_id, runtime_name, threads, study.space, workload)
+            for workload in workloads
+        }
+        return describe(study.trials(), models, study.space.base.parameters)
+
+    within = admitted(answers(), budget)
+    while measure and (unmeasured := [a for a in within[:measure] if not _is_measured(a)]):
+        for precision in {answer.subnet.precision for answer in unmeasured}:
+            target = Target(device_id, runtime_name, precision, threads)
+            shapes = [study.space.model_shape(a.subnet) for a in unmeasured if a.subnet.precision == precision]
+            engine = runtime(runtime_name)
+            measure_finalists(store, target, engine, study.space.base, shapes, workloads, progress)
+        within = admitted(answers(), budget)
+        if _is_measured(within[0]):
+            break
+    return within[0]
+
+
+def _is_measured(answer: Answer) -> bool:
+    return all(latency.measured_ms is not None for latency in answer.latencies.values())
+
+
+def find_subnet(study: Study, name: str, precision: Precision | None) -> Subnet:
+    """A trial by its id, or `full`, at its own bits or at those of `precision`."""
+    if name == "full":
+        return study.space.full(BLOCK_BITS[precision or "fp32"])
+    for trial in study.trials():
+        if trial.subnet.id == name:
+            return trial.subnet if precision is None else replace(trial.subnet, bits=BLOCK_BITS[precision])
+    raise StudyError(f"study {study.name!r} has no subnet {name!r}; take an id from nas query or nas search, or `full`")
+
+
+def predictions_for(
+    store: Store,
+    space: SearchSpace,
+    subnet: Subnet,
+    format_: str,
+    device_id: str,
+    threads: int,
+    workloads: Sequence[Workload],
+) -> list[LatencyPrediction]:
+    """What the device's profile says of a subnet in a format; empty where its runtime was not profiled."""
+    predictions = []
+    for runtime_name, format_of_runtime in FORMAT_OF_RUNTIME.items():
+        for workload in workloads if format_of_runtime == format_ else ():
+            try:
+                predicted = LatencyModel.fit(store, device_id, runtime_name, threads, space, workload).predict([subnet])
+            except ProfileMissingError:
+                continue
+            target = f"{device_id}/{Target(device_id, runtime_name, subnet.precision, threads).key}"
+            values = (float(column[0]) for column in (predicted.value_ms, predicted.low_ms, predicted.high_ms))
+            predictions.append(LatencyPrediction(workload.phase, workload.tokens, workload.batch_size, target, *values))
+    return predictions
+
+
+def report_data(
+    store: Store,
+    study: Study,
+    tpot_ms: float | None,
+    device_id: str,
+    runtime_name: str,
+    threads: int,
+    prompt_tokens: int,
+    context_tokens: int,
+) -> ReportData:
+    """All that the database knows for a report; the files' own figures are for the caller to add."""
+    decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
+    latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode)
+    trials = study.trials()
+    predicted = latency.predict([trial.subnet for trial in trials])
+    chosen: Answer | None = None
+    if tpot_ms is not None:
+        answers = describe(trials, {decode: latency}, study.space.base.parameters)
+        try:
+            chosen = admitted(answers, Budget(tpot_ms=tpot_ms, context_tokens=context_tokens))[0]
+        except BudgetUnmetError:
+            chosen = None
+    profiled = sorted({target.runtime for target in store.targets() if target.device_id == device_id})
+    errors = []
+    for name in profiled:
+        for workload in (prefill, decode):
+            try:
+                errors.append(held_out_errors(store, device_id, name, threads, study.space, workload))
+            except ProfileMissingError:
+                continue
+    device = next((known.name for known in store.devices() if known.id == device_id), device_id)
+    return ReportData(
+        title=f"{study.name}: {study.model.rsplit('/', 1)[-1]}",
+        model=study.model.rsplit("/", 1)[-1],
+        device=device,
+        runtime=runtime_name,
+        precision=chosen.subnet.precision if chosen else "int8 and int4",
+        budget_tpot_ms=tpot_ms,
+        trials=[
+            TrialPoint(t.subnet.id, t.subnet.bits, t.quality.kl, t.quality.perplexity, float(ms), t.role)
+            for t, ms in zip(trials, predicted.value_ms, strict=True)
+        ],
+        chosen=chosen.subnet if chosen else None,
+        chosen_id=chosen.subnet.id if chosen else None,
+        chosen_predicted=_interval(chosen, decode) if chosen else None,
+        full=study.space.full(),
+        latency=[
+            MeasuredLatency(
+                e.runtime, e.workload.phase, g.precision, g.predicted_ms, g.low_ms, g.high_ms, g.measured_ms
+            )
+            for e in errors
+            for g in e.graphs
+        ],
+        latency_errors=[
+            LatencyError(
+                e.runtime,
+                e.workload.phase,
+                e.mape,
+                e.within_5,
+                e.within_10,
+                e.spearman,
+                e.additive_mape,
+                e.flops_spearman,
+                e.repeat_noise,
+                e.samples,
+            )
+            for e in errors
+        ],
+    )
+
+
+def _interval(answer: Answer, workload: Workload) -> tuple[float, float, float]:
+    latency = answer.latencies[workload]
+    return latency.value_ms, latency.low_ms, latency.high_ms

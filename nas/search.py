@@ -1,0 +1,208 @@
+"""Search: single-part scores, additive seeds, then rounds of predictors, evolution and true evaluations.
+
+Everything is in the database before the next step starts, and the whole run is a function of the seed and of the
+evaluations' results. Resuming is therefore replaying: what is stored is looked up instead of evaluated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.additive import AdditiveScores, Latency, fill_in, ladder, scored_choices
+from nas.evolution import choose_batch, evolve
+from nas.quality import Quality
+from nas.space import SearchSpace, Subnet
+from nas.study import Study, Trial, TrialRole
+from nas.supernet import PARTS, Part
+from predictors import QualityPredictor
+
+Floats = NDArray[np.float64]
+#: Told (steps done, steps in all, what is going on).
+Progress = Callable[[int, int, str], None]
+
+#: A candidate worse than this is of no use to anybody; it bounds the hypervolume.
+_WORST_KL = 3.0
+
+
+class Evaluates(Protocol):
+    """What the search asks of `nas.evaluate.Evaluator`."""
+
+    def evaluate(self, subnet: Subnet) -> Quality: ...
+
+    def block_kl(self, layer: int, part: Part, choice: int, bits: int) -> float: ...
+
+    def reformation_error(self, layer: int, part: Part, choice: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """`evaluations` counts trials beside the full models'; `budget_ms` asks for a good answer near that latency too."""
+
+    evaluations: int = 64
+    seed: int = 0
+    batch: int = 8
+    seeds_per_bits: int = 10
+    population: int = 96
+    generations: int = 40
+    budget_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1 or self.batch < 1 or self.population < 4:
+            raise ValueError(f"a search needs evaluations and a batch of at least 1, a population of 4, got {self}")
+
+
+def search(
+    space: SearchSpace,
+    evaluator: Evaluates,
+    latency: Latency,
+    study: Study,
+    settings: SearchSettings,
+    progress: Progress = lambda done, total, what: None,
+) -> list[Trial]:
+    """Evaluate `settings.evaluations` subnets, chosen for KL and `latency` [ms], and return the trials in order."""
+    scores = score_parts(space, evaluator, study, progress)
+    run = _Run(space, evaluator, study, {trial.subnet: trial for trial in study.trials()}, [], settings, progress)
+    for bits in space.bits_choices:
+        run.evaluate([space.full(bits)], "full")
+    scores = AdditiveScores(space, scores.attention, scores.mlp, {t.subnet.bits: t.quality.kl for t in run.trials})
+    seeds = [seed for bits in space.bits_choices for seed in ladder(scores, latency, bits, settings.seeds_per_bits)]
+    run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
+    while run.left > 0:
+        proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))
+        run.evaluate(proposals, "search")
+    return run.trials
+
+
+def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress: Progress) -> AdditiveScores:
+    """KL of every layer's attention and MLP at every size, replaced alone in the unrounded full model."""
+    stored = study.scores()
+    wanted = [
+        (layer, part, choice)
+        for layer in range(space.depth)
+        for part in PARTS
+        for choice in scored_choices(space, part)
+    ]
+    for done, (layer, part, choice) in enumerate(wanted):
+        name = _score_name(layer, part, choice)
+        if name not in stored:
+            stored[name] = evaluator.block_kl(layer, part, choice, 32)
+            study.add_score(name, stored[name])
+        progress(done + 1, len(wanted), f"scoring layer {layer} {part} at {choice}")
+
+    def table(part: Part, choices: Sequence[int]) -> Floats:
+        rows = []
+        for layer in range(space.depth):
+            scored = {c: stored[_score_name(layer, part, c)] for c in scored_choices(space, part)}
+            errors = {c: evaluator.reformation_error(layer, part, c) for c in choices[:-1]}
+            rows.append(fill_in(choices, scored, errors))
+        return np.array(rows)
+
+    return AdditiveScores(space, table("attention", space.group_choices), table("mlp", space.width_choices), {})
+
+
+def propose(
+    space: SearchSpace,
+    scores: AdditiveScores,
+    latency: Latency,
+    trials: Sequence[Trial],
+    settings: SearchSettings,
+    count: int,
+) -> list[Subnet]:
+    """The next batch: evolution on the quality predictor and the latency, from the trials and fresh additive optima."""
+    round_seed = settings.seed * 100_003 + len(trials)
+    predictor = quality_predictor(space, scores, trials, settings.seed)
+
+    def objectives(subnets: Sequence[Subnet]) -> Floats:
+        predicted = predictor.predict(quality_features(space, subnets), scores.predict(subnets)).value
+        return np.column_stack([np.log(predicted), latency(subnets)])
+
+    optima = [s for bits in space.bits_choices for s in ladder(scores, latency, bits, settings.population // 4)]
+    start = [trial.subnet for trial in sorted(trials, key=lambda trial: trial.quality.kl)] + optima
+    start = list(dict.fromkeys(start))[: settings.population * 3 // 4]
+    found = evolve(
+        space,
+        objectives,
+        start,
+        population=settings.population,
+        generations=settings.generations,
+        seed=round_seed,
+    )
+    seen = {trial.subnet for trial in trials}
+    candidates = [s for s in dict.fromkeys([*found, *optima]) if s not in seen]
+    if not candidates:
+        rng = np.random.default_rng(round_seed)
+        return [space.sample(rng) for _ in range(count)]
+    predicted = objectives(candidates)
+    known_ms = latency([trial.subnet for trial in trials])
+    known = np.column_stack([np.log([max(trial.quality.kl, 1e-6) for trial in trials]), known_ms])
+    reference = np.array([np.log(_WORST_KL), known_ms.max() * 1.01])
+    picked: list[int] = []
+    if settings.budget_ms is not None:
+        # half of the batch goes where the answer will be: the best predicted just within the budget
+        within = [i for i in np.argsort(predicted[:, 0]) if predicted[i, 1] <= settings.budget_ms]
+        picked = [int(i) for i in within[: (count + 1) // 2]]
+    rest = [i for i in range(len(candidates)) if i not in picked]
+    known = np.vstack([known, predicted[picked]])
+    batch = choose_batch([candidates[i] for i in rest], predicted[rest], known, reference, count - len(picked))
+    return [candidates[i] for i in [*picked, *(rest[j] for j in batch)]]
+
+
+def quality_predictor(
+    space: SearchSpace, scores: AdditiveScores, trials: Sequence[Trial], seed: int
+) -> QualityPredictor:
+    subnets = [trial.subnet for trial in trials]
+    kl = np.array([trial.quality.kl for trial in trials])
+    return QualityPredictor.fit(quality_features(space, subnets), scores.predict(subnets), kl, seed)
+
+
+def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:
+    """Choice indices, then sums: [n, 2 x layers + 1 + 4]."""
+    genes = np.array([space.encode(subnet) for subnet in subnets], dtype=np.float64)
+    groups, widths = genes[:, :-1:2], genes[:, 1:-1:2]
+    sums = [groups.sum(1), widths.sum(1), (groups == 0).sum(1), (widths == 0).sum(1)]
+    return np.column_stack([genes, *sums])
+
+
+@dataclass
+class _Run:
+    """Trials of this run in order, whether evaluated now or found stored."""
+
+    space: SearchSpace
+    evaluator: Evaluates
+    study: Study
+    stored: dict[Subnet, Trial]
+    trials: list[Trial]
+    settings: SearchSettings
+    progress: Progress
+
+    @property
+    def left(self) -> int:
+        return self.settings.evaluations - sum(trial.role != "full" for trial in self.trials)
+
+    def evaluate(self, subnets: Sequence[Subnet], role: TrialRole) -> None:
+        for subnet in subnets:
+            trial = self.stored.get(subnet)
+            if trial is None:
+                trial = Trial(subnet, self.evaluator.evaluate(subnet), role)
+                self.study.add(trial)
+                self.stored[subnet] = trial
+            # the role is this run's: a study may hold the same subnet from a run with another seed
+            self.trials.append(Trial(subnet, trial.quality, role))
+            done = self.settings.evaluations - self.left
+            self.progress(done, self.settings.evaluations, f"evaluating {role} {subnet.id}")
+
+
+def _interleaved(seeds: Sequence[Subnet], bits_choices: Sequence[int]) -> list[Subnet]:
+    """Round robin over the bits, so that a short search sees all of them."""
+    queues = [[seed for seed in seeds if seed.bits == bits] for bits in bits_choices]
+    longest = max(map(len, queues), default=0)
+    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
+
+
+def _score_name(layer: int, part: Part, choice: int) -> str:
+    return f"{layer}.{part}.{choice}"

@@ -1,0 +1,164 @@
+"""A study in the database: a model, a space, how quality is measured, and every trial made so far.
+
+Quality does not depend on the device and latency not on the weights, so one study answers for every profiled device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from sqlalchemy import ForeignKey, PrimaryKeyConstraint, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from hw_profiles import Store
+from nas.quality import Quality
+from nas.space import SearchSpace, Subnet
+
+#: full: all layers kept; seed: an additive solution; search: proposed by evolution on the predictors.
+TrialRole = Literal["full", "seed", "search"]
+
+
+class StudyError(ValueError):
+    """The study asked for is not there, or was made for something else."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    subnet: Subnet
+    quality: Quality
+    role: TrialRole
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _Study(_Base):
+    __tablename__ = "studies"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    fingerprint: Mapped[str]
+    space: Mapped[str]
+    protocol: Mapped[str]
+    created_at: Mapped[str]
+
+
+class _Trial(_Base):
+    __tablename__ = "trials"
+    __table_args__ = (PrimaryKeyConstraint("study", "subnet_id"),)
+
+    study: Mapped[str] = mapped_column(ForeignKey(_Study.name))
+    subnet_id: Mapped[str]
+    subnet: Mapped[str]
+    role: Mapped[str]
+    kl: Mapped[float]
+    perplexity: Mapped[float]
+    tokens: Mapped[int]
+    seconds: Mapped[float]
+    created_at: Mapped[str]
+
+
+class _Score(_Base):
+    __tablename__ = "scores"
+    __table_args__ = (PrimaryKeyConstraint("study", "name"),)
+
+    study: Mapped[str] = mapped_column(ForeignKey(_Study.name))
+    name: Mapped[str]
+    kl: Mapped[float]
+
+
+class Study:
+    """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured."""
+
+    def __init__(
+        self, store: Store, name: str, model: str, fingerprint: str, space: SearchSpace, protocol: Mapping[str, object]
+    ) -> None:
+        self.store = store
+        self.name = name
+        self.model = model
+        self.fingerprint = fingerprint
+        self.space = space
+        self.protocol = dict(protocol)
+
+    @classmethod
+    def create(
+        cls, store: Store, name: str, model: str, fingerprint: str, space: SearchSpace, protocol: Mapping[str, object]
+    ) -> Study:
+        """The study of that name, made now if there is none.
+
+        Raises StudyError where the name belongs to a study of another model, space or protocol.
+        """
+        wanted = {
+            "fingerprint": fingerprint,
+            "space": space.to_json(),
+            "protocol": json.dumps(dict(protocol), sort_keys=True),
+        }
+        _Base.metadata.create_all(store.engine)
+        with store.transaction() as session:
+            row = session.get(_Study, name)
+            if row is None:
+                session.add(_Study(name=name, model=model, created_at=_now(), **wanted))
+            else:
+                differing = [what for what, value in wanted.items() if getattr(row, what) != value]
+                if differing:
+                    what = "model" if "fingerprint" in differing else " and ".join(differing)
+                    raise StudyError(
+                        f"study {name!r} was made for another {what} (it is of {row.model}); give another --study name"
+                    )
+        return cls(store, name, model, fingerprint, space, protocol)
+
+    @classmethod
+    def load(cls, store: Store, name: str) -> Study:
+        """The study of that name; StudyError, with the names there are, where it does not exist."""
+        _Base.metadata.create_all(store.engine)
+        with store.transaction() as session:
+            row = session.get(_Study, name)
+            if row is None:
+                names = ", ".join(session.scalars(select(_Study.name).order_by(_Study.name))) or "none"
+                raise StudyError(f"there is no study {name!r} in {store.where} (there: {names}); run nas search first")
+            space, protocol = SearchSpace.from_json(row.space), json.loads(row.protocol)
+            return cls(store, name, row.model, row.fingerprint, space, protocol)
+
+    def trials(self) -> list[Trial]:
+        """In the order they were made."""
+        query = select(_Trial).filter_by(study=self.name).order_by(_Trial.created_at)
+        with self.store.transaction() as session:
+            return [_trial(row) for row in session.scalars(query)]
+
+    def add(self, trial: Trial) -> None:
+        row = _Trial(
+            study=self.name,
+            subnet_id=trial.subnet.id,
+            subnet=trial.subnet.to_json(),
+            role=trial.role,
+            kl=trial.quality.kl,
+            perplexity=trial.quality.perplexity,
+            tokens=trial.quality.tokens,
+            seconds=trial.quality.seconds,
+            created_at=_now(),
+        )
+        with self.store.transaction() as session:
+            session.merge(row)
+
+    def scores(self) -> dict[str, float]:
+        """KL of single replaced parts, by the name that `add_score` was given."""
+        with self.store.transaction() as session:
+            return {row.name: row.kl for row in session.scalars(select(_Score).filter_by(study=self.name))}
+
+    def add_score(self, name: str, kl: float) -> None:
+        with self.store.transaction() as session:
+            session.merge(_Score(study=self.name, name=name, kl=kl))
+
+
+def _trial(row: _Trial) -> Trial:
+    role: TrialRole = row.role  # type: ignore[assignment]
+    return Trial(Subnet.from_json(row.subnet), Quality(row.kl, row.perplexity, row.tokens, row.seconds), role)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
