@@ -42,20 +42,25 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         architecture = metadata["general.architecture"]
-        if architecture != "llama":
-            raise NotImplementedError(
-                f"wanted a GGUF of architecture llama, got {architecture}; load its folder instead"
-            )
         tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
-        model = _llama_model(_llama_config(metadata, tied="output.weight" not in tensors), tensors)
-        tokenizer = tokenizer_from_gguf(metadata)
-    except NotImplementedError as error:
-        raise ValueError(str(error)) from error
-    except (KeyError, IndexError, TypeError, RuntimeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise _damaged(path, error) from error
+    if architecture != "llama":
         raise ValueError(
-            f"wanted a sound GGUF file, got {path}, which stops making sense: {error}; fetch it again"
-        ) from error
+            f"wanted a GGUF of architecture llama, got {architecture}; load its Hugging Face folder instead"
+        )
+    if (scaling := metadata.get("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"wanted plain rotary embeddings, got scaling {scaling}; load its Hugging Face folder instead")
+    tokenizer = tokenizer_from_gguf(metadata)
+    try:
+        model = _llama_model(_llama_config(metadata, tied="output.weight" not in tensors), tensors)
+    except (LookupError, RuntimeError) as error:
+        raise _damaged(path, error) from error
     return model, tokenizer
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"wanted a sound GGUF file, got {path}, which stops making sense: {error}; fetch it again")
 
 
 def _llama_config(metadata: dict[str, Any], *, tied: bool) -> Any:
@@ -63,10 +68,6 @@ def _llama_config(metadata: dict[str, Any], *, tied: bool) -> Any:
 
     llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     hidden, heads = llama["embedding_length"], llama["attention.head_count"]
-    if llama.get("rope.scaling.type", "none") != "none":
-        raise NotImplementedError(
-            "wanted plain rotary embeddings, got a GGUF with rope scaling; load its folder instead"
-        )
     tokens = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
     return LlamaConfig(
         vocab_size=len(metadata["tokenizer.ggml.tokens"]),

@@ -1,0 +1,48 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from nas.families import LoadedModel, wrap
+
+
+def _tiny(
+    model_type: str = "llama", *, tied: bool = True, bias: bool = False, vocabulary: int = 96, seed: int = 0
+) -> LoadedModel:
+    """Three layers, three KV groups of two heads, width 128; norms and biases random, so that checks can fail."""
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.15,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if model_type == "mistral":
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=bias, mlp_bias=bias))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return wrap(model, None, f"tiny-{model_type}")
+
+
+@pytest.fixture
+def tiny() -> Callable[..., LoadedModel]:
+    return _tiny
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """Sixteen windows of 32 tokens: more tokens than the widest input of the tiny model."""
+    return torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from nas import calibration
+from nas.calibration import collect, load_layer
+from nas.families import LoadedModel
+
+
+@pytest.fixture(autouse=True)
+def _in_fp32(monkeypatch):
+    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
+
+
+def test_sums_are_those_of_the_plain_forward(tiny, windows, tmp_path):
+    loaded = tiny()
+    seen = {}
+    layer = loaded.layers[2]
+    for name, module in (("o", layer.self_attn.o_proj), ("d", layer.mlp.down_proj), ("q", layer.self_attn.q_proj)):
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.__setitem__(name, x[0].flatten(0, 1)))
+    with torch.no_grad():
+        loaded.model(windows)
+    x = dict(seen)
+    statistics = collect(loaded, windows, tmp_path).layer(2)
+    torch.testing.assert_close(statistics.attention_output, x["o"].T @ x["o"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics.mlp_output, x["d"].T @ x["d"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics.attention_input, x["q"].T @ x["q"], rtol=1e-4, atol=1e-3)
+
+
+def test_batches_sum_to_the_same(tiny, windows, tmp_path, monkeypatch):
+    whole = collect(tiny(), windows, tmp_path / "whole").layer(1)
+    monkeypatch.setattr(calibration, "_TOKENS_AT_ONCE", 96)
+    parts = collect(tiny(), windows, tmp_path / "parts").layer(1)
+    torch.testing.assert_close(parts.mlp_output, whole.mlp_output, rtol=1e-4, atol=1e-3)
+
+
+def test_second_time_comes_from_the_cache(tiny, windows, tmp_path, monkeypatch):
+    first = collect(tiny(), windows, tmp_path)
+    monkeypatch.setattr(LoadedModel, "run_layer", None)
+    second = collect(tiny(), windows, tmp_path)
+    assert second == first
+    assert torch.equal(second.layer(0).mlp_input, first.layer(0).mlp_input)
+
+
+def test_other_weights_or_text_are_another_cache(tiny, windows, tmp_path):
+    keys = {
+        collect(tiny(), windows, tmp_path).key,
+        collect(tiny(seed=1), windows, tmp_path).key,
+        collect(tiny(), windows[:8], tmp_path).key,
+    }
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_cache_is_made_again(tiny, windows, tmp_path, damage):
+    first = collect(tiny(), windows, tmp_path)
+    wanted = first.layer(1).mlp_output.clone()
+    file = first.folder / "layer_001.safetensors"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=r"delete .* to have it rebuilt"):
+            load_layer(first.folder, 1, {"mlp_output"})
+    else:
+        file.unlink()
+    assert torch.equal(collect(tiny(), windows, tmp_path).layer(1).mlp_output, wanted)

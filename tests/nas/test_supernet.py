@@ -1,0 +1,125 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from export.quantize import fake_quantize
+from nas import calibration
+from nas.calibration import collect
+from nas.families import LoadedModel
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.supernet import Supernet
+
+SUBNET = Subnet((LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0)), 32)
+
+
+@pytest.fixture(autouse=True)
+def _in_fp32(monkeypatch):
+    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
+
+
+def _supernet(loaded, windows, **options):
+    space = SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1))
+    supernet = Supernet(loaded, space)
+    supernet.prepare(windows, **options)
+    return supernet
+
+
+@torch.no_grad()
+def _logits(supernet, windows, subnet):
+    supernet.activate(subnet)
+    return supernet.model(windows).logits
+
+
+VARIANTS = [{}, {"tied": False}, {"bias": True}, {"model_type": "mistral"}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_subnet_is_the_original_bit_for_bit(tiny, windows, variant):
+    loaded = tiny(**variant)
+    with torch.no_grad():
+        wanted = loaded.model(windows).logits
+    supernet = _supernet(loaded, windows)
+    assert torch.equal(_logits(supernet, windows, supernet.space.full(32)), wanted)
+    for subnet in (SUBNET, supernet.space.full(4), supernet.space.smallest):
+        assert not torch.allclose(_logits(supernet, windows, subnet), wanted, atol=1e-3)
+    assert torch.equal(_logits(supernet, windows, supernet.space.full(32)), wanted)
+
+
+def test_a_subnet_is_the_same_whatever_was_active_before(tiny, windows):
+    supernet = _supernet(tiny(bias=True), windows)
+    rng = np.random.default_rng(0)
+    subnets = [supernet.space.sample(rng) for _ in range(6)]
+    first = [_logits(supernet, windows, subnet) for subnet in subnets]
+    for subnet, wanted in zip(subnets[::-1], first[::-1], strict=True):
+        assert torch.equal(_logits(supernet, windows, subnet), wanted)
+
+
+@pytest.mark.parametrize("variant", [{}, {"tied": False}, {"model_type": "mistral"}])
+def test_extraction_computes_what_activation_computes(tiny, windows, variant):
+    supernet = _supernet(tiny(**variant), windows)
+    for subnet in (SUBNET, supernet.space.full(32)):
+        extracted = supernet.extract(subnet)
+        with torch.no_grad():
+            got = extracted(windows).logits
+        torch.testing.assert_close(got, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
+        assert sum(p.numel() for p in extracted.parameters()) == supernet.space.model_shape(subnet).parameters
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits):
+    supernet = _supernet(tiny(), windows)
+    subnet = Subnet(SUBNET.layers, bits)
+    model = supernet.extract(subnet)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(fake_quantize(parameter, 8 if "embed" in name or "head" in name else bits))
+    with torch.no_grad():
+        wanted = model(windows).logits
+    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_keep_whole_groups_and_the_best_weights_for_them(tiny, windows, tmp_path):
+    loaded = tiny()
+    original = copy.deepcopy(loaded.model)
+    supernet = _supernet(loaded, windows, cache_dir=tmp_path)
+    plan = supernet.plan(0, "attention")
+    weights = supernet.layer_weights(SUBNET, 0)
+    attention = original.model.layers[0].self_attn
+    group = plan.order[0]
+    heads = torch.arange(64) + 64 * group  # two heads of 32 per group
+    assert torch.equal(weights["self_attn.q_proj.weight"], attention.q_proj.weight[heads])
+    assert torch.equal(weights["self_attn.k_proj.weight"], attention.k_proj.weight[torch.arange(32) + 32 * group])
+    H = collect(loaded, windows, tmp_path).layer(0).attention_output
+    H = H + 0.01 * H.diagonal().diag()
+    wanted = torch.linalg.solve(H[heads][:, heads].double(), (H @ attention.o_proj.weight.T)[heads].double()).T
+    torch.testing.assert_close(weights["self_attn.o_proj.weight"].double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_reformation_brings_the_layer_closer_to_the_original(tiny, windows):
+    loaded = tiny()
+    with torch.no_grad():
+        wanted = loaded.model(windows).logits
+    narrow = Subnet((LayerChoice(2, 64),) * 3, 32)
+    errors = {}
+    for reform in (True, False):
+        supernet = _supernet(loaded, windows, reform=reform)
+        errors[reform] = float((_logits(supernet, windows, narrow) - wanted).square().mean())
+        supernet.activate(supernet.space.full(32))
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_cached_preparation_is_the_same_and_runs_nothing(tiny, windows, tmp_path, monkeypatch):
+    wanted = _logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
+    monkeypatch.setattr(LoadedModel, "run_layer", None)
+    assert torch.equal(_logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET), wanted)
+
+
+def test_errors_say_what_to_do(tiny, windows):
+    loaded = tiny()
+    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config))
+    with pytest.raises(ValueError, match=r"call prepare"):
+        supernet.activate(Subnet((LayerChoice(1, 64),) * 3, 32))
+    with pytest.raises(ValueError, match="for another model"):
+        Supernet(loaded, SearchSpace.from_config(tiny(tied=False).config))
