@@ -92,15 +92,16 @@ class Evaluator:
         targets = torch.nn.functional.pad(self.windows[:, 1:], (0, 1)).flatten()
         followed = torch.ones_like(self.windows, dtype=torch.bool)
         followed[:, -1] = False  # a window's last position has no next token
-        divergences, losses = [], []
+        # filled in place: small results kept between large logits would fragment the heap, by gigabytes
+        divergences, losses = torch.empty(2, len(student))
         for first in range(0, len(student), _LOGITS_AT_ONCE):
             rows = slice(first, first + _LOGITS_AT_ONCE)
             q = (student[rows] @ head).float()  # logits, [rows, V]
             p = (self._teacher[rows] @ teacher_head).float()
             log_q_sum, log_p_sum = q.logsumexp(-1), p.logsumexp(-1)
-            losses.append(log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1))
+            losses[rows] = log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
             difference = torch.sub(p, q, out=q)
             p.sub_(log_p_sum.unsqueeze(-1)).exp_()
-            divergences.append(torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum)
-        nll = torch.cat(losses)[followed.flatten()]
-        return float(torch.cat(divergences).mean(dtype=torch.float64)), float(nll.mean(dtype=torch.float64))
+            divergences[rows] = torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum
+        nll = losses[followed.flatten()]
+        return float(divergences.mean(dtype=torch.float64)), float(nll.mean(dtype=torch.float64))
