@@ -56,7 +56,7 @@ def _saliency(W: torch.Tensor, inverse: torch.Tensor, left: torch.Tensor, group:
     blocks = torch.stack([inverse[i : i + group, i : i + group] for i in (left * group).tolist()])
     W_g = W.reshape(W.shape[0], -1, group)[:, left].permute(1, 2, 0)  # [left, group, out]
     # the blocks are positive definite; besides, oneMKL's batched LU solve never returned on some of SmolLM2's
-    saved = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), W_g, upper=False)
+    saved: torch.Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), W_g, upper=False)
     return saved.square().sum((1, 2))
 
 
