@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hw_profiles.shapes import BlockShape, ModelShape
-from nas.gguf_model import load_gguf
+from nas.gguf_model import gguf_config, load_gguf
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,31 @@ def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
 
     Raises ValueError where there is nothing of that name, the file is no sound GGUF, or the family is not supported.
     """
+    source = _locate(model)
+    if isinstance(source, Path):
+        model_, tokenizer = load_gguf(source)
+        return wrap(model_, tokenizer, source.stem)
+    return _load_huggingface(source, trust_remote_code)
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of what `load_model` would load, without its weights; raises as that does."""
+    from transformers import AutoConfig
+
+    source = _locate(model)
+    if isinstance(source, Path):
+        config = gguf_config(source)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise _not_there(source, error) from error
+    _family(config)
+    return config
+
+
+def _locate(model: str) -> Path | str:
+    """The GGUF file that `model` names, otherwise the folder or Hugging Face id for transformers."""
     path = Path(model).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
@@ -150,12 +175,11 @@ def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
             )
         path = found[0]
     if path.is_file():
-        model_, tokenizer = load_gguf(path)
-        return wrap(model_, tokenizer, path.stem)
+        return path
     looks_like_path = model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith(".")
     if not path.exists() and looks_like_path:
         raise ValueError(f"wanted a Hugging Face id, a folder or a .gguf file, but there is no {path}; check the path")
-    return _load_huggingface(str(path) if path.exists() else model, trust_remote_code)
+    return str(path) if path.exists() else model
 
 
 def fingerprint(model: Any) -> str:
@@ -192,6 +216,10 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"wanted a Hugging Face model with its tokenizer at {source}, got: {reason}") from error
+        raise _not_there(source, error) from error
     return wrap(model, tokenizer, Path(source).name)
+
+
+def _not_there(source: str, error: OSError) -> ValueError:
+    reason = str(error).splitlines()[0]
+    return ValueError(f"wanted a Hugging Face model with its tokenizer at {source}, got: {reason}")

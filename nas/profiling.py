@@ -10,7 +10,7 @@ from hw_profiles import ModelShape, PlannedGraph, Store, Target, Workload, detec
 from hw_profiles.profile import Progress, profile
 from hw_profiles.runtimes import Runtime
 from hw_profiles.shapes import Precision
-from nas.families import load_model
+from nas.families import load_config
 from nas.space import SearchSpace
 
 
@@ -28,7 +28,7 @@ def profile_targets(
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[str, Any]]:
     """Time the same planned graphs on every engine and precision; `counts` are those of `hw_profiles.plan`."""
-    space = SearchSpace.from_config(load_model(model).config)
+    space = SearchSpace.from_config(load_config(model))
     planned = plan(space.base, space.block_choices(), **counts, seed=seed)
     device = detect()
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]

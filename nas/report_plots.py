@@ -77,8 +77,6 @@ STYLE: Any = {
     "ytick.color": MUTED,
 }
 LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 WIDTH_INCHES = 6.6
 
 
