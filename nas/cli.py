@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.table import Table
+from safetensors import SafetensorError
 
 from hw_profiles import RUNTIMES, ProfileError, Store, StoreError, Workload, detect, runtime
 from hw_profiles.shapes import PRECISIONS, Precision
@@ -23,6 +23,7 @@ from nas.terminal import (
     note,
     os_error_sentence,
     progress_bar,
+    safetensors_error_sentence,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -95,15 +96,16 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Time decoder graphs of MODEL's shapes on this machine. Run again after an interruption to go on."""
+    engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
+    precisions = [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)]
     from nas.profiling import profile_targets
 
-    engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
     with Store(database) as store, progress_bar("profile") as progress:
         results = profile_targets(
             store,
             model,
             engines,
-            [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)],
+            precisions,
             threads or detect().cores,
             [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)],
             counts={"anchors": anchors, "heldout": heldout, "repeats": repeats},
@@ -204,7 +206,7 @@ def query(
     as_json: Json = False,
 ) -> None:
     """The best subnet of a study within a budget. Exit code 1, with the nearest, where there is none."""
-    from nas.budget import Budget
+    from nas.budget import Budget, BudgetUnmetError
     from nas.queries import answer_query
     from nas.study import Study
 
@@ -219,9 +221,13 @@ def query(
     here = detect()
     with Store(database) as store, progress_bar("query") as progress:
         study = Study.load(store, study_name)
-        answer = answer_query(
-            store, study, budget, device or here.id, runtime_name, threads or here.cores, measure, progress
-        )
+        try:
+            answer = answer_query(
+                store, study, budget, device or here.id, runtime_name, threads or here.cores, measure, progress
+            )
+        except BudgetUnmetError as error:
+            code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
+            raise typer.Exit(code) from error
     emit(_answer_fields(answer), as_json, _answer_table(answer))
 
 
@@ -406,17 +412,17 @@ def main() -> None:
     """Entry point: every failure that a user can cause ends in one sentence and an exit code, never a traceback."""
     try:
         code = app(standalone_mode=False) or 0
-    except click.ClickException as error:
-        code = fail(error.format_message(), EXIT_BAD_INPUT)
-    except (click.Abort, KeyboardInterrupt):
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # which typer turned into this code
+    except typer.TyperException as error:
+        # no message: the help was printed, for want of a command
+        code = fail(error.format_message(), EXIT_BAD_INPUT) if error.format_message() else EXIT_BAD_INPUT
+    except (typer.Abort, KeyboardInterrupt):
         code = fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
     except (StoreError, ValueError, ImportError, ProfileError) as error:
-        from nas.budget import BudgetUnmetError
-
-        if isinstance(error, BudgetUnmetError):
-            code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
-        else:
-            code = fail(str(error), EXIT_BAD_INPUT)
+        code = fail(str(error), EXIT_BAD_INPUT)
+    except SafetensorError as error:
+        code = fail(safetensors_error_sentence(error), EXIT_BAD_INPUT)
     except OSError as error:
         code = fail(os_error_sentence(error), EXIT_BAD_INPUT)
     sys.exit(code)

@@ -37,7 +37,13 @@ def evolve(
         eliminate_duplicates=True,
     )
     result = minimize(_Surrogate(space, objectives), algorithm, ("n_gen", generations), seed=seed)
-    return [space.decode(row) for row in result.pop.get("X").astype(np.int64)]
+    found = [space.decode(row) for row in result.pop.get("X").astype(np.int64)]
+    return [subnet for subnet in found if keeps_attention(subnet)]
+
+
+def keeps_attention(subnet: Subnet) -> bool:
+    """Whether it is a candidate at all: runtimes expect a KV cache."""
+    return any(layer.num_key_value_heads for layer in subnet.layers)
 
 
 def choose_batch(
@@ -48,6 +54,8 @@ def choose_batch(
     `predicted` [n, 2], `known` [m, 2] and `reference` [2] are on the same scale. Candidates that add none come last,
     the most distant from what is chosen first.
     """
+    if not candidates:
+        return []
     front = known[pareto_front(known)] if len(known) else known.reshape(0, 2)
     scale = np.maximum(np.ptp(predicted, axis=0), 1e-9)
     chosen: list[int] = []
@@ -104,5 +112,5 @@ class _Surrogate(Problem):  # type: ignore[misc]
     def _evaluate(self, x: Genes, out: dict[str, Floats], *args: Any, **kwargs: Any) -> None:
         genes = x.astype(np.int64)
         out["F"] = self.objectives([self.space.decode(row) for row in genes])
-        # at least one layer keeps attention: runtimes expect a KV cache
+        # at least one layer keeps attention
         out["G"] = 1.0 - np.array(self.space.group_choices)[genes[:, :-1:2]].max(axis=1, keepdims=True)

@@ -14,7 +14,7 @@ from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
 from nas.profiling import measure_finalists
 from nas.report import LatencyError, MeasuredLatency, ReportData, TrialPoint
 from nas.space import SearchSpace, Subnet
-from nas.study import Study, StudyError
+from nas.study import Study, StudyError, Trial
 
 
 def answer_query(
@@ -38,7 +38,7 @@ def answer_query(
             workload: LatencyModel.fit(store, device_id, runtime_name, threads, study.space, workload)
             for workload in workloads
         }
-        return describe(study.trials(), models, study.space.base.parameters)
+        return describe(_trials(study), models, study.space.base.parameters)
 
     within = admitted(answers(), budget)
     while measure and (unmeasured := [a for a in within[:measure] if not _is_measured(a)]):
@@ -51,6 +51,13 @@ def answer_query(
         if _is_measured(within[0]):
             break
     return within[0]
+
+
+def _trials(study: Study) -> list[Trial]:
+    trials = study.trials()
+    if not trials:
+        raise StudyError(f"study {study.name!r} has no trials yet; run nas search again to go on with it")
+    return trials
 
 
 def _is_measured(answer: Answer) -> bool:
@@ -103,7 +110,7 @@ def report_data(
     """All that the database knows for a report; the files' own figures are for the caller to add."""
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
     latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode)
-    trials = study.trials()
+    trials = _trials(study)
     predicted = latency.predict([trial.subnet for trial in trials])
     chosen: Answer | None = None
     if tpot_ms is not None:

@@ -6,7 +6,7 @@ evaluations' results. Resuming is therefore replaying: what is stored is looked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.additive import AdditiveScores, Latency, fill_in, ladder, scored_choices
-from nas.evolution import choose_batch, evolve
+from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.quality import Quality
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, Trial, TrialRole
@@ -27,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 
 #: A candidate worse than this is of no use to anybody; it bounds the hypervolume.
 _WORST_KL = 3.0
+#: Random subnets drawn for one wanted where evolution finds nothing new.
+_DRAWS_PER_SUBNET = 50
 
 
 class Evaluates(Protocol):
@@ -64,7 +66,10 @@ def search(
     settings: SearchSettings,
     progress: Progress = lambda done, total, what: None,
 ) -> list[Trial]:
-    """Evaluate `settings.evaluations` subnets, chosen for KL and `latency` [ms], and return the trials in order."""
+    """Evaluate `settings.evaluations` subnets, chosen for KL and `latency` [ms], and return the trials in order.
+
+    Fewer where the space has no more.
+    """
     scores = score_parts(space, evaluator, study, progress)
     run = _Run(space, evaluator, study, {trial.subnet: trial for trial in study.trials()}, [], settings, progress)
     for bits in space.bits_choices:
@@ -74,6 +79,8 @@ def search(
     run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
     while run.left > 0:
         proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))
+        if not proposals:
+            break  # the space is used up
         run.evaluate(proposals, "search")
     return run.trials
 
@@ -135,8 +142,7 @@ def propose(
     seen = {trial.subnet for trial in trials}
     candidates = [s for s in dict.fromkeys([*found, *optima]) if s not in seen]
     if not candidates:
-        rng = np.random.default_rng(round_seed)
-        return [space.sample(rng) for _ in range(count)]
+        return _unseen(space, seen, count, round_seed)
     predicted = objectives(candidates)
     known_ms = latency([trial.subnet for trial in trials])
     known = np.column_stack([np.log([max(trial.quality.kl, 1e-6) for trial in trials]), known_ms])
@@ -150,6 +156,13 @@ def propose(
     known = np.vstack([known, predicted[picked]])
     batch = choose_batch([candidates[i] for i in rest], predicted[rest], known, reference, count - len(picked))
     return [candidates[i] for i in [*picked, *(rest[j] for j in batch)]]
+
+
+def _unseen(space: SearchSpace, seen: Collection[Subnet], count: int, seed: int) -> list[Subnet]:
+    """Up to `count` random subnets beside those seen."""
+    rng = np.random.default_rng(seed)
+    draws = dict.fromkeys(space.sample(rng) for _ in range(_DRAWS_PER_SUBNET * count))
+    return [subnet for subnet in draws if subnet not in seen and keeps_attention(subnet)][:count]
 
 
 def quality_predictor(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import ForeignKey, PrimaryKeyConstraint, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import ForeignKey, PrimaryKeyConstraint, inspect, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.schema import CreateTable
 
 from hw_profiles import Store
 from nas.quality import Quality
@@ -98,25 +100,23 @@ class Study:
             "space": space.to_json(),
             "protocol": json.dumps(dict(protocol), sort_keys=True),
         }
-        _Base.metadata.create_all(store.engine)
         with store.transaction() as session:
-            row = session.get(_Study, name)
-            if row is None:
-                session.add(_Study(name=name, model=model, created_at=_now(), **wanted))
-            else:
-                differing = [what for what, value in wanted.items() if getattr(row, what) != value]
-                if differing:
-                    what = "model" if "fingerprint" in differing else " and ".join(differing)
-                    raise StudyError(
-                        f"study {name!r} was made for another {what} (it is of {row.model}); give another --study name"
-                    )
+            _create_tables(session)
+            _insert_new(session, _Study, name=name, model=model, created_at=_now(), **wanted)
+            row = session.get_one(_Study, name)
+            differing = [what for what, value in wanted.items() if getattr(row, what) != value]
+            if differing:
+                what = "model" if "fingerprint" in differing else " and ".join(differing)
+                raise StudyError(
+                    f"study {name!r} was made for another {what} (it is of {row.model}); give another --study name"
+                )
         return cls(store, name, model, fingerprint, space, protocol)
 
     @classmethod
     def load(cls, store: Store, name: str) -> Study:
         """The study of that name; StudyError, with the names there are, where it does not exist."""
-        _Base.metadata.create_all(store.engine)
         with store.transaction() as session:
+            _create_tables(session)
             row = session.get(_Study, name)
             if row is None:
                 names = ", ".join(session.scalars(select(_Study.name).order_by(_Study.name))) or "none"
@@ -131,19 +131,17 @@ class Study:
             return [_trial(row) for row in session.scalars(query)]
 
     def add(self, trial: Trial) -> None:
-        row = _Trial(
-            study=self.name,
-            subnet_id=trial.subnet.id,
-            subnet=trial.subnet.to_json(),
-            role=trial.role,
-            kl=trial.quality.kl,
-            perplexity=trial.quality.perplexity,
-            tokens=trial.quality.tokens,
-            seconds=trial.quality.seconds,
-            created_at=_now(),
-        )
+        """One that is there already is kept and the new one dropped."""
+        row = {
+            "study": self.name,
+            "subnet_id": trial.subnet.id,
+            "subnet": trial.subnet.to_json(),
+            "role": trial.role,
+            **asdict(trial.quality),
+            "created_at": _now(),
+        }
         with self.store.transaction() as session:
-            session.merge(row)
+            _insert_new(session, _Trial, **row)
 
     def scores(self) -> dict[str, float]:
         """KL of single replaced parts, by the name that `add_score` was given."""
@@ -152,7 +150,21 @@ class Study:
 
     def add_score(self, name: str, kl: float) -> None:
         with self.store.transaction() as session:
-            session.merge(_Score(study=self.name, name=name, kl=kl))
+            _insert_new(session, _Score, study=self.name, name=name, kl=kl)
+
+
+def _create_tables(session: Session) -> None:
+    """Those that are missing: reading a study that is there needs no right to write."""
+    present = inspect(session.connection()).get_table_names()
+    for table in _Base.metadata.sorted_tables:
+        if table.name not in present:
+            session.execute(CreateTable(table, if_not_exists=True))
+
+
+def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
+    """Nothing where its key is there, also if another process inserts it at the same moment."""
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    session.execute(insert(table).values(row).on_conflict_do_nothing())
 
 
 def _trial(row: _Trial) -> Trial:

@@ -6,23 +6,25 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 EXIT_UNMET = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_errors = Console(stderr=True)
-_output = Console()
+# what is printed may hold a model's own words: no markup in it
+_errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_output = Console(markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields what long work calls with (done, total, what is going on)."""
+    """Yields what long work calls with (done, total, what is going on); the bar appears with the first call."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,11 +34,14 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[what]}", style="dim"),
     )
-    with Progress(*columns, console=_errors) as bar:
-        task = bar.add_task(title, total=None, what="")
+    bar = Progress(*columns, console=_errors)
+    with ExitStack() as stack:
 
         def update(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
+            if not bar.tasks:
+                bar.add_task(title, what="")
+                stack.enter_context(bar)
+            bar.update(bar.tasks[0].id, completed=done, total=total, what=what)
 
         yield update
 
@@ -47,22 +52,31 @@ def emit(result: dict[str, Any], as_json: bool, *renderables: Any) -> None:
         print(json.dumps(result, allow_nan=False))
         return
     for renderable in renderables:
-        _output.print(renderable)
+        _output.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
 def note(text: str) -> None:
-    _errors.print(text, style="dim", highlight=False)
+    _errors.print(text, style="dim", soft_wrap=True)
 
 
 def fail(message: str, code: int, result: dict[str, Any] | None = None) -> int:
     """One clear sentence on standard error, as JSON too where that was asked for, and the exit code to end with."""
     if "--json" in sys.argv:
         print(json.dumps({"error": message, **(result or {})}))
-    _errors.print(f"nas: {message}", style="red" if code == EXIT_BAD_INPUT else "yellow", highlight=False, markup=False)
+    sentence = " ".join(message.split())
+    _errors.print(f"nas: {sentence}", style="red" if code == EXIT_BAD_INPUT else "yellow", soft_wrap=True)
     return code
+
+
+_DISK_FULL = "the disk is full; free some space and run the same command again, what was done is kept"
+
+
+def safetensors_error_sentence(error: SafetensorError) -> str:
+    """safetensors wraps the system's errors in its own and gives their number in the text alone."""
+    return _DISK_FULL if f"os error {errno.ENOSPC})" in str(error) else str(error)
 
 
 def os_error_sentence(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        return "the disk is full; free some space and run the same command again, what was done is kept"
+        return _DISK_FULL
     return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)

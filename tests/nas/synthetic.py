@@ -1,0 +1,147 @@
+"""A space, its qualities and its latencies as formulas: what the search and its neighbours are tested on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
+from hw_profiles.shapes import Precision
+from hw_profiles.store import Role
+from nas.quality import Quality
+from nas.space import LayerChoice, SearchSpace, Subnet
+
+Floats = NDArray[np.float64]
+PART_WEIGHTS = {"attention": 0.6, "mlp": 1.0}
+
+
+def tiny_space(layers: int = 6, bits: tuple[int, ...] = (8, 4)) -> SearchSpace:
+    full = ModelShape(64, 16, 256, True, (BlockShape(4, 2, 128),) * layers)
+    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits)
+
+
+def latency_ms(subnets: Sequence[Subnet]) -> Floats:
+    """Additive: every kept part costs something for being there and something for its size; 4 bits run faster."""
+    return np.array([_one_latency_ms(subnet) for subnet in subnets])
+
+
+def _one_latency_ms(subnet: Subnet) -> float:
+    parts = sum(
+        0.1 * (layer.num_key_value_heads > 0)
+        + 0.2 * layer.num_key_value_heads
+        + 0.05 * (layer.intermediate_size > 0)
+        + 0.005 * layer.intermediate_size
+        for layer in subnet.layers
+    )
+    return 0.5 + parts * (0.7 if subnet.bits == 4 else 1.0)
+
+
+def lost(layer: LayerChoice, part: str) -> float:
+    """Share of one part that is gone, 0 to 1, in tiny_space."""
+    return 1 - (layer.num_key_value_heads / 2 if part == "attention" else layer.intermediate_size / 128)
+
+
+class SyntheticEvaluator:
+    """KL grows with what each layer loses, more in outer layers, and faster where neighbours both lose.
+
+    `seconds` slows every evaluation down; `fails_after` evaluations it raises RuntimeError.
+    """
+
+    def __init__(self, space: SearchSpace, *, seconds: float = 0.0, fails_after: int | None = None) -> None:
+        self.space = space
+        self.seconds = seconds
+        self.fails_after = fails_after
+        self.evaluated: list[Subnet] = []
+        self.scored: list[tuple[int, str, int]] = []
+
+    def evaluate(self, subnet: Subnet) -> Quality:
+        if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
+            raise RuntimeError("stop here")
+        time.sleep(self.seconds)
+        self.evaluated.append(subnet)
+        kl = self.kl(subnet)
+        return Quality(kl, float(np.exp(2 + kl)), 512, 0.25)
+
+    def block_kl(self, layer: int, part: str, choice: int, bits: int) -> float:
+        assert bits == 32
+        if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
+            raise RuntimeError("stop here")
+        self.scored.append((layer, part, choice))
+        full = self.space.full(32).layers
+        changed = LayerChoice(choice, 128) if part == "attention" else LayerChoice(2, choice)
+        return self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
+
+    def reformation_error(self, layer: int, part: str, choice: int) -> float:
+        changed = LayerChoice(choice, 0) if part == "attention" else LayerChoice(0, choice)
+        return lost(changed, part) ** 2
+
+    def kl(self, subnet: Subnet) -> float:
+        depth = len(subnet.layers)
+        losses = np.array(
+            [
+                sum(PART_WEIGHTS[part] * lost(layer, part) ** 2 for part in PART_WEIGHTS) * self._importance(i, depth)
+                for i, layer in enumerate(subnet.layers)
+            ]
+        )
+        rounding = {32: 0.0, 8: 0.002, 4: 0.05}[subnet.bits]
+        return float(rounding + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
+
+    @staticmethod
+    def _importance(layer: int, depth: int) -> float:
+        return 0.05 + 0.25 * abs(layer - (depth - 1) / 2) / depth + 0.03 * (layer * 7 % 3)
+
+
+VERSION = "2026.4"
+
+
+def shape_ms(shape: ModelShape, precision: str, workload: Workload) -> float:
+    """Milliseconds of a graph in a synthetic profile, linear in what predictors.features counts."""
+    blocks = shape.blocks
+    parts = sum(
+        0.1 * (block.num_key_value_heads > 0)
+        + 0.2 * block.num_key_value_heads
+        + 0.05 * (block.intermediate_size > 0)
+        + 0.004 * block.intermediate_size
+        for block in blocks
+    )
+    per_step = {"fp32": 2.0, "int8": 1.0, "int4": 0.7}[precision]
+    return (0.5 + per_step * parts) * (1.0 if workload.phase == "decode" else workload.tokens / 2)
+
+
+def measurement(
+    target: Target, full: ModelShape, shape: ModelShape, workload: Workload, role: Role, ms: float
+) -> Measurement:
+    reference_ms = shape_ms(full, target.precision, workload)
+    return Measurement(target, shape, workload, role, full.id, ms / reference_ms, 0.01, 9, reference_ms, VERSION)
+
+
+def fill_profile(
+    store: Store,
+    space: SearchSpace,
+    device: Device,
+    runtime: str,
+    workloads: Sequence[Workload],
+    precisions: Sequence[Precision] = ("int8", "int4"),
+    factors: Mapping[Role, float] | None = None,
+) -> None:
+    """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role."""
+    store.add_device(device)
+    for precision in precisions:
+        target = Target(device.id, runtime, precision, 1)
+        store.add_measurements(
+            [
+                measurement(
+                    target,
+                    space.base,
+                    graph.shape,
+                    work,
+                    graph.role,
+                    shape_ms(graph.shape, precision, work) * (factors or {}).get(graph.role, 1.0),
+                )
+                for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
+                for work in workloads
+            ]
+        )

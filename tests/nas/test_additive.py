@@ -1,0 +1,120 @@
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from hw_profiles import BlockShape
+from nas.additive import AdditiveScores, fill_in, ladder, scored_choices
+from nas.space import LayerChoice, SearchSpace, Subnet
+from tests.nas.synthetic import latency_ms, tiny_space
+
+
+def random_scores(space: SearchSpace, seed: int) -> AdditiveScores:
+    """Falling with size, otherwise random."""
+    rng = np.random.default_rng(seed)
+    falling = [
+        -np.sort(-rng.exponential(size=(space.depth, len(c)))) for c in (space.group_choices, space.width_choices)
+    ]
+    for table in falling:
+        table[:, -1] = 0.0
+    return AdditiveScores(space, falling[0], falling[1], {8: 0.01, 4: 0.2})
+
+
+def every_subnet(space: SearchSpace, bits: int) -> list[Subnet]:
+    choices = [LayerChoice(*sizes) for sizes in product(space.group_choices, space.width_choices)]
+    return [Subnet(layers, bits) for layers in product(choices, repeat=space.depth)]
+
+
+def test_predict_is_the_sum_of_the_parts() -> None:
+    space = tiny_space(2)
+    attention, mlp = np.array([[0.5, 0.2, 0.0], [0.7, 0.3, 0.0]]), np.array([[9.0, 4, 2, 1, 0], [8.0, 3, 2, 1, 0]])
+    scores = AdditiveScores(space, attention, mlp, {8: 0.01, 4: 0.1})
+    subnets = [
+        Subnet((LayerChoice(2, 128), LayerChoice(2, 128)), 8),
+        Subnet((LayerChoice(1, 64), LayerChoice(0, 32)), 4),
+        Subnet((LayerChoice(0, 0), LayerChoice(2, 96)), 8),
+    ]
+    assert scores.predict(subnets) == pytest.approx([0.01, 0.1 + 0.2 + 2 + 0.7 + 3, 0.01 + 0.5 + 9 + 1])
+
+
+def test_scored_choices_of_attention_are_all_and_of_mlp_near_the_shares() -> None:
+    space = tiny_space(2)
+    assert scored_choices(space, "attention") == [0, 1]
+    blocks = (BlockShape(4, 2, 512),) * 2
+    wide = SearchSpace(replace(space.base, blocks=blocks), (0, 1, 2), (0, 96, 128, 224, 512))
+    assert scored_choices(wide, "mlp") == [0, 96, 224]  # 64 and 256 are no choices
+
+
+CHOICES = (0, 32, 64, 128, 256, 512)
+ERRORS = {0: 1.0, 32: 0.6, 64: 0.4, 128: 0.2, 256: 0.08}
+SCORED = {0: 2.0, 64: 0.3, 256: 0.02}
+
+
+def test_fill_in_keeps_what_was_scored_and_is_linear_in_logs_between() -> None:
+    filled = dict(zip(CHOICES, fill_in(CHOICES, SCORED, ERRORS), strict=True))
+    assert [filled[choice] for choice in SCORED] == pytest.approx(list(SCORED.values()))
+    share = np.log(0.6 / 1.0) / np.log(0.4 / 1.0)
+    assert filled[32] == pytest.approx(2.0 ** (1 - share) * 0.3**share)
+    assert filled[512] == 0.0
+
+
+def test_fill_in_falls_in_proportion_beyond_the_largest_scored() -> None:
+    filled = fill_in(CHOICES, {0: 2.0, 64: 0.3}, ERRORS)
+    assert filled[3:5] == pytest.approx([0.3 * 0.2 / 0.4, 0.3 * 0.08 / 0.4])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fill_in_is_monotone_for_monotone_inputs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    errors = dict(zip(CHOICES[:-1], [1.0, *sorted(rng.uniform(0, 1, 4), reverse=True)], strict=True))
+    kls = sorted(rng.exponential(size=3), reverse=True)
+    filled = fill_in(CHOICES, dict(zip((0, 32, 128), kls, strict=True)), errors)
+    assert (np.diff(filled) <= 0).all()
+
+
+def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Andrew's monotone chain, lower half, of (ms, KL)."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted(points):
+        while len(hull) >= 2:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (x1 - x0) * (point[1] - y0) - (y1 - y0) * (point[0] - x0) > 1e-12:
+                break
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, seed: int) -> None:
+    space = tiny_space(layers)
+    scores = random_scores(space, seed)
+    steps = ladder(scores, latency_ms, 8, count=1000)
+    everything = every_subnet(space, 8)
+    hull = lower_hull(list(zip(latency_ms(everything).tolist(), scores.predict(everything).tolist(), strict=True)))
+    hull_ms, hull_kl = np.array(hull).T
+    own_ms, own_kl = latency_ms(steps), scores.predict(steps)
+    assert own_kl == pytest.approx(np.interp(own_ms, hull_ms, hull_kl))
+    assert len(set(steps)) == len(steps)
+    # a vertex is the optimum of all multipliers between the slopes beside it; narrow ranges may fall through
+    slopes = -np.diff(hull_kl) / np.diff(hull_ms)
+    wide = [i for i in range(1, len(hull) - 1) if slopes[i - 1] > 1.15 * slopes[i] and slopes[i] > 1e-5]
+    found = {round(ms, 9) for ms in own_ms}
+    fastest = own_ms.min()  # faster ones are without attention
+    assert {round(hull_ms[i], 9) for i in wide if hull_ms[i] >= fastest} <= found
+    assert fastest < latency_ms([space.full(8)])[0]
+    without = [subnet for subnet in everything if not any(layer.num_key_value_heads for layer in subnet.layers)]
+    assert not set(steps) & {*without, space.full(8)}
+
+
+def test_a_short_ladder_is_a_spread_choice_of_the_long_one() -> None:
+    scores = random_scores(tiny_space(6), 0)
+    everything, short = ladder(scores, latency_ms, 4, count=1000), ladder(scores, latency_ms, 4, count=4)
+    assert set(short) <= set(everything)
+    assert 2 <= len(short) <= 4
+    assert {step.bits for step in short} == {4}
+    ms, short_ms = latency_ms(everything), latency_ms(short)
+    assert short_ms.max() == ms.max()
+    assert short_ms.min() == ms.min()

@@ -1,0 +1,118 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from hw_profiles import Device, Store, Target, Workload
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
+from nas.space import Subnet
+from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
+
+DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
+SPACE = tiny_space(4)
+DECODE, PREFILL = Workload("decode", 16), Workload("prefill", 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(str(tmp_path / "profiles.db")) as opened:
+        yield opened
+
+
+def fit(store: Store, workload: Workload = DECODE, runtime: str = "openvino", threads: int = 1) -> LatencyModel:
+    return LatencyModel.fit(store, DEVICE.id, runtime, threads, SPACE, workload)
+
+
+def random_subnets(count: int = 40) -> list[Subnet]:
+    rng = np.random.default_rng(7)
+    return [SPACE.sample(rng) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workload", [DECODE, PREFILL])
+def test_predictions_are_those_of_each_subnets_own_precision(store: Store, workload: Workload) -> None:
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE, PREFILL])
+    subnets = random_subnets()
+    assert {subnet.bits for subnet in subnets} == {8, 4}
+    expected = [shape_ms(SPACE.model_shape(subnet), subnet.precision, workload) for subnet in subnets]
+    model = fit(store, workload)
+    predicted = model.predict(subnets)
+    assert predicted.value_ms == pytest.approx(expected, rel=1e-3)
+    assert (predicted.low_ms <= predicted.value_ms).all()
+    assert (predicted.value_ms <= predicted.high_ms).all()
+    assert np.array_equal(model.value_ms(subnets), predicted.value_ms)
+    assert len(model.predict([]).value_ms) == 0
+
+
+def test_held_out_and_finalist_graphs_are_not_fitted_on(store: Store) -> None:
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], factors={"heldout": 5.0, "repeat": 5.0})
+    subnets = random_subnets()
+    target = Target(DEVICE.id, "openvino", "int8", 1)
+    shape = SPACE.model_shape(subnets[0])
+    store.add_measurements([measurement(target, SPACE.base, shape, DECODE, "finalist", 99.0)])
+    expected = [shape_ms(SPACE.model_shape(subnet), subnet.precision, DECODE) for subnet in subnets]
+    assert fit(store).predict(subnets).value_ms == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_the_full_model_and_finalists_count_as_measured(store: Store) -> None:
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE])
+    finalist, other = random_subnets()[:2]
+    target = Target(DEVICE.id, "openvino", finalist.precision, 1)
+    shape = SPACE.model_shape(finalist)
+    store.add_measurements([measurement(target, SPACE.base, shape, DECODE, "finalist", 3.25)])
+    model = fit(store)
+    assert model.measured_ms(finalist) == pytest.approx(3.25)
+    assert model.measured_ms(other) is None
+    assert model.measured_ms(SPACE.full(4)) == pytest.approx(shape_ms(SPACE.base, "int4", DECODE))
+    opposite = Subnet(finalist.layers, 12 - finalist.bits)
+    assert model.measured_ms(opposite) is None  # the same shape at other bits
+
+
+def test_what_is_missing_is_named(store: Store) -> None:
+    with pytest.raises(ProfileMissingError, match=r"\(profiled: nothing\); run nas profile"):
+        fit(store)
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], precisions=["int8"])
+    there = r"profiled: openvino/int8/1 thread decode 16\)"
+    for options in ({"workload": PREFILL}, {"runtime": "onnxruntime"}, {"threads": 2}):
+        with pytest.raises(ProfileMissingError, match=there):
+            fit(store, **options)  # type: ignore[arg-type]
+    with pytest.raises(ProfileMissingError, match=r"int4 was not profiled \(only int8\).*--precision int4"):
+        fit(store).predict([SPACE.full(8), SPACE.full(4)])
+
+
+def test_another_models_profile_is_not_used(store: Store) -> None:
+    fill_profile(store, tiny_space(3), DEVICE, "openvino", [DECODE])
+    with pytest.raises(ProfileMissingError, match="and this model"):
+        fit(store)
+
+
+def test_errors_are_those_of_graphs_that_took_a_tenth_longer(store: Store) -> None:
+    """The profile is exact but for the held-out graphs: 1.1 times, and 1.1 x 1.05 in the second timing."""
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], factors={"heldout": 1.1, "repeat": 1.1 * 1.05})
+    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+    assert errors.samples == len(errors.graphs) == 12  # six of each precision
+    assert errors.mape == pytest.approx(1 - 1 / 1.1, rel=0.01)
+    assert (errors.within_5, errors.within_10) == (0.0, 1.0)
+    assert errors.interval_coverage == 0.0
+    assert errors.spearman == pytest.approx(1.0)
+    assert errors.repeat_noise == pytest.approx(0.05)
+    assert errors.additive_mape == pytest.approx(1 - 1 / 1.1, rel=0.01)  # the formula is additive
+    by_flops = [
+        spearmanr([g.shape.flops(DECODE) for g in graphs], [g.measured_ms for g in graphs]).statistic
+        for graphs in ([g for g in errors.graphs if g.precision == p] for p in ("int8", "int4"))
+    ]
+    assert errors.flops_spearman == pytest.approx(np.mean(by_flops))
+    for graph in errors.graphs:
+        assert graph.measured_ms == pytest.approx(1.1 * shape_ms(graph.shape, graph.precision, DECODE))
+        assert graph.predicted_ms == pytest.approx(shape_ms(graph.shape, graph.precision, DECODE), rel=1e-3)
+
+
+def test_errors_need_held_out_graphs(store: Store) -> None:
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE])
+    with Store("sqlite://") as few:  # the same without them
+        few.add_device(DEVICE)
+        few.add_measurements([m for m in store.measurements() if m.role not in ("heldout", "repeat")])
+        assert few.measurements()[0].runtime_version == VERSION
+        with pytest.raises(ProfileMissingError, match="no held-out graphs for decode"):
+            held_out_errors(few, DEVICE.id, "openvino", 1, SPACE, DECODE)

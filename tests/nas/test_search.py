@@ -1,0 +1,187 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hw_profiles import Store
+from nas.pareto import hypervolume
+from nas.search import SearchSettings, search
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.study import Study, Trial
+from tests.nas.synthetic import SyntheticEvaluator, latency_ms, tiny_space
+
+SETTINGS = SearchSettings(evaluations=26, batch=6, seeds_per_bits=5, population=24, generations=8)
+REFERENCE = (3.0, 12.0)
+
+
+def open_study(store: Store, space: SearchSpace) -> Study:
+    return Study.create(store, "s", "a model", "0123", space, {"windows": 2})
+
+
+def run(store: Store, evaluator: SyntheticEvaluator, settings: SearchSettings = SETTINGS) -> list[Trial]:
+    return search(evaluator.space, evaluator, latency_ms, open_study(store, evaluator.space), settings)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(str(tmp_path / "search.db")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], SyntheticEvaluator]:
+    """A run of SETTINGS in a database of its own, and what it evaluated."""
+    evaluator = SyntheticEvaluator(tiny_space())
+    with Store(str(tmp_path_factory.mktemp("reference") / "search.db")) as opened:
+        return run(opened, evaluator), evaluator
+
+
+def objectives(subnets: list[Subnet]) -> list[tuple[float, float]]:
+    kl = [SyntheticEvaluator(tiny_space()).kl(subnet) for subnet in subnets]
+    return list(zip(kl, latency_ms(subnets).tolist(), strict=True))
+
+
+def test_runs_to_the_count_in_order_without_duplicates(
+    uninterrupted: tuple[list[Trial], SyntheticEvaluator],
+) -> None:
+    trials, evaluator = uninterrupted
+    space = evaluator.space
+    assert [t.subnet for t in trials[:2]] == [space.full(8), space.full(4)]
+    roles = [trial.role for trial in trials]
+    assert roles == sorted(roles, key=["full", "seed", "search"].index)
+    assert [roles.count(role) for role in ("full", "seed")] == [2, 10]
+    assert len(trials) == 2 + SETTINGS.evaluations
+    assert len({trial.subnet for trial in trials}) == len(trials)
+    assert evaluator.evaluated == [trial.subnet for trial in trials]
+    assert all(trial.quality.kl == evaluator.kl(trial.subnet) for trial in trials)
+    assert len(set(evaluator.scored)) == len(evaluator.scored)
+    assert all(trial.subnet in space and any(c.num_key_value_heads for c in trial.subnet.layers) for trial in trials)
+
+
+def test_beats_as_many_random_subnets(uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:
+    found = hypervolume(objectives([trial.subnet for trial in uninterrupted[0]]), REFERENCE)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        random = [tiny_space().sample(rng) for _ in uninterrupted[0]]
+        assert found > 1.03 * hypervolume(objectives(random), REFERENCE)
+
+
+def test_rounds_of_search_improve_on_the_seeds(uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:
+    trials = uninterrupted[0]
+    seeds = [trial.subnet for trial in trials if trial.role != "search"]
+    assert hypervolume(objectives([t.subnet for t in trials]), REFERENCE) > hypervolume(objectives(seeds), REFERENCE)
+
+
+def test_a_budget_draws_trials_below_it(store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:
+    budget_ms = 4.0
+    settings = SearchSettings(**{**vars(SETTINGS), "budget_ms": budget_ms})
+    with_budget = run(store, SyntheticEvaluator(tiny_space()), settings)
+
+    def best(trials: list[Trial]) -> float:
+        return min(t.quality.kl for t in trials if latency_ms([t.subnet])[0] <= budget_ms)
+
+    def near(trials: list[Trial]) -> int:
+        return sum(0.85 * budget_ms <= latency_ms([t.subnet])[0] <= budget_ms for t in trials if t.role == "search")
+
+    assert near(with_budget) > near(uninterrupted[0])
+    assert best(with_budget) <= best(uninterrupted[0])
+
+
+@pytest.mark.parametrize("stop", [0, 5, 24, 25, 31, 45])
+def test_resumed_search_ends_like_the_uninterrupted_one(
+    store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator], stop: int
+) -> None:
+    """24 scores come first, then two full models and the seeds; 45 is in the middle of the second round."""
+    trials, reference = uninterrupted
+    assert len(reference.scored) == 6 * 4
+    first = SyntheticEvaluator(tiny_space(), fails_after=stop)
+    with pytest.raises(RuntimeError, match="stop here"):
+        run(store, first)
+    again = SyntheticEvaluator(tiny_space())
+    resumed = run(store, again)
+    assert resumed == trials
+    assert open_study(store, tiny_space()).trials() == trials
+    assert first.evaluated + again.evaluated == reference.evaluated
+    assert first.scored + again.scored == reference.scored
+
+
+def test_a_finished_search_evaluates_nothing_and_goes_on_where_more_is_asked(
+    store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator]
+) -> None:
+    short = SearchSettings(**{**vars(SETTINGS), "evaluations": 10 + SETTINGS.batch})
+    run(store, SyntheticEvaluator(tiny_space()), short)
+    idle, further = SyntheticEvaluator(tiny_space()), SyntheticEvaluator(tiny_space())
+    assert run(store, idle, short) == uninterrupted[0][: 2 + short.evaluations]
+    assert idle.evaluated == idle.scored == []
+    assert run(store, further) == uninterrupted[0]
+    assert len(further.evaluated) == SETTINGS.evaluations - short.evaluations
+
+
+def test_another_seed_searches_elsewhere_in_the_same_study(
+    store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator]
+) -> None:
+    evaluator = SyntheticEvaluator(tiny_space())
+    run(store, evaluator)
+    before = list(evaluator.evaluated)
+    other = run(store, evaluator, SearchSettings(**{**vars(SETTINGS), "seed": 1}))
+    assert len(other) == len(uninterrupted[0])
+    assert [t.role for t in other] == [t.role for t in uninterrupted[0]]
+    assert {t.subnet for t in other} - set(before) == set(evaluator.evaluated[len(before) :]) != set()
+    assert len(set(evaluator.evaluated)) == len(evaluator.evaluated)
+
+
+def test_a_small_space_is_searched_to_its_end(store: Store) -> None:
+    space = SearchSpace(tiny_space(2).base, (0, 2), (0, 128), (8,))
+    trials = run(store, SyntheticEvaluator(space), SearchSettings(**{**vars(SETTINGS), "evaluations": 40}))
+    choices = [LayerChoice(groups, width) for groups in (0, 2) for width in (0, 128)]
+    everything = {Subnet((a, b), 8) for a in choices for b in choices if a.num_key_value_heads + b.num_key_value_heads}
+    assert len(everything) == 12
+    assert {trial.subnet for trial in trials} == everything
+    assert len(trials) == 12
+
+
+@pytest.mark.parametrize("settings", [{"evaluations": 0}, {"batch": 0}, {"population": 3}])
+def test_settings_that_make_no_search_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        SearchSettings(**settings)
+
+
+SEARCHER = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.nas.test_search import *
+with Store({path!r}) as store:
+    print("started", flush=True)
+    run(store, SyntheticEvaluator(tiny_space(), seconds=0.05))
+"""
+
+
+def test_a_killed_search_goes_on_after_the_last_trial(
+    tmp_path: Path, uninterrupted: tuple[list[Trial], SyntheticEvaluator]
+) -> None:
+    trials, reference = uninterrupted
+    root, path = Path(__file__).parents[2], tmp_path / "killed.db"
+    command = [sys.executable, "-c", SEARCHER.format(root=str(root), path=str(path))]
+    with Store(str(path)) as store, subprocess.Popen(command, stdout=subprocess.PIPE) as searcher:
+        assert searcher.stdout
+        assert searcher.stdout.readline() == b"started\n"
+        study = open_study(store, tiny_space())
+        deadline = time.monotonic() + 60
+        while len(study.trials()) < 15 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(searcher.pid, signal.SIGKILL)
+        assert searcher.wait() == -signal.SIGKILL
+        done = study.trials()
+        assert 15 <= len(done) < len(trials)
+        assert done == trials[: len(done)]
+        again = SyntheticEvaluator(tiny_space())
+        assert run(store, again) == trials
+        assert study.trials() == trials
+    assert again.evaluated == reference.evaluated[len(done) :]
+    assert again.scored == []

@@ -1,0 +1,150 @@
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+
+from hw_profiles import Store, StoreError
+from nas.quality import Quality
+from nas.study import Study, StudyError, Trial
+from tests.nas.synthetic import tiny_space
+
+SPACE = tiny_space(3)
+PROTOCOL = {"windows": 2, "reform": True}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "studies.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with Store(str(path)) as opened:
+        yield opened
+
+
+def random_trials(count: int, seed: int = 0) -> list[Trial]:
+    rng = np.random.default_rng(seed)
+    subnets = dict.fromkeys(SPACE.sample(rng) for _ in range(3 * count))
+    values = rng.lognormal(size=(len(subnets), 3))
+    roles = ("full", "seed", "search")
+    return [
+        Trial(subnet, Quality(float(kl), float(perplexity), i, float(seconds)), roles[i % 3])
+        for i, (subnet, (kl, perplexity, seconds)) in enumerate(zip(subnets, values, strict=True))
+    ][:count]
+
+
+def test_what_goes_in_comes_out_in_order_to_the_last_bit(store: Store, path: Path) -> None:
+    trials = random_trials(20)
+    study = Study.create(store, "s", "/models/m", "0123", SPACE, PROTOCOL)
+    for trial in trials:
+        study.add(trial)
+    with Store(str(path)) as again:
+        loaded = Study.load(again, "s")
+        assert loaded.trials() == trials
+        assert (loaded.model, loaded.fingerprint, loaded.space, loaded.protocol) == (
+            "/models/m",
+            "0123",
+            SPACE,
+            PROTOCOL,
+        )
+
+
+def test_creating_again_opens_it_and_model_paths_may_differ(store: Store) -> None:
+    trials = random_trials(2)
+    Study.create(store, "s", "here", "0123", SPACE, PROTOCOL).add(trials[0])
+    again = Study.create(store, "s", "moved/there", "0123", SPACE, dict(reversed(PROTOCOL.items())))
+    again.add(trials[1])
+    assert again.trials() == trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"fingerprint": "4567"}, "another model"),
+        ({"space": tiny_space(4)}, "another space"),
+        ({"space": replace(SPACE, bits_choices=(8,))}, "another space"),
+        ({"protocol": {"windows": 3, "reform": True}}, "another protocol"),
+        ({"space": tiny_space(4), "protocol": {}}, "another space and protocol"),
+        ({"fingerprint": "4567", "space": tiny_space(4)}, "another model "),
+    ],
+)
+def test_a_name_belongs_to_one_model_space_and_protocol(store: Store, changes: dict[str, object], named: str) -> None:
+    wanted = {"model": "m", "fingerprint": "0123", "space": SPACE, "protocol": PROTOCOL}
+    Study.create(store, "s", **wanted)  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match=f"'s' was made for {named}.*give another --study"):
+        Study.create(store, "s", **(wanted | changes))  # type: ignore[arg-type]
+    assert Study.load(store, "s").space == SPACE
+
+
+def test_an_unknown_name_is_answered_with_those_there_are(store: Store) -> None:
+    with pytest.raises(StudyError, match=r"no study 'c' in .*studies\.db \(there: none\)"):
+        Study.load(store, "c")
+    for name in ("b", "a"):
+        Study.create(store, name, "m", "0123", SPACE, PROTOCOL)
+    with pytest.raises(StudyError, match=r"there: a, b\); run nas search"):
+        Study.load(store, "c")
+
+
+def test_studies_of_one_database_are_apart(store: Store) -> None:
+    first = Study.create(store, "a", "m", "0123", SPACE, PROTOCOL)
+    second = Study.create(store, "b", "m", "4567", tiny_space(3, bits=(8,)), {})
+    trials = random_trials(6)
+    for trial in trials[:4]:
+        first.add(trial)
+    for trial in trials[2:]:  # two subnets are in both
+        second.add(replace(trial, quality=replace(trial.quality, kl=9.0)))
+    first.add_score("0.mlp.32", 0.5)
+    second.add_score("0.mlp.32", 0.7)
+    assert first.trials() == trials[:4]
+    assert [t.quality.kl for t in second.trials()] == [9.0] * 4
+    assert (first.scores(), second.scores()) == ({"0.mlp.32": 0.5}, {"0.mlp.32": 0.7})
+
+
+def test_adding_a_subnet_again_keeps_the_first(store: Store) -> None:
+    study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+    (trial,) = random_trials(1)
+    study.add(trial)
+    study.add(replace(trial, quality=replace(trial.quality, kl=0.125)))
+    study.add_score("0.mlp.32", 1 / 3)
+    study.add_score("0.mlp.32", 0.5)
+    assert study.trials() == [trial]
+    assert study.scores() == {"0.mlp.32": 1 / 3}
+
+
+def read_only(path: Path) -> Store:
+    return Store(f"sqlite:///file:{path}?mode=ro&uri=true")
+
+
+def test_a_read_only_database_can_be_read_and_is_else_refused_in_one_sentence(store: Store, path: Path) -> None:
+    with read_only(path) as locked, pytest.raises(StoreError, match=r"readonly.*writable"):
+        Study.load(locked, "s")
+    study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+    (trial,) = random_trials(1)
+    study.add(trial)
+    with read_only(path) as locked:
+        assert Study.load(locked, "s").trials() == [trial]
+        with pytest.raises(StoreError, match=r"readonly.*writable"):
+            Study.load(locked, "s").add(trial)
+
+
+def test_two_writers_create_and_fill_a_study_at_once(path: Path) -> None:
+    """Each on its own connections; the file does not exist before."""
+    barrier = Barrier(2, timeout=30)
+
+    def write(seed: int) -> None:
+        barrier.wait()
+        with Store(str(path)) as store:
+            study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+            for trial in random_trials(12, seed):
+                study.add(trial)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (0, 1)))  # raises what a writer raised
+    with Store(str(path)) as store:
+        found = {trial.subnet for trial in Study.load(store, "s").trials()}
+    assert found == {trial.subnet for seed in (0, 1) for trial in random_trials(12, seed)}
