@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from export.quantize import quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
 
 Array = NDArray[np.float32]
+
+#: Rotary embeddings whose frequencies are fixed beforehand, whatever the length of the text.
+_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ Matrix = Array | PackedMatrix
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` as `q` transposed."""
+    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T."""
 
     norm: Array
     q: Matrix
@@ -68,11 +72,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Weights and constants of one decoder; `head` is the same object as `embedding` where the two are tied."""
+    """Weights and constants of one decoder; `head` is the same object as `embedding` where the two are tied.
+
+    `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, in fp32 as transformers computes them.
+    """
 
     shape: ModelShape
     precision: Precision
-    rope_theta: float
+    inverse_frequencies: Array
     rms_norm_eps: float
     max_position_embeddings: int
     embedding: Matrix
@@ -101,8 +108,18 @@ def decoder_shape(model: PreTrainedModel) -> ModelShape:
 
 
 def decoder_from_model(model: PreTrainedModel, precision: Precision) -> Decoder:
-    """Take the fp32 weights of a Llama-style model, quantised to `precision`."""
+    """Take the fp32 weights of a Llama-style model, quantised to `precision`.
+
+    Raises ValueError for what the writers do not compute: biases, other activations, rotary scaling that moves.
+    """
     config = model.config
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(f"wanted a rope_type among {', '.join(_ROPE_TYPES)}, got {rope_type!r}; export to huggingface")
+    if config.hidden_act != "silu":
+        raise ValueError(f"wanted silu in the MLPs, got {config.hidden_act!r}; export to huggingface")
+    if biases := [name for name in model.state_dict() if name.endswith(".bias")]:
+        raise ValueError(f"wanted projections without bias, got {biases[0]}; export to huggingface")
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
@@ -120,7 +137,8 @@ def decoder_from_model(model: PreTrainedModel, precision: Precision) -> Decoder:
         matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
-        rope_theta=float(config.rope_parameters["rope_theta"]),
+        # computed anew: a model cast to half precision has rounded its own
+        inverse_frequencies=type(model.model.rotary_emb)(config=config).inv_freq.numpy(),
         rms_norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=int(config.max_position_embeddings),
     )
@@ -130,14 +148,18 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     """A decoder of this shape with random weights, for timing: latency does not depend on the numbers."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(2**22, dtype=np.float32) * np.float32(0.02)
+    factors = rng.uniform(0.01, 0.03, 2**18).astype(np.float16)
     integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}
+    starts = count()
 
     def matrix(rows: int, columns: int, bits: int) -> Matrix:
-        # every matrix owns its memory: weights that shared pages would stay in the cache and flatter the timing
+        # every matrix owns its memory and differs from all others, of which OpenVINO would store but one: weights
+        # that shared pages would stay in the cache and flatter the timing
+        start = next(starts)
         if bits >= 16:
-            return np.resize(values, (rows, columns))
-        scales = np.full((rows, columns // QUANTIZATION_BLOCK_SIZE), 0.02 / 2 ** (bits - 1), np.float16)
-        return PackedMatrix(np.resize(integers[bits], (rows, columns)), scales, bits)
+            return np.resize(values[start:], (rows, columns))
+        scales = np.resize(factors[start:], (rows, columns // QUANTIZATION_BLOCK_SIZE)) / np.float16(2 ** (bits - 1))
+        return PackedMatrix(np.resize(integers[bits][start:], (rows, columns)), scales, bits)
 
     embedding = matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision])
     return _assemble(
@@ -149,7 +171,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         head=embedding
         if shape.tie_word_embeddings
         else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
-        rope_theta=10_000.0,
+        inverse_frequencies=(10_000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32),
         rms_norm_eps=1e-5,
         max_position_embeddings=8192,
     )
@@ -163,7 +185,7 @@ def _assemble(
     matrix: Callable[[str, int, int], Matrix],
     embedding: Matrix,
     head: Matrix,
-    rope_theta: float,
+    inverse_frequencies: Array,
     rms_norm_eps: float,
     max_position_embeddings: int,
 ) -> Decoder:
@@ -197,7 +219,7 @@ def _assemble(
     return Decoder(
         shape,
         precision,
-        rope_theta,
+        inverse_frequencies,
         rms_norm_eps,
         max_position_embeddings,
         embedding,

@@ -124,11 +124,9 @@ class _Graph:
         self._node("Cast", [length], "total_sequence_length", to=TensorProto.INT32)
 
     def _rotary(self) -> None:
-        head_dim = self.decoder.shape.head_dim
-        inverse_frequencies = self.decoder.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         # angles in fp32, as transformers computes them
         positions = np.arange(self.decoder.max_position_embeddings, dtype=np.float32)
-        angles = np.outer(positions, inverse_frequencies.astype(np.float32))
+        angles = np.outer(positions, self.decoder.inverse_frequencies)
         self._tensor("cos_cache", np.cos(angles))
         self._tensor("sin_cache", np.sin(angles))
 
@@ -236,7 +234,7 @@ class _Graph:
         )
 
     def _packed(self, name: str, matrix: PackedMatrix) -> tuple[str, str]:
-        """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a shared matrix is stored once."""
+        """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a shared matrix is kept once."""
         rows, columns = matrix.shape
         weight, scales = f"{name}.weight", f"{name}.scales"
         if weight in self.stored:

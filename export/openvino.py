@@ -25,12 +25,20 @@ RUNTIME_OPTIONS = {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE
 
 
 def openvino_model(decoder: Decoder) -> ov.Model:
-    """Inputs `input_ids`, `attention_mask`, `position_ids`, `beam_idx`; output `logits` [B, S, V]; the cache is state."""
+    """Inputs `input_ids`, `attention_mask`, `position_ids`, `beam_idx`; output `logits` [B, S, V]; state: the cache."""
     return _Graph(decoder).model()
 
 
 def write_openvino(decoder: Decoder, directory: Path) -> Path:
-    """Write `openvino_model.xml` and its `.bin` and return the path of the former."""
+    """Write `openvino_model.xml` and its `.bin` and return the path of the former.
+
+    Raises ValueError where layers differ in heads per KV head: OpenVINO 2026.4's paged attention, which `LLMPipeline`
+    runs, gives all layers the kernel of one and then computes other logits or corrupts the heap.
+    """
+    ratios = {block.num_attention_heads // block.num_key_value_heads for block in decoder.shape.attention_blocks}
+    if len(ratios) > 1:
+        numbers = ", ".join(map(str, sorted(ratios)))
+        raise ValueError(f"wanted as many heads per KV head in every layer, got {numbers}; export to onnx")
     path = directory / MODEL_FILE
     model = openvino_model(decoder)
     for option, value in RUNTIME_OPTIONS.items():
@@ -81,23 +89,24 @@ class _Graph:
 
     def _rotary(self) -> tuple[ov.Node, ov.Node]:
         """cos and sin [B, 1, S, head_dim]."""
-        head_dim = self.decoder.shape.head_dim
-        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-        inverse_frequencies = (self.decoder.rope_theta**-exponents).astype(np.float32)
         positions = ops.convert(ops.unsqueeze(self.position_ids, _i64([1, 3])), "f32")
-        angles = ops.multiply(positions, ops.constant(inverse_frequencies.reshape(1, 1, 1, -1)))
+        angles = ops.multiply(positions, ops.constant(self.decoder.inverse_frequencies.reshape(1, 1, 1, -1)))
         both_halves = ops.concat([angles, angles], axis=-1)
         return ops.cos(both_halves), ops.sin(both_halves)
 
     def _causal_mask(self) -> ov.Node:
-        """Boolean [B, 1, S, P + S]: a token sees the tokens at or before it that `attention_mask` keeps."""
+        """Boolean [B, 1, S, P + S]: a token sees itself and the tokens before it that `attention_mask` keeps.
+
+        Padding sees itself too: the softmax of an empty row is not a number, which later layers would spread.
+        """
         total = ops.gather(ops.shape_of(self.attention_mask, "i64"), _i64(1), _i64(0))
         fed = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64(1), _i64(0))
-        columns = ops.range(_i64(0), total, _i64(1), output_type="i64")
-        rows = ops.range(ops.subtract(total, fed), total, _i64(1), output_type="i64")
-        causal = ops.less_equal(ops.unsqueeze(columns, _i64([0])), ops.unsqueeze(rows, _i64([1])))
+        columns = ops.unsqueeze(ops.range(_i64(0), total, _i64(1), output_type="i64"), _i64([0]))
+        rows = ops.unsqueeze(ops.range(ops.subtract(total, fed), total, _i64(1), output_type="i64"), _i64([1]))
+        before = ops.unsqueeze(ops.less(columns, rows), _i64([0, 1]))
+        itself = ops.unsqueeze(ops.equal(columns, rows), _i64([0, 1]))
         kept = ops.convert(ops.unsqueeze(self.attention_mask, _i64([1, 2])), "boolean")
-        return ops.logical_and(ops.unsqueeze(causal, _i64([0, 1])), kept)
+        return ops.logical_or(ops.logical_and(before, kept), itself)
 
     def _attention(
         self,

@@ -32,7 +32,7 @@ class QuantizedWeight:
 def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
     """Round a matrix [out, in] to 4 or 8 bits, nearest first.
 
-    Raises ValueError where `in` is no multiple of 32, or bits are neither 4 nor 8.
+    Raises ValueError where `in` is no multiple of 32, bits are neither 4 nor 8, or no fp16 scale can hold a weight.
     """
     rows, columns = weight.shape
     if columns % QUANTIZATION_BLOCK_SIZE:
@@ -54,6 +54,9 @@ def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
             integers = torch.where(better, tried, integers)
             scales = torch.where(better, tried_scales, scales)
             error = torch.where(better, tried_error, error)
+    if not scales.isfinite().all():
+        worst = largest.abs().max().item()
+        raise ValueError(f"weights to quantise must be finite, and small enough for fp16 scales, got {worst}")
     return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales.squeeze(-1).to(torch.float16), bits)
 
 

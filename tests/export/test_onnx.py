@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from transformers import GenerationConfig, PreTrainedModel
+
+import export.onnx
+from export.decoder import Decoder, decoder_from_model
+from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
+from hw_profiles.runtimes import runtime
+from hw_profiles.shapes import PRECISIONS, BlockShape, Precision
+
+from . import tiny_models
+from .writer_contract import FED, PROMPT, WriterContract
+
+UNEQUAL = (BlockShape(4, 2, 96), BlockShape(4, 1, 0), BlockShape(2, 2, 64))
+
+
+class TestOnnx(WriterContract):
+    """With MatMulNBits computing in fp32; what rounded activations do to the logits is measured further down."""
+
+    runtime = "onnxruntime"
+    tolerance = {"fp32": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
+    graph_bytes = 12_000
+    extra_bytes_per_scale = 2  # scales are fp32: MatMulNBits wants them in the activations' type
+
+    @staticmethod
+    def write(decoder: Decoder, directory: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export.onnx, "ACCURACY_LEVEL", 0)
+            return write_onnx(decoder, directory)
+
+    @staticmethod
+    def operators(path: Path) -> list[str]:
+        return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_shipped_files_round_activations_a_little(
+    models: dict[bool, PreTrainedModel], tied: bool, precision: Precision, tmp_path: Path
+) -> None:
+    path = write_onnx(decoder_from_model(models[tied], precision), tmp_path)
+    levels = [
+        attribute.i
+        for node in onnx.load(path, load_external_data=False).graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    assert set(levels) == {4}
+    session = runtime("onnxruntime").load(tmp_path, threads=1, max_tokens=32)
+    ids = tiny_models.tokens(FED)
+    found = tiny_models.session_logits(session, ids, PROMPT)
+    expected = tiny_models.torch_logits(tiny_models.rounded(models[tied], precision), ids)[:, PROMPT - 1 :]
+    unrounded = tiny_models.torch_logits(models[tied], ids)[:, PROMPT - 1 :]
+    kl = tiny_models.mean_kl(expected, found)
+    assert kl < 0.02
+    if precision == "int4":  # rounding the activations costs far less than rounding the weights did
+        assert kl < 0.1 * tiny_models.mean_kl(unrounded, expected)
+
+
+def test_two_files_and_one_buffer_for_past_and_present(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+    path = write_onnx(decoder_from_model(models[True], "int4"), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [MODEL_FILE, DATA_FILE]
+    assert path.stat().st_size < 64 * 1024
+    assert runtime("onnxruntime").load(tmp_path, threads=1, max_tokens=32).shares_cache
+
+
+def _genai_tokens(directory: Path, ids: np.ndarray, count: int) -> list[int]:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(directory))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=ids.shape[1] + count, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][ids.shape[1] :]
+
+
+def _expect_torchs_tokens(model: PreTrainedModel, precision: Precision, directory: Path) -> None:
+    ids = tiny_models.tokens(11)
+    expected = tiny_models.greedy(tiny_models.rounded(model, precision), ids, 24)
+    decoder = decoder_from_model(model, precision)
+    TestOnnx.write(decoder, directory)
+    unused = min(set(range(tiny_models.VOCAB_SIZE)) - set(expected))  # so that the text does not end early
+    generation = GenerationConfig(bos_token_id=unused, eos_token_id=unused, pad_token_id=unused)
+    write_genai_config(decoder, generation, directory)
+    assert _genai_tokens(directory, ids.numpy(), 24) == expected
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_genai_generates_torchs_tokens(
+    models: dict[bool, PreTrainedModel], tied: bool, precision: Precision, tmp_path: Path
+) -> None:
+    """Layers with three, two, one and no KV heads, of which the config of onnxruntime-genai knows only the most."""
+    _expect_torchs_tokens(models[tied], precision, tmp_path)
+
+
+def test_genai_with_unequal_heads_per_kv_head(tmp_path: Path) -> None:
+    _expect_torchs_tokens(tiny_models.heterogeneous(blocks=UNEQUAL), "fp32", tmp_path)
+
+
+def test_unequal_heads_per_kv_head(tmp_path: Path) -> None:
+    model, ids = tiny_models.heterogeneous(blocks=UNEQUAL), tiny_models.tokens(FED)
+    session = TestOnnx().load(model, "fp32", tmp_path)
+    found = tiny_models.session_logits(session, ids, PROMPT)
+    np.testing.assert_allclose(found, tiny_models.torch_logits(model, ids)[:, PROMPT - 1 :], rtol=0, atol=1e-4)
+
+
+def test_genai_config_counts_the_slots_of_the_cache(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+    decoder = decoder_from_model(models[True], "fp32")
+    write_genai_config(decoder, GenerationConfig(bos_token_id=1, eos_token_id=tiny_models.EOS), tmp_path)
+    model = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    assert model["decoder"]["num_hidden_layers"] == 3
+    assert model["decoder"]["head_size"] == tiny_models.HEAD_DIM
+    assert model["context_length"] == tiny_models.MAX_POSITIONS
+    assert (model["eos_token_id"], model["pad_token_id"]) == (tiny_models.EOS, tiny_models.EOS)

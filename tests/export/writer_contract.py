@@ -1,0 +1,163 @@
+"""What every writer must hold to, against torch: subclassed in `test_onnx.py` and `test_openvino.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from export import BUILDERS
+from export.decoder import Decoder, decoder_from_model, random_decoder
+from hw_profiles.runtimes import Session, runtime
+from hw_profiles.shapes import PRECISIONS, BlockShape, ModelShape, Precision
+
+from . import tiny_models
+
+PROMPT, FED = 9, 20
+Sessions = Callable[[PreTrainedModel, Precision], Session]
+
+
+class WriterContract:
+    runtime: str
+    tolerance: dict[Precision, float]
+    #: Bytes that the file adds to each fp16 scale, and at most those of the graph of a few layers without its weights.
+    extra_bytes_per_scale: int
+    graph_bytes: int
+
+    @staticmethod
+    def write(decoder: Decoder, directory: Path) -> Path:
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    def sessions(self, tmp_path_factory: pytest.TempPathFactory) -> Sessions:
+        """Each file is written and compiled once, and comes with an empty cache."""
+        kept: dict[tuple[int, Precision], Session] = {}
+
+        def get(model: PreTrainedModel, precision: Precision) -> Session:
+            key = id(model), precision
+            if key not in kept:
+                kept[key] = self.load(model, precision, tmp_path_factory.mktemp("model"))
+            kept[key].reset()
+            return kept[key]
+
+        return get
+
+    def load(self, model: PreTrainedModel, precision: Precision, directory: Path) -> Session:
+        self.write(decoder_from_model(model, precision), directory)
+        return runtime(self.runtime).load(directory, threads=1, max_tokens=tiny_models.MAX_POSITIONS)
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_logits_are_those_of_torch(
+        self, models: dict[bool, PreTrainedModel], sessions: Sessions, tied: bool, precision: Precision
+    ) -> None:
+        ids = tiny_models.tokens(FED)
+        expected = tiny_models.torch_logits(tiny_models.rounded(models[tied], precision), ids)[:, PROMPT - 1 :]
+        found = tiny_models.session_logits(sessions(models[tied], precision), ids, PROMPT)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance[precision])
+        # the comparison sees the rounding: torch with the weights of another precision is far off
+        other: Precision = "int4" if precision != "int4" else "int8"
+        far = tiny_models.torch_logits(tiny_models.rounded(models[tied], other), ids)[:, PROMPT - 1 :]
+        assert np.abs(found - far).max() > 10 * self.tolerance[precision]
+
+    @pytest.mark.parametrize("precision", ["fp32", "int4"])
+    def test_a_batch_is_its_sequences(
+        self, models: dict[bool, PreTrainedModel], sessions: Sessions, precision: Precision
+    ) -> None:
+        ids = tiny_models.tokens(FED, batch=2)
+        expected = tiny_models.torch_logits(tiny_models.rounded(models[True], precision), ids)[:, PROMPT - 1 :]
+        found = tiny_models.session_logits(sessions(models[True], precision), ids, PROMPT)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance[precision])
+
+    def test_reset_forgets_the_sequence_before(self, models: dict[bool, PreTrainedModel], sessions: Sessions) -> None:
+        session = sessions(models[True], "fp32")
+        ids = tiny_models.tokens(FED)
+        first = tiny_models.session_logits(session, ids, PROMPT)
+        session.reset()
+        tiny_models.session_logits(session, tiny_models.tokens(31, batch=3, seed=5), 4)
+        remembered = session.step(np.repeat(ids[:, :1].numpy(), 3, axis=0))
+        assert np.abs(remembered[0] - tiny_models.torch_logits(models[True], ids[:, :1])[0, -1]).max() > 0.1
+        session.reset()
+        np.testing.assert_allclose(tiny_models.session_logits(session, ids, PROMPT), first, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("prompt", [1, 2, 7, FED])
+    def test_any_split_of_the_text_gives_the_same_logits(
+        self, models: dict[bool, PreTrainedModel], sessions: Sessions, prompt: int
+    ) -> None:
+        ids = tiny_models.tokens(FED, seed=4)
+        last = tiny_models.session_logits(sessions(models[False], "fp32"), ids, prompt)[:, -1]
+        expected = tiny_models.torch_logits(models[False], ids)[:, -1]
+        np.testing.assert_allclose(last, expected, rtol=0, atol=self.tolerance["fp32"])
+
+    def test_the_last_positions_that_the_model_knows(
+        self, models: dict[bool, PreTrainedModel], sessions: Sessions
+    ) -> None:
+        ids = tiny_models.tokens(tiny_models.MAX_POSITIONS, seed=6)
+        found = tiny_models.session_logits(sessions(models[True], "fp32"), ids, 60)
+        expected = tiny_models.torch_logits(models[True], ids)[:, 59:]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance["fp32"])
+
+    def test_a_plain_llama(self, tmp_path: Path) -> None:
+        model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(tied=False, num_hidden_layers=2)))
+        self._expect_parity(model, tmp_path)
+
+    def test_scaled_rotary_embedding(self, tmp_path: Path) -> None:
+        scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope = {**scaling, "rope_theta": 300.0, "original_max_position_embeddings": 64}
+        config = tiny_models.llama_config(num_hidden_layers=2, rope_parameters=rope)
+        model = tiny_models.randomise(LlamaForCausalLM(config))
+        self._expect_parity(model, tmp_path)
+        ids = tiny_models.tokens(FED)
+        unscaled = LlamaForCausalLM(tiny_models.llama_config(num_hidden_layers=2))
+        unscaled.load_state_dict(model.state_dict())
+        difference = tiny_models.torch_logits(unscaled.eval(), ids) - tiny_models.torch_logits(model, ids)
+        assert np.abs(difference).max() > 100 * self.tolerance["fp32"]
+
+    @pytest.mark.parametrize(
+        "blocks",
+        [
+            (BlockShape(0, 0, 0), BlockShape(4, 2, 96), BlockShape(0, 0, 0)),
+            (BlockShape(0, 0, 64), BlockShape(2, 1, 0)),
+            (BlockShape(2, 2, 0), BlockShape(4, 4, 0)),
+        ],
+        ids=["empty ends", "MLP first, attention last", "no MLP"],
+    )
+    def test_parts_skipped_at_either_end(self, blocks: tuple[BlockShape, ...], tmp_path: Path) -> None:
+        self._expect_parity(tiny_models.heterogeneous(blocks=blocks), tmp_path)
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_size_on_disk(self, tied: bool, precision: Precision, tmp_path: Path) -> None:
+        """No matrix is stored twice, least of all an embedding that is the head as well."""
+        shape = ModelShape(256, 64, 2048, tied, (BlockShape(4, 2, 512), BlockShape(0, 0, 256), BlockShape(2, 1, 0)))
+        self.write(replace(random_decoder(shape, precision), max_position_embeddings=16), tmp_path)
+        size = sum(path.stat().st_size for path in tmp_path.iterdir())
+        norms = 5 * shape.hidden_size
+        scales = 0 if precision == "fp32" else (shape.parameters - norms) // 32
+        wanted = shape.weight_bytes(precision) + scales * self.extra_bytes_per_scale
+        assert wanted <= size <= wanted * 1.02 + self.graph_bytes
+
+    def test_the_profiler_builds_the_same_graph(self, tmp_path: Path) -> None:
+        path = BUILDERS[self.runtime](tiny_models.shape(tied=True), "int4", tmp_path)
+        assert path.parent == tmp_path
+        built = runtime(self.runtime).load(tmp_path, threads=1, max_tokens=32)
+        logits = tiny_models.session_logits(built, tiny_models.tokens(6), 4)
+        assert logits.shape == (1, 3, tiny_models.VOCAB_SIZE)
+        assert np.isfinite(logits).all()
+        assert self.operators(path) == self.operators(
+            self.write(decoder_from_model(tiny_models.heterogeneous(), "int4"), tmp_path)
+        )
+
+    @staticmethod
+    def operators(path: Path) -> list[str]:
+        raise NotImplementedError
+
+    def _expect_parity(self, model: PreTrainedModel, directory: Path) -> None:
+        ids = tiny_models.tokens(FED)
+        found = tiny_models.session_logits(self.load(model, "fp32", directory), ids, PROMPT)
+        expected = tiny_models.torch_logits(model, ids)[:, PROMPT - 1 :]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance["fp32"])
