@@ -6,7 +6,7 @@ as a trained one: what is profiled is what is shipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from export.quantize import quantize
+from export.quantize import QuantizedWeight, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
 
 Array = NDArray[np.float32]
@@ -107,8 +107,12 @@ def decoder_shape(model: PreTrainedModel) -> ModelShape:
     return ModelShape(config.hidden_size, head_dim, config.vocab_size, bool(config.tie_word_embeddings), blocks)
 
 
-def decoder_from_model(model: PreTrainedModel, precision: Precision) -> Decoder:
+def decoder_from_model(
+    model: PreTrainedModel, precision: Precision, quantized: Mapping[str, QuantizedWeight] | None = None
+) -> Decoder:
     """Take the fp32 weights of a Llama-style model, quantised to `precision`.
+
+    `quantized` holds matrices that were rounded before, by name in the state dict; others are rounded to the nearest.
 
     Raises ValueError for what the writers do not compute: biases, other activations, rotary scaling that moves.
     """
@@ -126,7 +130,7 @@ def decoder_from_model(model: PreTrainedModel, precision: Precision) -> Decoder:
         if bits >= 16:
             plain: Array = weights[name].contiguous().numpy()
             return plain
-        packed = quantize(weights[name], bits)
+        packed = quantized[name] if quantized and name in quantized else quantize(weights[name], bits)
         return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
 
     embedding = matrix("model.embed_tokens.weight", HEAD_BITS[precision])

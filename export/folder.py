@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,30 @@ from export.decoder import decoder_from_model
 from export.huggingface import write_huggingface
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
-from export.quantize import fake_quantize
+from export.quantize import QuantizedWeight, dequantize, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 
 
 def export_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: Manifest, parity: Parity, directory: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest,
+    parity: Parity,
+    directory: Path,
+    quantized: Mapping[str, QuantizedWeight] | None = None,
 ) -> Path:
     """Write an fp32 `model` in the manifest's format, its weights rounded to the manifest's precision.
 
+    `quantized` holds the matrices that were rounded before, by name; others are rounded to the nearest here.
     The Hugging Face folder holds the rounded weights as fp32: the same model, in the form that tools expect.
     """
     precision = manifest.precision
     with whole_or_absent(directory, manifest) as unfinished:
         parity.save(unfinished)
         if manifest.format == "huggingface":
-            write_huggingface(_rounded(model, precision), tokenizer, unfinished)
+            write_huggingface(_rounded(model, precision, quantized or {}), tokenizer, unfinished)
         else:
-            decoder = decoder_from_model(model, precision)
+            decoder = decoder_from_model(model, precision, quantized)
             tokenizer.save_pretrained(unfinished)
             generation = generation_config(model.config, tokenizer)
             generation.save_pretrained(unfinished)
@@ -54,13 +61,13 @@ def generation_config(config: Any, tokenizer: PreTrainedTokenizerBase) -> Genera
     )
 
 
-def _rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+def _rounded(model: PreTrainedModel, precision: Precision, quantized: Mapping[str, QuantizedWeight]) -> PreTrainedModel:
     if precision == "fp32":
         return model
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 bits = HEAD_BITS[precision] if id(parameter) in embeddings else BLOCK_BITS[precision]
-                parameter.copy_(fake_quantize(parameter, bits))
+                parameter.copy_(dequantize(quantized[name] if name in quantized else quantize(parameter, bits)))
     return model

@@ -39,7 +39,8 @@ def export_subnet(
         versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
     )
     model = supernet.extract(subnet)
-    return export_folder(model, supernet.loaded.tokenizer, manifest, parity(supernet, subnet, windows), directory)
+    evidence = parity(supernet, subnet, windows)
+    return export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, supernet.quantized(subnet))
 
 
 @torch.inference_mode()

@@ -6,7 +6,9 @@ Nothing is masked and nothing is trained. RoPE frequencies, the attention scale 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +18,11 @@ from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import collect, is_complete, load_layer, save_layer, statistics_key
+from nas.calibration import Statistics, collect, is_complete, load_layer, save_layer
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
 from nas.reformation import reform
+from nas.rounding import round_together, round_with_feedback
 from nas.space import SearchSpace, Subnet
 
 Part = Literal["attention", "mlp"]
@@ -75,7 +78,9 @@ class Supernet:
         self._tied = loaded.config.tie_word_embeddings
         self._reform = True
         self._plans: list[dict[Part, PartPlan]] = []
+        self._statistics: Statistics | None = None
         self._quantized: dict[tuple[int, Part, int, int], dict[str, QuantizedWeight | torch.Tensor]] = {}
+        self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
         self._active: dict[tuple[int, Part], tuple[int, int]] = {
             (i, p): (self._full(p), 32) for i in range(space.depth) for p in PARTS
         }
@@ -90,17 +95,20 @@ class Supernet:
         self.activate(self.space.full(32))
         self._reform = reform
         self._quantized.clear()
-        with tempfile.TemporaryDirectory() as scratch:
-            self._plans = self._load_plans(windows, cache_dir or Path(scratch))
+        self._quantized_inputs.clear()
+        if cache_dir is None:
+            cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
+            weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
+        self._statistics = collect(self.loaded, windows, cache_dir)
+        self._plans = self._load_plans(self._statistics, cache_dir)
 
-    def _load_plans(self, windows: torch.Tensor, cache_dir: Path) -> list[dict[Part, PartPlan]]:
+    def _load_plans(self, statistics: Statistics, cache_dir: Path) -> list[dict[Part, PartPlan]]:
         choices = {p: self._short_of_full(p) for p in PARTS}
-        protocol = f"{statistics_key(self.loaded, windows)} {choices} {DAMPING} {_CHUNK}"
+        protocol = f"{statistics.key} {choices} {DAMPING} {_CHUNK}"
         folder = cache_dir / f"supernet-{hashlib.sha256(protocol.encode()).hexdigest()[:16]}"
         names = {f"{p}.{kind}" for p in PARTS for kind in ("order", "errors")}
         names |= {f"{p}.{k}" for p in PARTS for k in choices[p]}
         if not is_complete(folder, self.space.depth, names):
-            statistics = collect(self.loaded, windows, cache_dir)
             for index in range(self.space.depth):
                 layer = statistics.layer(index)
                 plans = {"attention": self._plan(index, "attention", layer.attention_output)}
@@ -204,10 +212,59 @@ class Supernet:
             return self._part_weights(layer, part, choice)
         key = (layer, part, choice, bits)
         if key not in self._quantized:
-            weights = self._part_weights(layer, part, choice)
-            self._quantized[key] = {name: quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
+            self._quantized[key] = self._quantize_part(layer, part, choice, bits)
         cached = self._quantized[key].items()
         return {name: dequantize(t) if isinstance(t, QuantizedWeight) else t for name, t in cached}
+
+    def _quantize_part(
+        self, layer: int, part: Part, choice: int, bits: int
+    ) -> dict[str, QuantizedWeight | torch.Tensor]:
+        """To the nearest at 8 bits, and before `prepare`; with error feedback at 4."""
+        weights = self._part_weights(layer, part, choice)
+        matrices = {name for name, tensor in weights.items() if tensor.dim() == 2}
+        if bits == 8 or self._statistics is None:
+            return {name: quantize(t, bits) if name in matrices else t for name, t in weights.items()}
+        moments = self._statistics.layer(layer)
+        H_in = moments.attention_input if part == "attention" else moments.mlp_input
+        H_out = moments.attention_output if part == "attention" else moments.mlp_output
+        output = f"{self._output(part)}.weight"
+        if (layer, part, bits) not in self._quantized_inputs:
+            full = self._part_weights(layer, part, self._full(part))
+            inputs = {name: full[name] for name in sorted(matrices - {output})}
+            self._quantized_inputs[layer, part, bits] = round_together(inputs, H_in, bits)
+        # rows do not depend on each other, so a subnet's are those of the full part
+        rounded: dict[str, QuantizedWeight | torch.Tensor] = dict(weights)
+        for name, quantized in self._quantized_inputs[layer, part, bits].items():
+            rows = self._kept_inputs(layer, part, choice, quantized.shape[0])
+            rounded[name] = QuantizedWeight(quantized.integers[rows], quantized.scales[rows], bits)
+        columns = self._kept_inputs(layer, part, choice, H_out.shape[0])
+        rounded[output] = round_with_feedback(weights[output], H_out[columns][:, columns], bits)
+        return rounded
+
+    def _kept_inputs(self, layer: int, part: Part, choice: int, size: int) -> torch.Tensor:
+        """Indices of what a choice keeps of a dimension of the full part: all in order, or in keep-order."""
+        if choice == self._full(part):
+            return torch.arange(size)
+        return _rows(self.plan(layer, part).order[:choice], size // self._full(part))
+
+    def quantized(self, subnet: Subnet) -> dict[str, QuantizedWeight]:
+        """The integers and scales of every matrix that `subnet` rounds, by name in `extract(subnet)`'s state dict."""
+        family, bits = self.loaded.family, HEAD_BITS[subnet.precision]
+        if subnet.bits >= 16:
+            return {}
+        self.activate(subnet)
+        quantized: dict[str, QuantizedWeight] = {}
+        for index, layer in enumerate(subnet.layers):
+            for part in PARTS:
+                choice = layer.num_key_value_heads if part == "attention" else layer.intermediate_size
+                for name, tensor in self._quantized.get((index, part, choice, subnet.bits), {}).items():
+                    if isinstance(tensor, QuantizedWeight):
+                        quantized[f"{family.layers}.{index}.{name}"] = tensor
+        embedding, head = self._ends.values()
+        quantized[f"{family.embedding}.weight"] = quantize(embedding, bits)
+        if not self._tied:
+            quantized[f"{family.head}.weight"] = quantize(head, bits)
+        return quantized
 
     def _part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         original = {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}

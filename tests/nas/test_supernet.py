@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.quantize import fake_quantize
+from export.quantize import dequantize
 from nas import calibration
 from nas.calibration import collect
 from nas.families import LoadedModel
@@ -72,9 +72,11 @@ def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits):
     supernet = _supernet(tiny(), windows)
     subnet = Subnet(SUBNET.layers, bits)
     model = supernet.extract(subnet)
+    quantized = supernet.quantized(subnet)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            parameter.copy_(fake_quantize(parameter, 8 if "embed" in name or "head" in name else bits))
+            assert quantized[name].bits == (8 if "embed" in name or "head" in name else bits)
+            parameter.copy_(dequantize(quantized[name]))
     with torch.no_grad():
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)

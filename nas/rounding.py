@@ -1,0 +1,66 @@
+"""Rounding with error feedback (GPTQ, Frantar et al., arXiv 2210.17323), on the grid of `export.quantize`.
+
+Shapes: W [out, in] the map, H [in, in] the sum of x x^T over calibration tokens. Columns are rounded one after the
+other; what column j loses is made up for by those after it: w_k -= e_j U_jk / U_jj, H^-1 = U^T U, U upper triangular.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from export.quantize import QuantizedWeight, dequantize, quantize
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+#: Ridge relative to the mean energy of the inputs. Relative to each input's own it would let faint inputs make up for
+#: loud ones with huge weights, which spoil the scale of their whole block.
+DAMPING = 0.01
+
+
+def round_with_feedback(W: torch.Tensor, H: torch.Tensor, bits: int) -> QuantizedWeight:
+    """Quantise W so that W x, not W, changes little. Scales are chosen block by block, on the weights as updated."""
+    H = H.double()
+    ridge = DAMPING * H.diagonal().mean()
+    damped = H + ridge * torch.eye(len(H), dtype=torch.float64)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    left = W.float().clone()
+    blocks: list[QuantizedWeight] = []
+    for start in range(0, W.shape[1], QUANTIZATION_BLOCK_SIZE):
+        block = slice(start, start + QUANTIZATION_BLOCK_SIZE)
+        # scales from the block as it stands; its integers are then made anew, one column at a time
+        scales = quantize(left[:, block], bits).scales
+        integers, errors = _round_block(left[:, block], U[block, block], scales.float(), bits)
+        blocks.append(QuantizedWeight(integers, scales, bits))
+        left[:, block.stop :] -= errors @ U[block, block.stop :]
+    joined = QuantizedWeight(torch.cat([b.integers for b in blocks], 1), torch.cat([b.scales for b in blocks], 1), bits)
+    nearest = quantize(W, bits)
+    # feedback is greedy, so on an odd matrix it may lose to plain rounding
+    return joined if output_error(W, joined, H) <= output_error(W, nearest, H) else nearest
+
+
+def output_error(W: torch.Tensor, rounded: QuantizedWeight, H: torch.Tensor) -> float:
+    """|(W - rounded) x|^2 summed over the calibration tokens: tr(D H D^T) with D the difference."""
+    difference = (W - dequantize(rounded)).float()
+    return float(((difference @ H.float()) * difference).sum())
+
+
+def _round_block(
+    W: torch.Tensor, U: torch.Tensor, scales: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers int8 [out, 32] of one block and the scaled errors [out, 32] that the later blocks make up for."""
+    limit = 2 ** (bits - 1)
+    W = W.clone()
+    step = torch.where(scales == 0, torch.ones_like(scales), scales).squeeze(1)
+    integers, errors = torch.empty_like(W), torch.empty_like(W)
+    for j in range(W.shape[1]):
+        integers[:, j] = (W[:, j] / step).round_().clamp_(-limit, limit - 1)
+        errors[:, j] = (W[:, j] - integers[:, j] * scales.squeeze(1)) / U[j, j]
+        W[:, j + 1 :] -= errors[:, j, None] * U[None, j, j + 1 :]
+    return integers.to(torch.int8), errors
+
+
+def round_together(weights: dict[str, torch.Tensor], H: torch.Tensor, bits: int) -> dict[str, QuantizedWeight]:
+    """`round_with_feedback` of several maps of one input: rows do not meet, so one pass does for all."""
+    rounded = round_with_feedback(torch.cat(list(weights.values())), H, bits)
+    sizes = [len(weight) for weight in weights.values()]
+    parts = zip(weights, torch.split(rounded.integers, sizes), torch.split(rounded.scales, sizes), strict=True)
+    return {name: QuantizedWeight(integers, scales, bits) for name, integers, scales in parts}
