@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -99,11 +100,30 @@ class Parity:
     @classmethod
     def load(cls, directory: Path) -> Parity:
         try:
-            return cls(**load_file(directory / PARITY_FILE))
-        except (OSError, SafetensorError, TypeError) as error:
+            parity = cls(**load_file(directory / PARITY_FILE))
+            parity._check()
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise ArtefactError(
                 f"{directory / PARITY_FILE} is not the parity data that nas export writes ({error}); export again"
             ) from error
+        return parity
+
+    def _check(self) -> None:
+        """Raises ValueError for tensors that do not fit together: a file may come from anywhere."""
+        ids, positions, logits = self.token_ids, self.positions, self.logits
+        if ids.dim() != 2 or positions.dim() != 1 or logits.shape[:-1] != (len(ids), len(positions)):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (ids, positions, logits))
+            raise ValueError(f"wanted token_ids [N, T], positions [K] and logits [N, K, V], got {shapes}")
+        if (ids.dtype, positions.dtype, logits.dtype) != (
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        ) or not logits.numel():
+            raise ValueError(f"wanted int64 and fp32 tensors, got {ids.dtype}, {positions.dtype}, {logits.dtype}")
+        if ids.min() < 0 or ids.max() >= logits.shape[-1] or not logits.isfinite().all():
+            raise ValueError(f"wanted ids of a vocabulary of {logits.shape[-1]} and finite logits")
+        if positions[0] < 0 or positions[-1] >= ids.shape[1] or (positions.diff() <= 0).any():
+            raise ValueError(f"wanted ascending positions below {ids.shape[1]}, got {positions.tolist()}")
 
 
 @contextmanager
@@ -143,7 +163,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         manifest = Manifest.from_json(path.read_text())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged or from another version ({error!r}); export again") from error
     for name, size in manifest.files.items():
         file = directory / name

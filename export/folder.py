@@ -29,7 +29,8 @@ def export_folder(
     """Write an fp32 `model` in the manifest's format, its weights rounded to the manifest's precision.
 
     `quantized` holds the matrices that were rounded before, by name; others are rounded to the nearest here.
-    The Hugging Face folder holds the rounded weights as fp32: the same model, in the form that tools expect.
+    The Hugging Face folder holds the rounded weights as fp32: the same model, in the form that tools expect. `model`
+    itself is rounded for it, in place.
     """
     precision = manifest.precision
     with whole_or_absent(directory, manifest) as unfinished:

@@ -78,6 +78,11 @@ def verify(
     checked = []
     for directory, manifest in zip(directories, manifests, strict=True):
         parity = Parity.load(directory)
+        if parity.logits.shape[-1] != manifest.shape.vocab_size:
+            raise ArtefactError(
+                f"{directory} has parity data for {parity.logits.shape[-1]:,} tokens of vocabulary where the model has "
+                f"{manifest.shape.vocab_size:,}; export again"
+            )
         shipped = logit_agreement(sessions[str(directory)], parity)
         exact = shipped
         if manifest.format == "onnx" and manifest.precision != "fp32":
@@ -112,8 +117,11 @@ def open_session(directory: Path, format_: Format, threads: int) -> Session:
         if format_ == "huggingface":
             return TorchSession(directory, threads)
         return runtime(_RUNTIME_OF_FORMAT[format_]).load(directory, threads, _MAX_TOKENS)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArtefactError(f"{directory} does not load ({error}); export again") from error
+    except ImportError:
+        raise
+    except Exception as error:  # what the loaders raise shares no base class but Exception
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{directory} does not load ({reason}); export again") from error
 
 
 def logit_agreement(session: Session, parity: Parity) -> LogitAgreement:
@@ -131,7 +139,8 @@ def logit_agreement(session: Session, parity: Parity) -> LogitAgreement:
                 differences.append((logits - expected).abs().max().item())
                 log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
                 kls.append(float((log_p.exp() * (log_p - log_q)).sum()))
-    return LogitAgreement(max(differences), max(0.0, float(np.mean(kls))), len(kls))
+    # unlike max(), numpy's maximum keeps what is not a number, which then holds no parity
+    return LogitAgreement(float(np.max(differences)), float(np.maximum(np.mean(kls), 0.0)), len(kls))
 
 
 def generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
@@ -140,7 +149,7 @@ def generate(directory: Path, format_: Format, threads: int, prompt: str, new_to
         return _generate_openvino(directory, threads, prompt, new_tokens)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     session = open_session(directory, format_, threads)
     if isinstance(session, TorchSession):
@@ -154,7 +163,7 @@ def generate(directory: Path, format_: Format, threads: int, prompt: str, new_to
 
 
 class TorchSession:
-    """A Hugging Face folder as a `Session`, with transformers' KV cache. Runs the folder's code only if it is ours."""
+    """A Hugging Face folder as a `Session`, with transformers' KV cache. Runs our own code, never the folder's."""
 
     def __init__(self, directory: Path, threads: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -163,7 +172,9 @@ class TorchSession:
 
         register()
         torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
         self._cache = None
 
     def reset(self) -> None:
