@@ -31,8 +31,7 @@ def test_feedback_beats_plain_rounding_on_correlated_inputs(correlated, bits):
     H = x.T @ x
     rounded = round_with_feedback(W, H, bits)
     limit = 2 ** (bits - 1)
-    assert rounded.integers.min() >= -limit
-    assert rounded.integers.max() < limit
+    assert -limit <= int(rounded.integers.min()) < int(rounded.integers.max()) < limit
     assert output_error(W, rounded, H) < {4: 0.6, 8: 0.9}[bits] * output_error(W, quantize(W, bits), H)
 
 
