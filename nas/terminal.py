@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 # what is printed may hold a model's own words: no markup in it
 _errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-_output = Console(markup=False, emoji=False, highlight=False)
+_output = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager

@@ -1,0 +1,392 @@
+import errno
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hw_profiles import Store, Workload, detect
+from nas.cli import main
+from nas.protocol import EvaluationProtocol
+from nas.study import Study, Trial
+from nas.terminal import emit, progress_bar
+from tests.nas.synthetic import SyntheticEvaluator, fill_profile, tiny_space
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """The one line on standard error, without its prefix."""
+        assert self.err.startswith("nas: ")
+        assert self.err.count("\n") == 1
+        assert self.err.endswith("\n")
+        return self.err.removeprefix("nas: ").strip()
+
+    @property
+    def json(self) -> Any:
+        """Standard output, all of it one JSON object."""
+        return json.loads(self.out)
+
+
+Nas = Callable[..., Outcome]
+
+
+@pytest.fixture
+def nas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Nas:
+    """The command, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["nas", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert isinstance(exit_.value.code, int)
+        return Outcome(exit_.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Study `s` of six trials in llm-nas.db, on a device profiled for OpenVINO with one thread."""
+    space = tiny_space(4)
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        fill_profile(store, space, detect(), "openvino", [Workload("decode", 128), Workload("prefill", 128)])
+        made = Study.create(store, "s", "/models/tiny", "0123", space, {"reform": True})
+        evaluator = SyntheticEvaluator(space)
+        for seed in range(6):
+            subnet = space.sample(np.random.default_rng(seed))
+            made.add(Trial(subnet, evaluator.evaluate(subnet), "seed"))
+        return made
+
+
+USAGE = {
+    ("query", "--bogus"): "No such option: --bogus",
+    ("bogus",): "No such command 'bogus'.",
+    ("query", "--tpot-ms", "1"): "Missing option '--study'.",
+    ("query", "--study", "s", "--tpot-ms", "fast"): "Invalid value for '--tpot-ms'",
+    ("verify",): "Missing argument 'directories'.",
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE)
+def test_usage_errors(nas: Nas, arguments: tuple[str, ...]) -> None:
+    outcome = nas(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.sentence.startswith(USAGE[arguments])
+    assert nas(*arguments, "--json").json["error"].startswith(USAGE[arguments])
+
+
+def test_no_command_shows_the_help_and_fails(nas: Nas) -> None:
+    outcome = nas()
+    assert (outcome.code, outcome.err) == (2, "")
+    assert all(command in outcome.out for command in ("profile", "search", "query", "export", "verify", "report"))
+
+
+MISTAKES = {
+    ("profile", "./nonesuch"): "there is no nonesuch; check the path",
+    ("profile", "gpt2"): "one of the families llama, mistral, got model_type 'gpt2'",
+    ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, got 'tpu'",
+    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, int8, int4, got 'int3'",
+    ("search", "./nonesuch.gguf", "--study", "s"): "there is no nonesuch.gguf; check the path",
+    ("search", "gpt2", "--study", "s", "--evaluations", "0"): "a batch of at least 1",
+    ("search", "gpt2", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
+    ("query", "--study", "s"): "a query needs a budget; give --tpot-ms",
+    ("query", "--study", "s", "--tpot-ms", "-1"): "budgets must be above 0",
+    (
+        "query",
+        "--study",
+        "none",
+        "--tpot-ms",
+        "9",
+    ): "no study 'none' in sqlite:///llm-nas.db (there: s); run nas search",
+    ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128",
+    ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
+    ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
+    ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be one of",
+    ("report", "--study", "none"): "no study 'none'",
+    ("verify", "nonesuch"): "nonesuch is not a folder that nas export wrote",
+    ("verify", "gpt2"): "gpt2 is not a folder that nas export wrote",
+    ("devices", "--database", "mysql://host/name"): "wanted a path or a URL",
+    ("devices", "--database", "gpt2"): "its folder must exist and be writable",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_end_in_one_sentence(nas: Nas, study: Study, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "gpt2").mkdir()
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    outcome = nas(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert MISTAKES[arguments] in outcome.sentence
+    assert not (tmp_path / "x").exists()
+
+
+def test_mistakes_as_json_are_one_object(nas: Nas) -> None:
+    outcome = nas("profile", "./nonesuch", "--json")
+    assert outcome.code == 2
+    assert list(outcome.json) == ["error"]
+    assert outcome.json["error"] == outcome.sentence
+
+
+def test_a_corrupt_database(nas: Nas, study: Study, tmp_path: Path) -> None:
+    file = tmp_path / "llm-nas.db"
+    content = bytearray(file.read_bytes())
+    assert len(content) > 3 * 4096
+    content[4096:] = b"\xa5" * (len(content) - 4096)
+    for name, damaged in {
+        "damaged": bytes(content),
+        "cut": bytes(content[:5000]),
+        "other": b"no database" * 99,
+    }.items():
+        Path(tmp_path, name).write_bytes(damaged)
+        outcome = nas("query", "--study", "s", "--tpot-ms", "9", "--database", name)
+        assert outcome.code == 2
+        assert name in outcome.sentence
+        assert "give another path" in outcome.sentence
+        assert Path(tmp_path, name).read_bytes() == damaged
+
+
+def test_query_answers_within_the_budget(nas: Nas, study: Study) -> None:
+    outcome = nas("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    fitting = [
+        trial
+        for trial in study.trials()
+        if study.space.model_shape(trial.subnet).weight_bytes(trial.subnet.precision) <= 140_000
+    ]
+    assert 0 < len(fitting) < 6
+    best = min(fitting, key=lambda trial: trial.quality.kl)
+    assert outcome.json["subnet"] == best.subnet.id
+    assert outcome.json["kl"] == best.quality.kl
+    assert outcome.json["layers"] == [[c.num_key_value_heads, c.intermediate_size] for c in best.subnet.layers]
+    for_people = nas("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1")
+    assert (for_people.code, for_people.err) == (0, "")
+    assert f"Subnet {best.subnet.id}, {best.subnet.precision}" in for_people.out
+
+
+def test_a_budget_out_of_reach_names_the_nearest(nas: Nas, study: Study) -> None:
+    arguments = ("query", "--study", "s", "--tpot-ms", "0.001", "--threads", "1")
+    outcome = nas(*arguments)
+    assert (outcome.code, outcome.out) == (1, "")
+    as_json = nas(*arguments, "--json")
+    assert as_json.code == 1
+    nearest = as_json.json["nearest"]
+    assert nearest["subnet"] in {trial.subnet.id for trial in study.trials()}
+    assert f"the nearest, {nearest['subnet']}, has decode {nearest['tpot_ms']['high']:.2f} ms" in outcome.sentence
+
+
+def test_devices_lists_what_is_profiled(nas: Nas, study: Study) -> None:
+    found = nas("devices", "--json").json
+    assert found["here"]["id"] == detect().id
+    assert {row["target"] for row in found["profiled"]} == {"openvino/int8/1 thread", "openvino/int4/1 thread"}
+    assert {row["measurements"] for row in found["profiled"]} == {2 * (1 + 6 + 10 + 6 + 3)}
+    assert set(found["runtimes"]) == {"openvino", "onnxruntime"}
+    assert "openvino/int4/1 thread" in nas("devices").out
+
+
+def test_report_writes_one_page(nas: Nas, study: Study, tmp_path: Path) -> None:
+    outcome = nas("report", "--study", "s", "--threads", "1", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.json == {"report": "report.html"}
+    html = (tmp_path / "report.html").read_text()
+    assert all(trial.subnet.id in html for trial in study.trials())
+
+
+FULL = "the disk is full; free some space and run the same command again, what was done is kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "report.html"), FULL),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),
+        (PermissionError(errno.EACCES, "Permission denied", "report.html"), "Permission denied: report.html"),
+    ],
+)
+def test_errors_of_the_system(
+    nas: Nas, study: Study, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def write_report(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nas.report.write_report", write_report)
+    outcome = nas("report", "--study", "s", "--threads", "1")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.sentence == sentence
+
+
+def test_control_c(nas: Nas, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.report.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
+    outcome = nas("report", "--study", "s", "--threads", "1")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.sentence == "stopped; run the same command again to go on from here"
+
+
+def test_help_comes_without_torch() -> None:
+    code = """
+import sys
+from nas.cli import main
+sys.argv = ["nas", "search", "--help"]
+try:
+    main()
+except SystemExit as exit_:
+    print(exit_.code, "torch" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "0 False"
+    assert "--evaluations" in run.stdout
+
+
+def test_a_models_words_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"[/b] [red]a[/red] :smile: {'long ' * 60}end"
+    emit({}, False, words)
+    assert capsys.readouterr().out == words + "\n"
+
+
+def test_a_bar_that_never_moves_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("idle"):
+        pass
+    assert capsys.readouterr().err == ""
+    with progress_bar("busy") as progress:
+        progress(1, 3, "first")
+        progress(2, 3, "second")
+    assert "2/3" in capsys.readouterr().err
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """Random weights large enough that dropping parts changes what it says; one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<|end|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def _single_thread() -> Iterator[None]:
+    """More only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_single_thread")
+def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile, search, query, export, verify and report of a tiny model; only the texts and pauses are cut short."""
+    short = partial(
+        EvaluationProtocol, calibration_windows=8, calibration_tokens=64, search_windows=4, search_tokens=32
+    )
+    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+    on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
+
+    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
+    for runtime, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
+        options = [word for precision in precisions for word in ("--precision", precision)]
+        profile = ("profile", "tiny", "--runtime", runtime, *options, *counts, *on_device)
+        profiled = nas(*profile)
+        assert profiled.code == 0
+        targets = profiled.json["targets"]
+        assert [row["target"] for row in targets] == [f"{runtime}/{p}/1 thread" for p in precisions for _ in range(2)]
+        assert {row["graphs"] for row in targets} == {1 + 6 + 3 + 2 + 1}
+        assert all(row["full_ms"] > 0 for row in targets)
+    assert nas(*profile).json == profiled.json  # all of it was stored
+
+    search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
+    searched = nas(*search)
+    assert searched.code == 0
+    trials = searched.json["trials"]
+    assert [trial["role"] for trial in trials[:2]] == ["full", "full"]
+    assert len({trial["id"] for trial in trials}) == len(trials) == 12
+    assert all(trial["kl"] >= trials[0]["kl"] for trial in trials)  # none is nearer to the model than int8 alone
+    assert nas(*search).json["trials"] == trials
+
+    ratio = 0.9
+    budget = ("--max-parameters-ratio", str(ratio), "--tpot-ms", "1000")
+    answered = nas("query", "--study", "s", "--runtime", "onnxruntime", *budget, "--measure", "1", *on_device)
+    assert answered.code == 0
+    answer = answered.json
+    assert answer["parameters_ratio"] <= ratio
+    assert answer["tpot_ms"]["measured"] > 0
+    assert answer["subnet"] in {trial["id"] for trial in trials[2:]}
+
+    folders = []
+    for format_ in ("openvino", "onnx", "huggingface"):
+        exported = nas(
+            "export", "--study", "s", "--subnet", answer["subnet"], "--output", format_, "--format", format_, *on_device
+        )
+        assert exported.code == 0
+        assert exported.json["subnet"] == answer["subnet"]
+        folders.append(format_)
+    verified = nas("verify", *folders, "--rounds", "1", "--tpot-ms", "1000", *on_device)
+    assert verified.code == 0
+    rows = verified.json["folders"]
+    assert [row["format"] for row in rows] == folders
+    assert all(row["parity_holds"] and row["within_budget"] and row["generated"] for row in rows)
+    missed = nas("verify", "onnx", "--rounds", "1", "--tpot-ms", "0.000001", *on_device)
+    assert missed.code == 1
+    assert [row["within_budget"] for row in missed.json["folders"]] == [False]
+
+    reported = nas("report", "--study", "s", "--runtime", "onnxruntime", "--tpot-ms", "1000", *on_device)
+    assert reported.code == 0
+    html = (tmp_path / "report.html").read_text()
+    assert all(trial["id"] in html for trial in trials)
+
+    check_damaged_folders(nas, tmp_path, on_device)
+
+
+def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:
+    """Other numbers in the weights, a file cut short, and a manifest that is none."""
+    verify = ("verify", "onnx", "--rounds", "1", *on_device)
+    weights = next((tmp_path / "onnx").glob("*.onnx.data"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    altered = nas(*verify)
+    assert altered.code == 1
+    assert [row["parity_holds"] for row in altered.json["folders"]] == [False]
+    weights.write_bytes(content[:-1])
+    assert (
+        nas(*verify).json["error"]
+        == f"onnx/{weights.name} has {len(content) - 1:,} bytes where {len(content):,} were written; export again"
+    )
+    (tmp_path / "onnx" / "llm-nas.json").write_text("{}")
+    damaged = nas(*verify)
+    assert damaged.code == 2
+    assert "damaged or from another version" in damaged.sentence
