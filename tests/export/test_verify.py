@@ -11,7 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from export import ArtefactError, Manifest, Parity, Verification, export_folder, read_manifest, verify
+from export import (
+    ArtefactError,
+    Manifest,
+    Parity,
+    Verification,
+    dequantize,
+    export_folder,
+    quantize,
+    read_manifest,
+    verify,
+)
 from export.artefact import FORMATS, MANIFEST_FILE, Format
 from export.verify import MAX_LOGIT_DIFFERENCE, MAX_MEAN_KL, LogitAgreement, generate, logit_agreement
 from hw_profiles.shapes import PRECISIONS, Precision, Workload
@@ -74,6 +84,26 @@ def test_an_export_is_the_model_that_it_came_from(
         expected = tiny_models.greedy(_reference(precision), tokenizer(PROMPT, return_tensors="pt")["input_ids"], 12)
         assert tiny_models.EOS not in expected
         assert result.generated == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_matrices_that_were_rounded_before_are_written_as_they_are(
+    tokenizer: PreTrainedTokenizerFast, format_: Format, tmp_path: Path
+) -> None:
+    """Other integers than the nearest, in one projection of each part."""
+    reference, quantized = _reference("int4"), {}
+    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        packed = quantize(tiny_models.heterogeneous().state_dict()[name], 4)
+        quantized[name] = replace(packed, integers=packed.integers.flip(0))
+        reference.state_dict()[name].copy_(dequantize(quantized[name]))
+    ids = tiny_models.tokens(16)
+    logits = torch.from_numpy(tiny_models.torch_logits(reference, ids))[:, POSITIONS]
+    manifest = Manifest(format_, "int4", tiny_models.shape(tied=True), "tiny", "0" * 16, "subnet")
+    model, parity = tiny_models.heterogeneous(), Parity(ids, POSITIONS, logits)
+    export_folder(model, tokenizer, manifest, parity, tmp_path / "out", quantized)
+    assert _verify(tmp_path / "out").parity_holds
+    export_folder(tiny_models.heterogeneous(), tokenizer, manifest, parity, tmp_path / "out")
+    assert not _verify(tmp_path / "out").parity_holds
 
 
 def test_folders_are_timed_together(exported: dict[tuple[Format, Precision], Path]) -> None:
