@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from safetensors import SafetensorError
 
-from hw_profiles import RUNTIMES, ProfileError, Store, StoreError, Workload, detect, runtime
+from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
 from hw_profiles.shapes import PRECISIONS, Precision
 from nas.terminal import (
     EXIT_BAD_INPUT,
@@ -419,7 +419,7 @@ def main() -> None:
         code = fail(error.format_message(), EXIT_BAD_INPUT) if error.format_message() else EXIT_BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
         code = fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
-    except (StoreError, ValueError, ImportError, ProfileError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:  # the last is what runtimes raise for files they refuse
         code = fail(str(error), EXIT_BAD_INPUT)
     except SafetensorError as error:
         code = fail(safetensors_error_sentence(error), EXIT_BAD_INPUT)

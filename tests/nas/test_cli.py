@@ -373,7 +373,12 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
 
 
 def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:
-    """Other numbers in the weights, a file cut short, and a manifest that is none."""
+    """A tokenizer that is none, other numbers in the weights, a file cut short, and a manifest that is none."""
+    tokenizer = tmp_path / "openvino" / "openvino_tokenizer.xml"
+    tokenizer.write_bytes(b"x" * tokenizer.stat().st_size)
+    broken = nas("verify", "openvino", "--rounds", "1", *on_device)
+    assert broken.code == 2
+    assert broken.json["error"]
     verify = ("verify", "onnx", "--rounds", "1", *on_device)
     weights = next((tmp_path / "onnx").glob("*.onnx.data"))
     content = weights.read_bytes()
