@@ -219,7 +219,11 @@ class Supernet:
     def _quantize_part(
         self, layer: int, part: Part, choice: int, bits: int
     ) -> dict[str, QuantizedWeight | torch.Tensor]:
-        """To the nearest at 8 bits, and before `prepare`; with error feedback at 4."""
+        """To the nearest at 8 bits, and before `prepare`; with error feedback at 4, keys and values excepted.
+
+        Feedback moves a value's error to rare inputs, and the rarest is the first token, which most heads attend to: on
+        SmolLM2 it took the KL of rounding all attention from 0.13 to 0.20 nats, and gains 0.001 on keys.
+        """
         weights = self._part_weights(layer, part, choice)
         matrices = {name for name, tensor in weights.items() if tensor.dim() == 2}
         if bits == 8 or self._statistics is None:
@@ -230,8 +234,13 @@ class Supernet:
         output = f"{self._output(part)}.weight"
         if (layer, part, bits) not in self._quantized_inputs:
             full = self._part_weights(layer, part, self._full(part))
-            inputs = {name: full[name] for name in sorted(matrices - {output})}
-            self._quantized_inputs[layer, part, bits] = round_together(inputs, H_in, bits)
+            family = self.loaded.family
+            plain = {f"{name}.weight" for name in (family.key, family.value)} & matrices
+            inputs = {name: full[name] for name in sorted(matrices - plain - {output})}
+            self._quantized_inputs[layer, part, bits] = {
+                **round_together(inputs, H_in, bits),
+                **{name: quantize(full[name], bits) for name in plain},
+            }
         # rows do not depend on each other, so a subnet's are those of the full part
         rounded: dict[str, QuantizedWeight | torch.Tensor] = dict(weights)
         for name, quantized in self._quantized_inputs[layer, part, bits].items():
