@@ -1,7 +1,7 @@
 """The main job, end to end: SmolLM2-135M-Instruct and this CPU to a smaller model that meets a latency budget.
 
-Runs the `nas` commands one after the other, as a user would, and then puts the full model beside the chosen subnet. Stop
-it whenever you like: started again, it goes on where it was.
+Runs the `nas` commands one after the other, as a user would, and then puts the full model beside the chosen subnet.
+Stop it whenever you like: started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -215,7 +215,10 @@ class Demo:
                 },
                 "files": files("chosen"),
             },
-            "latency_error": {f"{e.runtime}/{e.phase}": asdict(e) for e in data.latency_errors},
+            "latency_error": {
+                runtime: {e.phase: asdict(e) for e in data.latency_errors if e.runtime == runtime}
+                for runtime in dict.fromkeys(e.runtime for e in data.latency_errors)
+            },
             "quality_error": {"spearman": data.quality_spearman, "additive_spearman": data.additive_spearman},
             "perplexity_baselines": {
                 "uniform_width_same_tpot": quality["uniform_width_same_tpot"],
@@ -259,7 +262,9 @@ def comparison(summary: dict[str, Any]) -> Table:
     table.add_row("perplexity, WikiText-2 test", *(f"{side['perplexity']:.2f}" for side in (full, chosen)))
     predicted = chosen["predicted"]
     table.add_row(
-        "TPOT predicted, OpenVINO", "", f"{predicted['tpot_ms']:.2f} ms [{predicted['low']:.2f}, {predicted['high']:.2f}]"
+        "TPOT predicted, OpenVINO",
+        "",
+        f"{predicted['tpot_ms']:.2f} ms [{predicted['low']:.2f}, {predicted['high']:.2f}]",
     )
     table.add_row("TPOT budget, OpenVINO", "", f"{summary['budget']['tpot_ms']:.2f} ms")
     for name in FORMATS:

@@ -236,7 +236,9 @@ def export(
     study_name: StudyName,
     subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
     output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
-    format_: Annotated[str, typer.Option("--format", help="openvino, onnx or huggingface.")] = "openvino",
+    format_: Annotated[
+        list[str], typer.Option("--format", help="Of several, each gets a folder of its name in --output.")
+    ] = ["openvino"],  # noqa: B006
     precision: Annotated[str | None, typer.Option(help="fp32, int8 or int4; the subnet's own by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is, if it moved since the search.")] = None,
     threads: Threads = None,
@@ -256,23 +258,29 @@ def export(
     from nas.queries import find_subnet, predictions_for
     from nas.study import Study, StudyError
 
-    if format_ not in FORMATS:
-        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+    formats = [known for known in FORMATS if known in format_]
+    if unknown := set(format_) - set(FORMATS):
+        raise ValueError(f"--format must be among {', '.join(FORMATS)}, got {', '.join(sorted(unknown))}")
     here = detect()
     with Store(database) as store:
         study = Study.load(store, study_name)
         chosen = find_subnet(study, subnet, None if precision is None else _precision(precision))
         workloads = [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)]
-        predictions = predictions_for(store, study.space, chosen, format_, here.id, threads or here.cores, workloads)
+        predictions = {
+            name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
+            for name in formats
+        }
     loaded = load_model(model or study.model, trust_remote_code=trust_remote_code)
     if loaded.fingerprint != study.fingerprint:
         raise StudyError(f"{model or study.model} is not the model that study {study_name!r} was made of; give --model")
     protocol = EvaluationProtocol(reform=bool(study.protocol["reform"]))
     supernet = open_supernet(loaded, study.space, protocol, cache)
-    export_subnet(supernet, chosen, format_, output, unseen_windows(loaded.tokenizer, 4, 256), predictions)
-    size_bytes = sum(file.stat().st_size for file in output.iterdir())
-    result = {"directory": str(output), "subnet": chosen.id, "precision": chosen.precision, "bytes": size_bytes}
-    emit(result, as_json, f"{output}: {chosen.id} at {chosen.precision}, {size_bytes / 1e6:.1f} MB")
+    windows = unseen_windows(loaded.tokenizer, 4, 256)
+    folders = {name: output if len(formats) == 1 else output / name for name in formats}
+    for name, folder in folders.items():
+        export_subnet(supernet, chosen, name, folder, windows, predictions[name])
+    result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}
+    emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.precision}" for folder in folders.values()))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
 from nas.profiling import measure_finalists
 from nas.report import LatencyError, MeasuredLatency, ReportData, TrialPoint
+from nas.search import quality_report
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError, Trial
 
@@ -106,19 +107,26 @@ def report_data(
     threads: int,
     prompt_tokens: int,
     context_tokens: int,
+    chosen_id: str | None = None,
 ) -> ReportData:
-    """All that the database knows for a report; the files' own figures are for the caller to add."""
+    """All that the database knows for a report; the files' own figures are for the caller to add.
+
+    The chosen subnet is `chosen_id`, or the answer to `tpot_ms` alone.
+    """
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
     latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode)
     trials = _trials(study)
     predicted = latency.predict([trial.subnet for trial in trials])
+    answers = describe(trials, {decode: latency}, study.space.base.parameters)
     chosen: Answer | None = None
-    if tpot_ms is not None:
-        answers = describe(trials, {decode: latency}, study.space.base.parameters)
+    if chosen_id is not None:
+        chosen = next((answer for answer in answers if answer.subnet.id == chosen_id), None)
+    elif tpot_ms is not None:
         try:
             chosen = admitted(answers, Budget(tpot_ms=tpot_ms, context_tokens=context_tokens))[0]
         except BudgetUnmetError:
             chosen = None
+    quality = quality_report(study.space, trials)
     profiled = sorted({target.runtime for target in store.targets() if target.device_id == device_id})
     errors = []
     for name in profiled:
@@ -143,6 +151,8 @@ def report_data(
         chosen_id=chosen.subnet.id if chosen else None,
         chosen_predicted=_interval(chosen, decode) if chosen else None,
         full=study.space.full(),
+        quality_spearman=quality.spearman if quality else None,
+        additive_spearman=quality.additive_spearman if quality else None,
         latency=[
             MeasuredLatency(
                 e.runtime, e.workload.phase, g.precision, g.predicted_ms, g.low_ms, g.high_ms, g.measured_ms

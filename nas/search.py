@@ -7,7 +7,7 @@ evaluations' results. Resuming is therefore replaying: what is stored is looked 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ from nas.quality import Quality
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, Trial, TrialRole
 from nas.supernet import PARTS, Part
-from predictors import QualityPredictor
+from predictors import QualityPredictor, QualityReport, cross_validated
+from predictors.accuracy import MINIMUM_TRIALS
 
 Floats = NDArray[np.float64]
 #: Told (steps done, steps in all, what is going on).
@@ -71,10 +72,11 @@ def search(
     Fewer where the space has no more.
     """
     scores = score_parts(space, evaluator, study, progress)
-    run = _Run(space, evaluator, study, {trial.subnet: trial for trial in study.trials()}, [], settings, progress)
+    run = _Run(evaluator, study, {trial.subnet: trial for trial in study.trials()}, [], settings, progress)
     for bits in space.bits_choices:
         run.evaluate([space.full(bits)], "full")
     scores = AdditiveScores(space, scores.attention, scores.mlp, {t.subnet.bits: t.quality.kl for t in run.trials})
+    run.scores = scores
     seeds = [seed for bits in space.bits_choices for seed in ladder(scores, latency, bits, settings.seeds_per_bits)]
     run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
     while run.left > 0:
@@ -173,6 +175,16 @@ def quality_predictor(
     return QualityPredictor.fit(quality_features(space, subnets), scores.predict(subnets), kl, seed)
 
 
+def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport | None:
+    """Rank correlations of the quality predictor on trials it was not fitted on; None with too few of them."""
+    usable = [trial for trial in trials if trial.additive_kl is not None]
+    if len(usable) < MINIMUM_TRIALS:
+        return None
+    additive_kl = np.array([trial.additive_kl for trial in usable], dtype=np.float64)
+    kl = np.array([trial.quality.kl for trial in usable])
+    return cross_validated(quality_features(space, [trial.subnet for trial in usable]), additive_kl, kl, seed=0)
+
+
 def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:
     """Choice indices, then sums: [n, 2 x layers + 1 + 4]."""
     genes = np.array([space.encode(subnet) for subnet in subnets], dtype=np.float64)
@@ -185,13 +197,13 @@ def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:
 class _Run:
     """Trials of this run in order, whether evaluated now or found stored."""
 
-    space: SearchSpace
     evaluator: Evaluates
     study: Study
     stored: dict[Subnet, Trial]
     trials: list[Trial]
     settings: SearchSettings
     progress: Progress
+    scores: AdditiveScores | None = None
 
     @property
     def left(self) -> int:
@@ -201,11 +213,12 @@ class _Run:
         for subnet in subnets:
             trial = self.stored.get(subnet)
             if trial is None:
-                trial = Trial(subnet, self.evaluator.evaluate(subnet), role)
+                additive_kl = float(self.scores.predict([subnet])[0]) if self.scores else None
+                trial = Trial(subnet, self.evaluator.evaluate(subnet), role, additive_kl)
                 self.study.add(trial)
                 self.stored[subnet] = trial
             # the role is this run's: a study may hold the same subnet from a run with another seed
-            self.trials.append(Trial(subnet, trial.quality, role))
+            self.trials.append(replace(trial, role=role))
             done = self.settings.evaluations - self.left
             self.progress(done, self.settings.evaluations, f"evaluating {role} {subnet.id}")
 

@@ -30,9 +30,12 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class Trial:
+    """`additive_kl` is what the additive estimate said before the trial; None where there was none."""
+
     subnet: Subnet
     quality: Quality
     role: TrialRole
+    additive_kl: float | None = None
 
 
 class _Base(DeclarativeBase):
@@ -62,6 +65,7 @@ class _Trial(_Base):
     perplexity: Mapped[float]
     tokens: Mapped[int]
     seconds: Mapped[float]
+    additive_kl: Mapped[float | None]
     created_at: Mapped[str]
 
 
@@ -138,6 +142,7 @@ class Study:
             "subnet": trial.subnet.to_json(),
             "role": trial.role,
             **asdict(trial.quality),
+            "additive_kl": trial.additive_kl,
             "created_at": _now(),
         }
         with self.store.transaction() as session:
@@ -169,7 +174,8 @@ def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
 
 def _trial(row: _Trial) -> Trial:
     role: TrialRole = row.role  # type: ignore[assignment]
-    return Trial(Subnet.from_json(row.subnet), Quality(row.kl, row.perplexity, row.tokens, row.seconds), role)
+    quality = Quality(row.kl, row.perplexity, row.tokens, row.seconds)
+    return Trial(Subnet.from_json(row.subnet), quality, role, row.additive_kl)
 
 
 def _now() -> str:
