@@ -45,7 +45,7 @@ def profile(
     runtime: Runtime,
     *,
     rounds: int = 9,
-    decode_steps: int = 8,
+    decode_steps: int = 6,
     seed: int = 0,
     progress: Progress = lambda done, total, description: None,
 ) -> None:

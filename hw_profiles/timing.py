@@ -40,7 +40,7 @@ def measure(
     *,
     vocab_size: int,
     rounds: int = 9,
-    decode_steps: int = 8,
+    decode_steps: int = 6,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,

@@ -26,7 +26,7 @@ class EvaluationProtocol:
 
     calibration_windows: int = 64
     calibration_tokens: int = 256
-    search_windows: int = 16
+    search_windows: int = 8
     search_tokens: int = 256
     reform: bool = True
     calibration_files: Sequence[Path] = CALIBRATION_FILES
