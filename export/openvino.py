@@ -159,22 +159,15 @@ class _Graph:
         return present
 
     def _repeat(self, x: ov.Node, groups: int, heads: int) -> ov.Node:
-        """Each KV head serves `heads / groups` query heads."""
+        """Each KV head serves `heads / groups` query heads.
+
+        A product with ones is the form of grouped queries that OpenVINO fuses into its attention with a KV cache.
+        """
         if heads == groups:
             return x
-        head_dim = self.decoder.shape.head_dim
-        expanded = ops.unsqueeze(x, _i64([2]))
-        shape = ops.shape_of(expanded, "i64")
-        target = ops.concat(
-            [
-                ops.gather(shape, _i64([0, 1]), _i64(0)),
-                _i64([heads // groups]),
-                ops.gather(shape, _i64([3, 4]), _i64(0)),
-            ],
-            axis=0,
-        )
-        repeated = ops.broadcast(expanded, target, broadcast_spec="BIDIRECTIONAL")
-        return ops.reshape(repeated, _i64([0, heads, -1, head_dim]), True)
+        ones = ops.constant(np.ones((1, 1, heads // groups, 1, 1), np.float32))
+        repeated = ops.multiply(ops.unsqueeze(x, _i64([2])), ones)
+        return ops.reshape(repeated, _i64([0, heads, -1, self.decoder.shape.head_dim]), True)
 
     def _mlp(self, x: ov.Node, weights: MlpWeights) -> ov.Node:
         gate, up = _linear(x, _constant(weights.gate)), _linear(x, _constant(weights.up))

@@ -5,7 +5,7 @@ Nothing here needs the study or the original model: the folder carries the text 
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,8 +120,11 @@ def open_session(directory: Path, format_: Format, threads: int) -> Session:
     except ImportError:
         raise
     except Exception as error:  # what the loaders raise shares no base class but Exception
-        reason = " ".join(str(error).split())
-        raise ArtefactError(f"{directory} does not load ({reason}); export again") from error
+        raise _not_working(directory, "load", error) from error
+
+
+def _not_working(directory: Path, what: str, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{directory} does not {what} ({' '.join(str(error).split())}); export again")
 
 
 def logit_agreement(session: Session, parity: Parity) -> LogitAgreement:
@@ -144,7 +147,19 @@ def logit_agreement(session: Session, parity: Parity) -> LogitAgreement:
 
 
 def generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
-    """Greedy continuation of a prompt through the runtime's own generator, onnxruntime's being a plain loop."""
+    """Greedy continuation of a prompt through the runtime's own generator, onnxruntime's being a plain loop.
+
+    Raises ArtefactError where the folder's tokenizer or generator does not work.
+    """
+    try:
+        return _generate(directory, format_, threads, prompt, new_tokens)
+    except (ImportError, ArtefactError):
+        raise
+    except Exception as error:  # what tokenizers and openvino_genai raise shares no base class but Exception
+        raise _not_working(directory, "generate", error) from error
+
+
+def _generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
     if format_ == "openvino":
         return _generate_openvino(directory, threads, prompt, new_tokens)
     from transformers import AutoTokenizer
@@ -218,8 +233,7 @@ def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Pari
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
-    # beside the original, on the same file system: the weights are linked, not copied
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         onnx.save(model, Path(scratch, MODEL_FILE))
-        os.link(directory / DATA_FILE, Path(scratch, DATA_FILE))
+        shutil.copy(directory / DATA_FILE, scratch)
         return logit_agreement(runtime("onnxruntime").load(Path(scratch), threads, _MAX_TOKENS), parity)
