@@ -30,8 +30,8 @@ PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in seven
 #: minutes.
 PROFILE_OPTIONS = {
-    "profile int8, int4": "--precision int8 --precision int4 --anchors 4 --heldout 7 --repeats 1 --rounds 6".split(),
-    "profile fp32": "--precision fp32 --anchors 1 --heldout 7 --repeats 1 --rounds 3".split(),
+    "profile int8, int4": "--precision int8 --precision int4 --anchors 4 --heldout 7 --repeats 1 --rounds 6",
+    "profile fp32": "--precision fp32 --anchors 1 --heldout 7 --repeats 1 --rounds 3",
 }
 
 console = Console()
@@ -73,7 +73,8 @@ class Demo:
     def run(self) -> None:
         targets = []
         for step, options in PROFILE_OPTIONS.items():
-            targets += self.nas("profile", self.model, *options, *self.profile_options, step=step)["targets"]
+            arguments = [*options.split(), *self.profile_options]
+            targets += self.nas("profile", self.model, *arguments, step=step)["targets"]
         full_tpot_ms = {
             row["target"].split("/")[1]: row["full_ms"]
             for row in targets
@@ -93,8 +94,8 @@ class Demo:
                  *formats, step="export of the full model")  # fmt: skip
         others = [folder / name for folder in (chosen, full) for name in FORMATS if (folder, name) != (chosen, RUNTIME)]
         beside = [option for folder in others for option in ("--beside", str(folder))]
-        verified = self.nas("verify", str(chosen / RUNTIME), *beside, "--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "9",
-                            database=False, may_miss=True)  # fmt: skip
+        limits = ("--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "9")
+        verified = self.nas("verify", str(chosen / RUNTIME), *beside, *limits, database=False, may_miss=True)
         rows = {Path(row["directory"]): row for row in verified["folders"]}
         with self.step("perplexity and baselines"):
             quality = self.perplexities(answer["subnet"], fastest)
