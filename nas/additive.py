@@ -7,6 +7,7 @@ budget is a multiple-choice knapsack; its Lagrangian splits into one small minim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,11 @@ def fill_in(choices: Sequence[int], scored: dict[int, float], errors: dict[int, 
     return np.array([*filled, 0.0])
 
 
-def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int) -> list[Subnet]:
-    """Up to `count` additive optima of falling latency: minima of KL + multiplier x ms, evenly spread in between."""
+def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, worst_kl: float = math.inf) -> list[Subnet]:
+    """Up to `count` additive optima of falling latency: minima of KL + multiplier x ms, evenly spread in between.
+
+    None whose estimated KL exceeds `worst_kl`.
+    """
     space = scores.space
     attention_ms, mlp_ms = part_costs(space, latency, bits)
     solutions: dict[Subnet, None] = {}
@@ -90,6 +94,8 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int) -> l
         )
         solutions[Subnet(tuple(layers), bits)] = None
     distinct = [subnet for subnet in solutions if subnet != space.full(bits)]
+    if distinct:
+        distinct = [s for s, kl in zip(distinct, scores.predict(distinct), strict=True) if kl <= worst_kl]
     if len(distinct) <= count:
         return distinct
     latencies = latency(distinct)

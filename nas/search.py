@@ -26,8 +26,8 @@ Floats = NDArray[np.float64]
 #: Told (steps done, steps in all, what is going on).
 Progress = Callable[[int, int, str], None]
 
-#: A candidate worse than this is of no use to anybody; it bounds the hypervolume.
-_WORST_KL = 3.0
+#: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
+_WORST_KL = 1.5
 #: Random subnets drawn for one wanted where evolution finds nothing new.
 _DRAWS_PER_SUBNET = 50
 
@@ -77,7 +77,11 @@ def search(
         run.evaluate([space.full(bits)], "full")
     scores = AdditiveScores(space, scores.attention, scores.mlp, {t.subnet.bits: t.quality.kl for t in run.trials})
     run.scores = scores
-    seeds = [seed for bits in space.bits_choices for seed in ladder(scores, latency, bits, settings.seeds_per_bits)]
+    seeds = [
+        seed
+        for bits in space.bits_choices
+        for seed in ladder(scores, latency, bits, settings.seeds_per_bits, worst_kl=_WORST_KL)
+    ]
     run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
     while run.left > 0:
         proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))
@@ -130,7 +134,9 @@ def propose(
         predicted = predictor.predict(quality_features(space, subnets), scores.predict(subnets)).value
         return np.column_stack([np.log(predicted), latency(subnets)])
 
-    optima = [s for bits in space.bits_choices for s in ladder(scores, latency, bits, settings.population // 4)]
+    optima = [
+        s for bits in space.bits_choices for s in ladder(scores, latency, bits, settings.population // 4, _WORST_KL)
+    ]
     start = [trial.subnet for trial in sorted(trials, key=lambda trial: trial.quality.kl)] + optima
     start = list(dict.fromkeys(start))[: settings.population * 3 // 4]
     found = evolve(
