@@ -172,8 +172,8 @@ class Demo:
             "uniform_width_same_tpot": uniform(width),
         }
         result = {name: evaluator.evaluate(subnet).perplexity for name, subnet in measured.items()}
-        plain = open_supernet(loaded, space, EvaluationProtocol(reform=False), cache)
-        result["chosen_without_reformation"] = Evaluator(plain, windows, torch.float32).evaluate(chosen).perplexity
+        supernet.prepare(EvaluationProtocol().calibration(loaded.tokenizer), reform=False, cache_dir=cache)
+        result["chosen_without_reformation"] = evaluator.evaluate(chosen).perplexity
         result["uniform_width"] = width
         return result
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import HEAD_BITS
 from nas.calibration import Statistics, collect, is_complete, load_layer, save_layer
@@ -66,6 +67,8 @@ class Supernet:
     def __init__(self, loaded: LoadedModel, space: SearchSpace) -> None:
         if space.base != loaded.shape:
             raise ValueError(f"wanted a space made from {loaded.name}'s config, got one for another model; rebuild it")
+        if decoder_shape(loaded.model) != space.base:
+            raise ValueError(f"wanted {loaded.name} whole, got it with a subnet active; activate the full subnet first")
         self.loaded = loaded
         self.space = space
         self.model = loaded.model
