@@ -203,11 +203,6 @@ def _family(config: Any) -> Family:
         raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
     if row.sliding_window and getattr(config, row.sliding_window, None):
         raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise ValueError(
-                f"wanted projections without bias, got a config with {name} set; no writer supports it yet"
-            )
     return row
 
 
