@@ -154,12 +154,12 @@ class Demo:
         def uniform(width: int) -> Subnet:
             return Subnet((LayerChoice(study.space.group_choices[-1], width),) * study.space.depth, chosen.bits)
 
-        # the widest uniform MLP that is predicted to be no faster than the chosen subnet
-        widths = range(32, full_width + 1, 32)
+        # the widest uniform MLP that is predicted to be as fast as the chosen subnet
+        widths = range(64, full_width + 1, 64)
         wide_space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, *widths})))
         wide_latency = replace(latency, space=wide_space)
         limit_ms = float(latency.value_ms([chosen])[0])
-        width = min(widths, key=lambda w: (wide_latency.value_ms([uniform(w)])[0] < limit_ms, w))
+        width = max((w for w in widths if wide_latency.value_ms([uniform(w)])[0] <= limit_ms), default=widths[0])
         space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, width})))
         cache = self.output / "cache"
         supernet = open_supernet(loaded, space, EvaluationProtocol(), cache)
