@@ -120,7 +120,7 @@ MISTAKES = {
     ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128",
     ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
-    ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be one of",
+    ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
     ("report", "--study", "none"): "no study 'none'",
     ("verify", "nonesuch"): "nonesuch is not a folder that nas export wrote",
     ("verify", "gpt2"): "gpt2 is not a folder that nas export wrote",
