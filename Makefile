@@ -22,11 +22,16 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# a process each: native runtimes of many tests in one process have brought each other down
 test: install
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' tests/hw_profiles tests/predictors
+	$(BIN)/pytest -m 'not slow' tests/export
+	$(BIN)/pytest -m 'not slow' tests/nas
 
 test-all: install
-	$(BIN)/pytest
+	$(BIN)/pytest tests/hw_profiles tests/predictors
+	$(BIN)/pytest tests/export
+	$(BIN)/pytest tests/nas
 
 demo: install
 	$(BIN)/python examples/demo.py --output $(DEMO_OUTPUT) --evaluations $(EVALUATIONS) --profile-options='$(PROFILE_OPTIONS)'
