@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
 
 #: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
-_WORST_KL = 1.5
+_WORST_KL = 2.5
 #: Random subnets drawn for one wanted where evolution finds nothing new.
 _DRAWS_PER_SUBNET = 50
 
@@ -80,7 +80,7 @@ def search(
     seeds = [
         seed
         for bits in space.bits_choices
-        for seed in ladder(scores, latency, bits, settings.seeds_per_bits, worst_kl=_WORST_KL)
+        for seed in _ends_first(ladder(scores, latency, bits, settings.seeds_per_bits, worst_kl=_WORST_KL))
     ]
     run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
     while run.left > 0:
@@ -227,6 +227,15 @@ class _Run:
             self.trials.append(replace(trial, role=role))
             done = self.settings.evaluations - self.left
             self.progress(done, self.settings.evaluations, f"evaluating {role} {subnet.id}")
+
+
+def _ends_first(seeds: Sequence[Subnet]) -> list[Subnet]:
+    """The smallest, the largest, then each the farthest from those before it: a short search spans the whole ladder."""
+    order: list[int] = []
+    while len(order) < len(seeds):
+        rest = [i for i in reversed(range(len(seeds))) if i not in order]
+        order.append(max(rest, key=lambda i: min((abs(i - j) for j in order), default=i)))
+    return [seeds[i] for i in order]
 
 
 def _interleaved(seeds: Sequence[Subnet], bits_choices: Sequence[int]) -> list[Subnet]:
