@@ -1,6 +1,7 @@
 """Budget queries: the best trial that a device can run within the limits, from what is stored.
 
-A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by its measurement.
+A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by its measurement's
+upper quartile. Which subnets are worth measuring is another question: those whose middle is within the budget.
 """
 
 from __future__ import annotations
@@ -47,17 +48,26 @@ class Budget:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one workload: predicted, with its 90 % interval, and measured where it was."""
+    """Milliseconds of one workload: predicted, with its 90 % interval, and measured where it was.
+
+    `measured_high_ms` is the measurement's upper quartile.
+    """
 
     value_ms: float
     low_ms: float
     high_ms: float
-    measured_ms: float | None
+    measured_ms: float | None = None
+    measured_high_ms: float | None = None
 
     @property
     def admitted_ms(self) -> float:
         """What is held against a budget."""
-        return self.high_ms if self.measured_ms is None else self.measured_ms
+        return self.high_ms if self.measured_high_ms is None else self.measured_high_ms
+
+    @property
+    def hoped_ms(self) -> float:
+        """What is held against a budget by someone about to measure."""
+        return self.value_ms if self.measured_high_ms is None else self.measured_high_ms
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,19 @@ class Answer:
     parameters: int
     parameters_ratio: float
 
-    def excess(self, budget: Budget) -> float:
-        """By which factor the most exceeded limit is exceeded; at most 1 within the budget."""
-        ratios = [self.latencies[w].admitted_ms / limit for w, limit in budget.latency_limits.items()]
+    @property
+    def is_measured(self) -> bool:
+        return all(latency.measured_ms is not None for latency in self.latencies.values())
+
+    def excess(self, budget: Budget, hoped: bool = False) -> float:
+        """By which factor the most exceeded limit is exceeded; at most 1 within the budget.
+
+        With `hoped` an unmeasured latency counts with its middle instead of its upper bound.
+        """
+        ratios = []
+        for workload, limit in budget.latency_limits.items():
+            latency = self.latencies[workload]
+            ratios.append((latency.hoped_ms if hoped else latency.admitted_ms) / limit)
         if budget.max_size_bytes is not None:
             ratios.append(self.size_bytes / budget.max_size_bytes)
         if budget.max_parameters_ratio is not None:
@@ -97,29 +117,25 @@ def describe(trials: Sequence[Trial], models: Mapping[Workload, LatencyModel], s
     for i, trial in enumerate(trials):
         model = next(iter(models.values()))
         shape = model.space.model_shape(trial.subnet)
-        latencies = {
-            workload: Latency(
-                float(p.value_ms[i]),
-                float(p.low_ms[i]),
-                float(p.high_ms[i]),
-                models[workload].measured_ms(trial.subnet),
-            )
-            for workload, p in predictions.items()
-        }
+        latencies = {}
+        for workload, p in predictions.items():
+            timed = models[workload].measurement(trial.subnet)
+            measured = (None, None) if timed is None else (timed.latency_ms, timed.high_ms)
+            latencies[workload] = Latency(float(p.value_ms[i]), float(p.low_ms[i]), float(p.high_ms[i]), *measured)
         size_bytes = shape.weight_bytes(trial.subnet.precision)
         ratio = shape.parameters / space_parameters
         answers.append(Answer(trial.subnet, trial.quality, latencies, size_bytes, shape.parameters, ratio))
     return answers
 
 
-def admitted(answers: Sequence[Answer], budget: Budget) -> list[Answer]:
-    """Those within every limit, best quality first.
+def admitted(answers: Sequence[Answer], budget: Budget, hoped: bool = False) -> list[Answer]:
+    """Those within every limit, best quality first; `hoped` as in `Answer.excess`.
 
     Raises BudgetUnmetError, with the answer that comes nearest, where there is none.
     """
-    within = [answer for answer in answers if answer.excess(budget) <= 1]
+    within = [answer for answer in answers if answer.excess(budget, hoped) <= 1]
     if not within:
-        nearest = min(answers, key=lambda answer: answer.excess(budget))
+        nearest = min(answers, key=lambda answer: answer.excess(budget, hoped))
         costs = ", ".join(f"{w.phase} {latency.admitted_ms:.2f} ms" for w, latency in nearest.latencies.items())
         raise BudgetUnmetError(
             f"no subnet of the study meets the budget; the nearest, {nearest.subnet.id}, has {costs}, "

@@ -23,12 +23,12 @@ class ProfileMissingError(ValueError):
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Predictors of one runtime and workload on one device. Measured subnets keep their measured value."""
+    """Predictors of one runtime and workload on one device. Timed finalists keep their measurements."""
 
     space: SearchSpace
     workload: Workload
     predictors: dict[Precision, LatencyPredictor]
-    measured: dict[tuple[Precision, ModelShape], float]
+    measured: dict[tuple[Precision, ModelShape], Measurement]
 
     @classmethod
     def fit(
@@ -39,7 +39,7 @@ class LatencyModel:
         Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
         """
         predictors: dict[Precision, LatencyPredictor] = {}
-        measured: dict[tuple[Precision, ModelShape], float] = {}
+        measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
             found = store.measurements(target, workload, reference_id=space.base.id)
@@ -55,7 +55,7 @@ class LatencyModel:
                 target=f"{device_id}/{target.key}",
                 runtime_version=training[-1].runtime_version,
             )
-            measured |= {(precision, m.shape): m.latency_ms for m in found if m.role in ("reference", "finalist")}
+            measured |= {(precision, m.shape): m for m in found if m.role in ("reference", "finalist")}
         if not predictors:
             there = sorted(
                 {
@@ -88,7 +88,8 @@ class LatencyModel:
         """Expected milliseconds alone, [n]: what a search minimises."""
         return self.predict(subnets).value_ms
 
-    def measured_ms(self, subnet: Subnet) -> float | None:
+    def measurement(self, subnet: Subnet) -> Measurement | None:
+        """Of the full model and of finalists; other graphs of a profile were timed too briefly to admit one."""
         return self.measured.get((subnet.precision, self.space.model_shape(subnet)))
 
 

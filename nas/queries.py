@@ -28,8 +28,10 @@ def answer_query(
     measure: int,
     progress: Progress = lambda done, total, what: None,
 ) -> Answer:
-    """The trial of best quality within the budget; with `measure` only one that was timed and still met it.
+    """The trial of best quality within the budget.
 
+    With `measure` one that was timed and met the budget: of those that are predicted to meet it by the middle, the
+    best are timed, `measure` at a time, until no untimed one is better than the best that met it.
     Raises BudgetUnmetError where there is none.
     """
     workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens)]
@@ -41,17 +43,16 @@ def answer_query(
         }
         return describe(_trials(study), models, study.space.base.parameters)
 
-    within = admitted(answers(), budget)
-    while measure and (unmeasured := [a for a in within[:measure] if not _is_measured(a)]):
-        for precision in {answer.subnet.precision for answer in unmeasured}:
+    best, *others = admitted(answers(), budget, hoped=measure > 0)
+    while measure and not best.is_measured:
+        finalists = [a for a in (best, *others[: measure - 1]) if not a.is_measured]
+        for precision in {answer.subnet.precision for answer in finalists}:
             target = Target(device_id, runtime_name, precision, threads)
-            shapes = [study.space.model_shape(a.subnet) for a in unmeasured if a.subnet.precision == precision]
+            shapes = [study.space.model_shape(a.subnet) for a in finalists if a.subnet.precision == precision]
             engine = runtime(runtime_name)
             measure_finalists(store, target, engine, study.space.base, shapes, workloads, progress)
-        within = admitted(answers(), budget)
-        if _is_measured(within[0]):
-            break
-    return within[0]
+        best, *others = admitted(answers(), budget, hoped=True)
+    return best
 
 
 def _trials(study: Study) -> list[Trial]:
@@ -59,10 +60,6 @@ def _trials(study: Study) -> list[Trial]:
     if not trials:
         raise StudyError(f"study {study.name!r} has no trials yet; run nas search again to go on with it")
     return trials
-
-
-def _is_measured(answer: Answer) -> bool:
-    return all(latency.measured_ms is not None for latency in answer.latencies.values())
 
 
 def find_subnet(study: Study, name: str, precision: Precision | None) -> Subnet:

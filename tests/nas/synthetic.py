@@ -126,8 +126,13 @@ def fill_profile(
     workloads: Sequence[Workload],
     precisions: Sequence[Precision] = ("int8", "int4"),
     factors: Mapping[Role, float] | None = None,
+    scatter: float = 0.0,
 ) -> None:
-    """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role."""
+    """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role.
+
+    `scatter` is the standard deviation of a further random factor.
+    """
+    rng = np.random.default_rng(0)
     store.add_device(device)
     for precision in precisions:
         target = Target(device.id, runtime, precision, 1)
@@ -139,7 +144,8 @@ def fill_profile(
                     graph.shape,
                     work,
                     graph.role,
-                    shape_ms(graph.shape, precision, work) * (factors or {}).get(graph.role, 1.0),
+                    shape_ms(graph.shape, precision, work) * (factors or {}).get(graph.role, 1.0)
+                    * (1.0 if graph.role == "reference" else 1 + scatter * rng.standard_normal()),
                 )
                 for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
                 for work in workloads

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hw_profiles import Workload
+from hw_profiles import Measurement, Target, Workload
 from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, describe
 from nas.quality import Quality
 from nas.space import LayerChoice, Subnet
@@ -31,11 +31,24 @@ def test_admitted_by_the_upper_bound_or_the_measurement_and_best_first() -> None
     answers = [
         answer(0.1, Latency(9.0, 8.0, 10.5, None)),  # its middle fits, its upper bound does not
         answer(0.3, Latency(9.0, 8.0, 10.0, None)),
-        answer(0.2, Latency(9.0, 8.0, 10.5, 9.9)),  # measured: that counts
-        answer(0.05, Latency(9.0, 8.0, 9.5, 10.1)),
+        answer(0.2, Latency(9.0, 8.0, 10.5, 9.8, 9.9)),  # measured: that counts
+        answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),  # by its upper quartile
         answer(0.4, Latency(2.0, 1.0, 3.0, None)),
     ]
     assert kls(answers, Budget(tpot_ms=10.0)) == [0.2, 0.3, 0.4]
+
+
+def test_hoped_for_by_the_middle_until_measured() -> None:
+    answers = [
+        answer(0.1, Latency(9.9, 8.0, 20.0)),
+        answer(0.2, Latency(10.1, 8.0, 20.0)),
+        answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),
+        answer(0.3, Latency(12.0, 11.0, 13.0, 9.8, 9.9)),
+    ]
+    assert [found.quality.kl for found in admitted(answers, Budget(tpot_ms=10.0), hoped=True)] == [0.1, 0.3]
+    with pytest.raises(BudgetUnmetError):
+        admitted(answers[1:3], Budget(tpot_ms=10.0), hoped=True)
+    assert [found.is_measured for found in answers] == [False, False, True, True]
 
 
 def test_every_limit_counts() -> None:
@@ -58,7 +71,7 @@ def test_unmet_names_the_one_whose_worst_excess_is_least() -> None:
     answers = [
         answer(0.1, Latency(4.0, 4.0, 4.0, None), size_bytes=2_000_000),  # 2 x the latency, 1 x the size
         answer(0.2, Latency(1.0, 1.0, 1.0, None), size_bytes=3_000_000),  # 0.5 x, 1.5 x
-        answer(0.3, Latency(2.2, 2.2, 2.2, 3.5), size_bytes=1_000_000),  # measured at 1.75 x
+        answer(0.3, Latency(2.2, 2.2, 2.2, 3.4, 3.5), size_bytes=1_000_000),  # measured at 1.75 x
     ]
     with pytest.raises(BudgetUnmetError, match=r"decode 1\.00 ms, 3 MB and 50% of the parameters") as unmet:
         admitted(answers, Budget(tpot_ms=2.0, max_size_bytes=2_000_000))
@@ -105,8 +118,11 @@ class Model:
         value_ms = self.scale * np.arange(1.0, len(subnets) + 1)
         return LatencyPrediction(value_ms, value_ms * 0.5, value_ms * 2)
 
-    def measured_ms(self, subnet: Subnet) -> float | None:
-        return 7.0 * self.scale if subnet == self.space.full(4) else None
+    def measurement(self, subnet: Subnet) -> Measurement | None:
+        if subnet != self.space.full(4):
+            return None
+        target, base = Target("d", "fake", "int4", 1), self.space.base
+        return Measurement(target, base, DECODE, "finalist", base.id, 0.5, 0.1, 15, 14.0 * self.scale, "1")
 
 
 def test_describe_gives_each_trial_its_own_costs() -> None:
@@ -132,4 +148,4 @@ def test_describe_gives_each_trial_its_own_costs() -> None:
         round(2 * layer * 4.5 / 8 + embedding * 8.5 / 8 + 5 * 64 * 4),
     ]
     assert answers[1].latencies == {DECODE: Latency(2.0, 1.0, 4.0, None), PREFILL: Latency(20.0, 10.0, 40.0, None)}
-    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, 70.0)
+    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, 70.0, 84.0)

@@ -55,6 +55,12 @@ def test_held_out_and_finalist_graphs_are_not_fitted_on(store: Store) -> None:
     assert fit(store).predict(subnets).value_ms == pytest.approx(expected, rel=1e-3)
 
 
+def measured_ms(model: LatencyModel, subnet: Subnet) -> float:
+    measured = model.measurement(subnet)
+    assert measured is not None
+    return measured.latency_ms
+
+
 def test_only_the_full_model_and_finalists_count_as_measured(store: Store) -> None:
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE])
     finalist, other = random_subnets()[:2]
@@ -62,11 +68,11 @@ def test_only_the_full_model_and_finalists_count_as_measured(store: Store) -> No
     shape = SPACE.model_shape(finalist)
     store.add_measurements([measurement(target, SPACE.base, shape, DECODE, "finalist", 3.25)])
     model = fit(store)
-    assert model.measured_ms(finalist) == pytest.approx(3.25)
-    assert model.measured_ms(other) is None
-    assert model.measured_ms(SPACE.full(4)) == pytest.approx(shape_ms(SPACE.base, "int4", DECODE))
+    assert measured_ms(model, finalist) == pytest.approx(3.25)
+    assert model.measurement(other) is None
+    assert measured_ms(model, SPACE.full(4)) == pytest.approx(shape_ms(SPACE.base, "int4", DECODE))
     opposite = Subnet(finalist.layers, 12 - finalist.bits)
-    assert model.measured_ms(opposite) is None  # the same shape at other bits
+    assert model.measurement(opposite) is None  # the same shape at other bits
 
 
 def test_what_is_missing_is_named(store: Store) -> None:
