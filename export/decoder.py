@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,18 +153,23 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     """A decoder of this shape with random weights, for timing: latency does not depend on the numbers."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(2**22, dtype=np.float32) * np.float32(0.02)
-    factors = rng.uniform(0.01, 0.03, 2**18).astype(np.float16)
+    factors = rng.uniform(0.01, 0.03, 2**18)
+    scales = {bits: (factors / 2 ** (bits - 1)).astype(np.float16) for bits in (4, 8)}
     integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}
     starts = count()
+
+    def fill(source: NDArray[Any], start: int, rows: int, columns: int) -> NDArray[Any]:
+        # no more of the source than is needed: np.resize copies all that it is given and keeps it
+        return np.resize(source[start : start + rows * columns], (rows, columns))
 
     def matrix(rows: int, columns: int, bits: int) -> Matrix:
         # every matrix owns its memory and differs from all others, of which OpenVINO would store but one: weights
         # that shared pages would stay in the cache and flatter the timing
         start = next(starts)
         if bits >= 16:
-            return np.resize(values[start:], (rows, columns))
-        scales = np.resize(factors[start:], (rows, columns // QUANTIZATION_BLOCK_SIZE)) / np.float16(2 ** (bits - 1))
-        return PackedMatrix(np.resize(integers[bits][start:], (rows, columns)), scales, bits)
+            return fill(values, start, rows, columns)
+        blocks = columns // QUANTIZATION_BLOCK_SIZE
+        return PackedMatrix(fill(integers[bits], start, rows, columns), fill(scales[bits], start, rows, blocks), bits)
 
     embedding = matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision])
     return _assemble(

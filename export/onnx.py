@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -22,6 +23,10 @@ from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
+#: Smaller tensors stay in the graph's own file; larger ones start at a page of the data file, which is then mapped.
+_INLINE_BYTES = 1024
+_ALIGNMENT_BYTES = 4096
+
 _MICROSOFT = "com.microsoft"
 #: 4 lets MatMulNBits round the activations to int8 blocks of 32; 0 computes in fp32 with the exact weights.
 ACCURACY_LEVEL = 4
@@ -34,7 +39,9 @@ def write_onnx(decoder: Decoder, directory: Path) -> Path:
     with i counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
     """
     path = directory / MODEL_FILE
-    onnx.save_model(_Graph(decoder).model(), path, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+    with (directory / DATA_FILE).open("wb") as data:
+        model = _Graph(decoder, data).model()
+    onnx.save_model(model, path)
     return path
 
 
@@ -83,8 +90,11 @@ def write_genai_config(decoder: Decoder, generation: GenerationConfig, directory
 
 
 class _Graph:
-    def __init__(self, decoder: Decoder) -> None:
+    """Weights go to `data` as they come up, so that memory holds one of them beside the decoder."""
+
+    def __init__(self, decoder: Decoder, data: BinaryIO) -> None:
         self.decoder = decoder
+        self.data = data
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.stored: set[str] = set()
@@ -255,9 +265,24 @@ class _Graph:
         return outputs[0]
 
     def _tensor(self, name: str, array: NDArray[np.generic]) -> str:
-        self.initializers.append(numpy_helper.from_array(array, name))
+        if array.nbytes < _INLINE_BYTES:
+            self.initializers.append(numpy_helper.from_array(array, name))
+        else:
+            self.initializers.append(self._external(name, np.ascontiguousarray(array)))
         self.stored.add(name)
         return name
+
+    def _external(self, name: str, array: NDArray[np.generic]) -> onnx.TensorProto:
+        self.data.seek(-(-self.data.tell() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
+        place = {"location": DATA_FILE, "offset": str(self.data.tell()), "length": str(array.nbytes)}
+        self.data.write(array.data)
+        return onnx.TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            dims=array.shape,
+            data_location=TensorProto.EXTERNAL,
+            external_data=[onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items()],
+        )
 
     def _int64(self, name: str, values: list[int]) -> str:
         return self._tensor(name, np.array(values, np.int64))

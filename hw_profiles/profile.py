@@ -23,8 +23,8 @@ Build = Callable[[ModelShape, Precision, Path], Path]
 #: Told (graphs done, graphs in the plan, what is going on).
 Progress = Callable[[int, int, str], None]
 
-#: A loaded graph takes about this many times its weights: the file's copy, the runtime's packed copy, activations.
-MEMORY_PER_WEIGHT_BYTE = 3
+#: A loaded graph takes up to this many times its weights: the file mapped, the runtime's packed copy, activations.
+MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the reference not counted.
 BATCH_MEMORY_BYTES = 3 * 2**29
 #: Longer batches put more time between a graph and its reference.
@@ -118,7 +118,7 @@ class _Run:
     def batches(self, graphs: Sequence[PlannedGraph], memory_bytes: int) -> Iterator[list[PlannedGraph]]:
         """Consecutive graphs that fit the memory, at least one each. Repeats never share a batch with their first."""
         batch: list[PlannedGraph] = []
-        batch_bytes = 0
+        batch_bytes = 0.0
         for graph in graphs:
             own_bytes = MEMORY_PER_WEIGHT_BYTE * graph.shape.weight_bytes(self.target.precision)
             if graph.role == "reference":
@@ -126,7 +126,7 @@ class _Run:
             full = batch_bytes + own_bytes > memory_bytes or len(batch) == BATCH_GRAPHS
             if batch and (full or (graph.role == "repeat") != (batch[-1].role == "repeat")):
                 yield batch
-                batch, batch_bytes = [], 0
+                batch, batch_bytes = [], 0.0
             batch.append(graph)
             batch_bytes += own_bytes
         if batch:

@@ -1,11 +1,13 @@
 """Latency on a machine that drifts: every graph once a round, in random order, as a ratio to a reference graph.
 
 Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to a reference timed in the same
-round does not move with the machine.
+round does not move with the machine. The reference's own noise is in all ratios of a batch, so it is visited more
+often: with n other graphs about sqrt(n) times a round, which gives the ratios the least noise for the time spent.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,25 +49,29 @@ def measure(
 ) -> dict[tuple[str, Workload], Timing]:
     """Time every session on every workload, against the session named `reference`.
 
-    A round's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
-    length. `clock` returns seconds.
+    A visit's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
+    length; a round's is that of the one visit, for the reference the geometric mean over its visits. `clock` returns
+    seconds.
     """
     if reference not in sessions:
         raise ValueError(f"the reference must be one of the sessions {', '.join(sessions)}, got {reference!r}")
     if rounds < 1 or decode_steps < 1:
         raise ValueError(f"rounds and decode_steps must be 1 or more, got {rounds=} {decode_steps=}")
     rng = np.random.default_rng(seed)
-    names, distinct = list(sessions), sorted(set(workloads))
-    times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in names for work in distinct}
+    distinct = sorted(set(workloads))
+    visits = [*sessions, *[reference] * (math.ceil(math.sqrt(len(sessions) - 1)) - 1)]
+    times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
     for round_number in range(rounds + 1):  # the first warms up and does not count
         tokens = _draw_tokens(distinct, decode_steps, vocab_size, rng)
-        for index in rng.permutation(len(names)):
-            name = names[index]
+        round_ms: dict[tuple[str, Workload], list[float]] = {key: [] for key in times_ms}
+        for index in rng.permutation(len(visits)):
             sleep(SETTLE_S)
-            visit_ms = _visit(sessions[name], distinct, tokens, decode_steps, clock)
-            if round_number:
-                for work, value_ms in visit_ms.items():
-                    times_ms[name, work].append(value_ms)
+            visit_ms = _visit(sessions[visits[index]], distinct, tokens, decode_steps, clock)
+            for work, value_ms in visit_ms.items():
+                round_ms[visits[index], work].append(value_ms)
+        if round_number:
+            for key, values_ms in round_ms.items():
+                times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
     return {
         (name, work): _summary(np.array(own_ms), np.array(times_ms[reference, work]))
         for (name, work), own_ms in times_ms.items()

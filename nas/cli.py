@@ -159,7 +159,13 @@ def search(
         space = SearchSpace.from_config(loaded.config)
         here = detect()
         latency = LatencyModel.fit(
-            store, device or here.id, runtime_name, threads or here.cores, space, workloads[objective[1]]
+            store,
+            device or here.id,
+            runtime_name,
+            threads or here.cores,
+            space,
+            workloads[objective[1]],
+            learn_from_finalists=False,
         )
         protocol = EvaluationProtocol(reform=reform)
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict())

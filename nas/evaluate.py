@@ -19,6 +19,8 @@ from nas.supernet import Part, Supernet
 _TOKENS_AT_ONCE = 8192
 #: Positions whose logits are in memory together; more of them leave the processor's cache and take twice as long.
 _LOGITS_AT_ONCE = 64
+#: The teacher's logits are kept where they take no more than this; otherwise they are made anew for each subnet.
+_KEPT_LOGITS_BYTES = 2**29
 
 
 class Evaluator:
@@ -36,6 +38,7 @@ class Evaluator:
             supernet.activate(supernet.space.full(32))
             self._teacher = self._normed(self._run(supernet.loaded.embed(windows), 0))
             self._teacher_head = supernet.loaded.head.weight.detach()
+            self._teacher_logits = self._keep_logits()
 
     def evaluate(self, subnet: Subnet) -> Quality:
         """KL and perplexity of one subnet, which is left active."""
@@ -84,6 +87,12 @@ class Evaluator:
         """What the head reads, [M, D], in the precision it reads it."""
         return self.supernet.loaded.final_norm(hidden).flatten(0, 1).to(self.dtype)
 
+    def _keep_logits(self) -> torch.Tensor | None:
+        """[M, V], or None where they would take too much memory."""
+        if len(self._teacher) * len(self._teacher_head) * self.dtype.itemsize > _KEPT_LOGITS_BYTES:
+            return None
+        return self._teacher @ self._teacher_head.to(self.dtype).T
+
     def _compare(self, hidden: torch.Tensor) -> tuple[float, float]:
         """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden [N, T, D]."""
         student = self._normed(hidden)
@@ -97,7 +106,9 @@ class Evaluator:
         for first in range(0, len(student), _LOGITS_AT_ONCE):
             rows = slice(first, first + _LOGITS_AT_ONCE)
             q = (student[rows] @ head).float()  # logits, [rows, V]
-            p = (self._teacher[rows] @ teacher_head).float()
+            kept = self._teacher_logits
+            p = self._teacher[rows] @ teacher_head if kept is None else kept[rows].clone()
+            p = p.float()
             log_q_sum, log_p_sum = q.logsumexp(-1), p.logsumexp(-1)
             losses[rows] = log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
             difference = torch.sub(p, q, out=q)

@@ -32,18 +32,28 @@ class LatencyModel:
 
     @classmethod
     def fit(
-        cls, store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
+        cls,
+        store: Store,
+        device_id: str,
+        runtime: str,
+        threads: int,
+        space: SearchSpace,
+        workload: Workload,
+        learn_from_finalists: bool = True,
     ) -> LatencyModel:
-        """Fit on everything but the held-out graphs, which stay unseen so that `errors` can judge.
+        """Fit on everything but the held-out graphs, which stay unseen so that `held_out_errors` can judge.
+
+        A search leaves the finalists out as well, so that it can be gone on with after a query has timed some.
 
         Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
         """
+        roles = {"reference", "table", "anchor", *(["finalist"] if learn_from_finalists else [])}
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
             found = store.measurements(target, workload, reference_id=space.base.id)
-            training = [m for m in found if m.role in ("reference", "table", "anchor")]
+            training = [m for m in found if m.role in roles]
             if not training:
                 continue
             predictors[precision] = LatencyPredictor.fit(
@@ -128,7 +138,7 @@ def held_out_errors(
     store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
 ) -> LatencyErrors:
     """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
-    model = LatencyModel.fit(store, device_id, runtime, threads, space, workload)
+    model = LatencyModel.fit(store, device_id, runtime, threads, space, workload, learn_from_finalists=False)
     graphs: list[HeldoutGraph] = []
     noises = []
     for precision, predictor in model.predictors.items():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from export import dequantize, quantize
 from export.decoder import Decoder, PackedMatrix, decoder_from_model, decoder_shape, random_decoder
-from hw_profiles.shapes import PRECISIONS, BlockShape, Precision
+from hw_profiles.shapes import PRECISIONS, BlockShape, ModelShape, Precision
 
 from . import tiny_models
 
@@ -149,6 +150,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_random_weights_take_little_more_memory_than_their_arrays(precision: Precision) -> None:
+    """On top of the arrays: the source that they are cut from, of 2**22 values at most 8 bytes wide, twice."""
+    shape = ModelShape(64, 16, 96, True, (BlockShape(4, 2, 96),) * 40)
+    tracemalloc.start()
+    decoder = random_decoder(shape, precision)
+    held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(decoder.layers) == 40
+    assert held_bytes < 5 * shape.parameters
+    assert peak_bytes - held_bytes < 2 * 8 * 2**22
 
 
 def test_scaled_rotary_frequencies_are_the_models() -> None:

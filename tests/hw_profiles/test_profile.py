@@ -13,7 +13,7 @@ import pytest
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.planning import PlannedGraph, plan
-from hw_profiles.profile import BATCH_GRAPHS, ProfileError, profile, repeat_noise
+from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileError, profile, repeat_noise
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
 from hw_profiles.store import Measurement, Store
@@ -200,7 +200,8 @@ def test_batches_keep_to_the_memory(store: Store, monkeypatch: pytest.MonkeyPatc
     assert sum(batches) == len(PLANNED)
     position = 0
     for size in [batches[0] - 1, *batches[1:]]:  # the reference counts nothing
-        assert 3 * sum(weight_bytes[position : position + size]) <= 6 * FULL.weight_bytes("int8")
+        taken_bytes = MEMORY_PER_WEIGHT_BYTE * sum(weight_bytes[position : position + size])
+        assert taken_bytes <= 6 * FULL.weight_bytes("int8")
         position += size
     assert max(batches) < BATCH_GRAPHS
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
         assert half.spread_ratio < 0.02
 
 
-def test_every_round_visits_all_in_changing_order(tmp_path: Path) -> None:
+def test_every_round_visits_all_in_changing_order_and_the_reference_twice(tmp_path: Path) -> None:
     visits: list[str] = []
 
     class Recorder:
@@ -113,10 +114,37 @@ def test_every_round_visits_all_in_changing_order(tmp_path: Path) -> None:
 
     measure(sessions, "a", WORKLOADS[:1], vocab_size=4, rounds=5, clock=clock, sleep=pause)
     order = "".join(visits).replace("|", "")
-    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
+    rounds = [order[i : i + 5] for i in range(0, len(order), 5)]
     assert len(rounds) == 6  # one to warm up
-    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert all(sorted(one) == list("aabcd") for one in rounds)  # sqrt(3) others, rounded up
     assert len(set(rounds)) > 2
+
+
+def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
+    """The reference takes 1, 4, 1, 4 .. ms, the three others 6 ms each."""
+    clock = Clock()
+    reference_ms = cycle([1.0, 4.0])
+
+    class Alternating:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def reset(self) -> None:
+            pass
+
+        def step(
+            self, token_ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+        ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+            if token_ids.shape[1] > 1:  # the prefill that is timed, not the token that wakes the threads up
+                clock.wait(1e-3 * (next(reference_ms) if self.name == "a" else 6.0))
+            return np.zeros((1, 1), np.float32)
+
+    sessions: dict[str, Session] = {name: Alternating(name) for name in "abcd"}
+    work = Workload("prefill", 8)
+    timing = measure(sessions, "a", [work], vocab_size=4, rounds=3, clock=clock, sleep=clock.wait)
+    assert timing["a", work].median_ms == pytest.approx(2.0)
+    assert [timing[name, work].ratio for name in "abcd"] == pytest.approx([1.0, 3.0, 3.0, 3.0])
+    assert timing["b", work].repeats == 3
 
 
 def test_a_known_sleep_on_the_real_clock(tmp_path: Path) -> None:

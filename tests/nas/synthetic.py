@@ -144,7 +144,8 @@ def fill_profile(
                     graph.shape,
                     work,
                     graph.role,
-                    shape_ms(graph.shape, precision, work) * (factors or {}).get(graph.role, 1.0)
+                    shape_ms(graph.shape, precision, work)
+                    * (factors or {}).get(graph.role, 1.0)
                     * (1.0 if graph.role == "reference" else 1 + scatter * rng.standard_normal()),
                 )
                 for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)

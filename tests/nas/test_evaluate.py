@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -81,3 +82,11 @@ def test_bfloat16_is_near_float32(supernet, held_out):
     fast = Evaluator(supernet, held_out, torch.bfloat16).evaluate(SUBNET)
     exact = Evaluator(supernet, held_out, torch.float32).evaluate(SUBNET)
     assert fast.kl == pytest.approx(exact.kl, rel=0.03)
+
+
+def test_teacher_logits_kept_or_made_anew_give_the_same(supernet, held_out, monkeypatch):
+    subnet = supernet.space.sample(np.random.default_rng(0))
+    keeping = Evaluator(supernet, held_out, torch.float32)
+    twice = [keeping.evaluate(subnet).kl for _ in range(2)]
+    monkeypatch.setattr("nas.evaluate._KEPT_LOGITS_BYTES", 0)
+    assert twice == pytest.approx([Evaluator(supernet, held_out, torch.float32).evaluate(subnet).kl] * 2, rel=1e-5)

@@ -45,14 +45,16 @@ def test_predictions_are_those_of_each_subnets_own_precision(store: Store, workl
     assert len(model.predict([]).value_ms) == 0
 
 
-def test_held_out_and_finalist_graphs_are_not_fitted_on(store: Store) -> None:
+def test_held_out_graphs_are_not_fitted_on_and_finalists_only_where_wanted(store: Store) -> None:
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], factors={"heldout": 5.0, "repeat": 5.0})
     subnets = random_subnets()
     target = Target(DEVICE.id, "openvino", "int8", 1)
     shape = SPACE.model_shape(subnets[0])
     store.add_measurements([measurement(target, SPACE.base, shape, DECODE, "finalist", 99.0)])
     expected = [shape_ms(SPACE.model_shape(subnet), subnet.precision, DECODE) for subnet in subnets]
-    assert fit(store).predict(subnets).value_ms == pytest.approx(expected, rel=1e-3)
+    without = LatencyModel.fit(store, DEVICE.id, "openvino", 1, SPACE, DECODE, learn_from_finalists=False)
+    assert without.predict(subnets).value_ms == pytest.approx(expected, rel=1e-3)
+    assert fit(store).predict(subnets).value_ms != pytest.approx(expected, rel=1e-2)
 
 
 def measured_ms(model: LatencyModel, subnet: Subnet) -> float:

@@ -147,16 +147,17 @@ def test_timing_finds_what_a_wide_interval_hides(tmp_path: Path, device: FakeDev
     assert ms(timid.subnet) < ms(bold.subnet) <= BUDGET.tpot_ms
 
 
-def test_unmet_once_all_are_timed(store: Store, study: Study, device: FakeDevice) -> None:
-    device.lie = lambda shape: 1.0 if shape == SPACE.base else 1000.0
+def test_unmet_once_no_hope_is_left(store: Store, study: Study, device: FakeDevice) -> None:
+    """All is 30 times as slow as profiled, beside a full model that is not: the timed ones teach that, too."""
+    device.lie = lambda shape: 1.0 if shape == SPACE.base else 30.0
     assert BUDGET.tpot_ms
     fitting = best_first(study, BUDGET.tpot_ms)
     with pytest.raises(BudgetUnmetError) as unmet:
         ask(store, study, BUDGET, 3)
-    timed = {m.shape for m in store.measurements(roles=["finalist"])}
-    assert timed == {SPACE.model_shape(subnet) for subnet in fitting}
-    nearest = min(study.trials(), key=lambda t: ms(t.subnet) * (1000 if t.subnet in fitting else 1))
-    assert unmet.value.nearest.subnet == nearest.subnet
+    timed = store.measurements(roles=["finalist"])
+    assert {SPACE.model_shape(subnet) for subnet in fitting[:3]} <= {m.shape for m in timed}
+    assert min(m.latency_ms for m in timed) > BUDGET.tpot_ms
+    assert unmet.value.nearest.excess(BUDGET, hoped=True) > 1
 
 
 def test_timing_both_workloads_of_a_budget(store: Store, study: Study, device: FakeDevice) -> None:
