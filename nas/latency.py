@@ -12,7 +12,7 @@ from hw_profiles import Measurement, ModelShape, Store, Target, Workload
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Precision
 from nas.space import SearchSpace, Subnet
-from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, mape, spearman, within
+from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, describe_workloads, mape, spearman, within
 
 Floats = NDArray[np.float64]
 
@@ -23,7 +23,7 @@ class ProfileMissingError(ValueError):
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Predictors of one runtime and workload on one device. Timed finalists keep their measurements."""
+    """Predictors of one runtime on one device, asked for one workload. Timed finalists keep their measurements."""
 
     space: SearchSpace
     workload: Workload
@@ -43,7 +43,8 @@ class LatencyModel:
     ) -> LatencyModel:
         """Fit on everything but the held-out graphs, which stay unseen so that `held_out_errors` can judge.
 
-        A search leaves the finalists out as well, so that it can be gone on with after a query has timed some.
+        All workloads of the phase that were measured are fitted together, so `workload` may be any between them. A
+        search leaves the finalists out as well, so that it can be gone on with after a query has timed some.
 
         Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
         """
@@ -52,30 +53,31 @@ class LatencyModel:
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
-            found = store.measurements(target, workload, reference_id=space.base.id)
+            found = [
+                m for m in store.measurements(target, reference_id=space.base.id) if m.workload.phase == workload.phase
+            ]
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
-            predictors[precision] = LatencyPredictor.fit(
+            predictor = LatencyPredictor.fit(
                 [m.shape for m in training],
                 [m.latency_ms for m in training],
-                workload,
+                [m.workload for m in training],
                 precision,
                 seed=0,
                 target=f"{device_id}/{target.key}",
                 runtime_version=training[-1].runtime_version,
             )
-            measured |= {(precision, m.shape): m for m in found if m.role in ("reference", "finalist")}
+            if not predictor.provenance.covers(workload):
+                continue
+            predictors[precision] = predictor
+            measured |= {
+                (precision, m.shape): m for m in found if m.workload == workload and m.role in ("reference", "finalist")
+            }
         if not predictors:
-            there = sorted(
-                {
-                    f"{m.target.key} {m.workload.phase} {m.workload.tokens}"
-                    for m in store.measurements(roles=["reference"])
-                }
-            )
             raise ProfileMissingError(
                 f"{runtime} with {threads} threads was not profiled for {workload.phase} at {workload.tokens} tokens "
-                f"and this model (profiled: {', '.join(there) or 'nothing'}); run nas profile first"
+                f"and this model (profiled: {_profiled(store) or 'nothing'}); run nas profile first"
             )
         return cls(space, workload, predictors, measured)
 
@@ -90,7 +92,7 @@ class LatencyModel:
                     f"--precision {precision}"
                 )
             rows = [i for i, subnet in enumerate(subnets) if subnet.precision == precision]
-            predicted = self.predictors[precision].predict([shapes[i] for i in rows])
+            predicted = self.predictors[precision].predict([shapes[i] for i in rows], self.workload)
             value[rows], low[rows], high[rows] = predicted.value_ms, predicted.low_ms, predicted.high_ms
         return LatencyPrediction(value, low, high)
 
@@ -146,7 +148,7 @@ def held_out_errors(
         found = store.measurements(target, workload, reference_id=space.base.id)
         heldout = [m for m in found if m.role == "heldout"]
         if heldout:
-            predicted = predictor.predict([m.shape for m in heldout])
+            predicted = predictor.predict([m.shape for m in heldout], workload)
             additive_ms = _additive(found).predict([m.shape for m in heldout])
             columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
             graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
@@ -174,6 +176,14 @@ def held_out_errors(
         repeat_noise=float(np.median(noises)) if noises else None,
         graphs=tuple(graphs),
     )
+
+
+def _profiled(store: Store) -> str:
+    """For people: every target with its workloads."""
+    of_targets: dict[tuple[str, str], list[Workload]] = {}
+    for m in store.measurements(roles=["reference"]):
+        of_targets.setdefault((m.target.key, m.workload.phase), []).append(m.workload)
+    return ", ".join(f"{key} {describe_workloads(workloads)}" for (key, _), workloads in sorted(of_targets.items()))
 
 
 def _additive(found: Sequence[Measurement]) -> AdditiveTable:

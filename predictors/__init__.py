@@ -4,7 +4,7 @@ from predictors.accuracy import QualityPrediction, QualityPredictor, QualityRepo
 from predictors.block_table import AdditiveTable
 from predictors.features import latency_features
 from predictors.intervals import conformal_quantile
-from predictors.latency import LatencyPrediction, LatencyPredictor
+from predictors.latency import LatencyPrediction, LatencyPredictor, describe_workloads
 from predictors.metrics import coverage, mape, spearman, within
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "conformal_quantile",
     "coverage",
     "cross_validated",
+    "describe_workloads",
     "latency_features",
     "mape",
     "spearman",

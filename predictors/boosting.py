@@ -57,14 +57,20 @@ class ResidualBoost:
 
 
 def fit_residual_boost(
-    X: FloatArray, log_target: FloatArray, fit_base: BaseFit, seed: int, weights: FloatArray | None = None
+    X: FloatArray,
+    log_target: FloatArray,
+    fit_base: BaseFit,
+    seed: int,
+    weights: FloatArray | None = None,
+    together: FloatArray | None = None,
 ) -> ResidualBoost:
     """Choose the shrinkage by K-fold error, then fit the trees on all rows.
 
+    Rows that are equal in `together` [n, any], by default in X, are held out together.
     Trees are taken on only if the mean gain in |log error| over the base exceeds its own standard error. The errors
     reported are those of the chosen shrinkage, one of four, so they flatter the trees by the little such a choice can.
     """
-    fold = assign_folds(X, FOLDS, seed)
+    fold = assign_folds(X if together is None else together, FOLDS, seed)
     base, trees = np.empty(len(X)), np.empty(len(X))
     for held_out in (fold == k for k in range(int(fold.max()) + 1)):
         train = ~held_out

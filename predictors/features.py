@@ -1,4 +1,4 @@
-"""Shapes and a workload -> physics columns: what a step computes, what it reads, and how many parts it has.
+"""Shapes and workloads -> physics columns: what a step computes, what it reads, and how many parts it has.
 
 Shape letters: n models, L layers (the most of any model; shorter ones are padded with skipped layers), f columns.
 """
@@ -18,8 +18,8 @@ from predictors.metrics import FloatArray
 #: Widths are padded to this many channels: four AVX-512 registers, a cache line of int8, a tile of most GEMM kernels.
 VECTOR_WIDTH = 64
 
-#: The columns of the linear base margin. For one model family and workload every cost of a layer is linear in these.
-LINEAR_COLUMNS = (
+#: For one model family and workload every cost of a layer is linear in these: once a step, whatever is fed to it.
+STEP_COLUMNS = (
     "constant",
     "attention_layers",
     "kv_groups",
@@ -27,6 +27,18 @@ LINEAR_COLUMNS = (
     "mlp_layers",
     "intermediate_size",
     "width_padding",
+)
+#: What grows with the tokens fed, the sequences, and the positions attended to: needed as soon as workloads differ.
+WORKLOAD_COLUMNS = (
+    "tokens_fed",
+    "attention_layers_fed",
+    "kv_groups_fed",
+    "query_heads_fed",
+    "mlp_layers_fed",
+    "intermediate_size_fed",
+    "batch_size",
+    "attention_flops",
+    "kv_bytes",
 )
 
 # Nominal kernels of one step: norm, q, k, v, rotary, attention, output, residual; norm, gate, up, product, down,
@@ -46,9 +58,9 @@ def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
 
 
 def latency_features(
-    shapes: Sequence[ModelShape], workload: Workload, precision: Precision
+    shapes: Sequence[ModelShape], workloads: Sequence[Workload], precision: Precision
 ) -> tuple[tuple[str, ...], FloatArray]:
-    """(names, X [n, f]) of one step of `workload`; the names are the same for every model, workload and precision.
+    """(names, X [n, f]) of one step of each model on its workload; names are the same for all of them and precisions.
 
     Bytes and FLOPs agree with `ModelShape.weight_bytes`, `.kv_cache_bytes` and `.flops`.
     """
@@ -58,10 +70,12 @@ def latency_features(
     vocab = np.array([s.vocab_size for s in shapes], dtype=np.int64)
     embedding = np.array([s.embedding_parameters for s in shapes], dtype=np.int64)
 
-    batch = workload.batch_size
-    fed = workload.tokens if workload.phase == "prefill" else 1
-    seen = fed * (fed + 1) // 2 if workload.phase == "prefill" else workload.tokens + 1
-    cached = workload.tokens + (workload.phase == "decode")
+    batch = np.array([work.batch_size for work in workloads], dtype=np.int64)
+    tokens = np.array([work.tokens for work in workloads], dtype=np.int64)
+    prefill = np.array([work.phase == "prefill" for work in workloads], dtype=np.bool_)
+    fed = np.where(prefill, tokens, 1)
+    seen = np.where(prefill, fed * (fed + 1) // 2, tokens + 1)
+    cached = tokens + ~prefill
 
     attention_layers, mlp_layers = (heads > 0).sum(axis=1), (width > 0).sum(axis=1)
     query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
@@ -92,6 +106,14 @@ def latency_features(
         "projection_flops": batch * 2 * (fed * (matrices + block_norms) + hidden * vocab),
         "attention_flops": batch * 4 * query_heads * head_dim * seen,
         "activation_bytes": values * fed * batch * _ACTIVATION_BYTES_PER_VALUE,
+        "tokens_fed": fed * batch,
+        "attention_layers_fed": attention_layers * fed * batch,
+        "kv_groups_fed": kv_groups * fed * batch,
+        "query_heads_fed": query_heads * fed * batch,
+        "mlp_layers_fed": mlp_layers * fed * batch,
+        "intermediate_size_fed": widths * fed * batch,
+        "batch_size": batch,
+        "tokens": tokens,
         "kernels": _ATTENTION_KERNELS * attention_layers + _MLP_KERNELS * mlp_layers + _FIXED_KERNELS,
     }
     return tuple(columns), np.column_stack([np.asarray(column, dtype=np.float64) for column in columns.values()])

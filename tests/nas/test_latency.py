@@ -81,12 +81,28 @@ def test_what_is_missing_is_named(store: Store) -> None:
     with pytest.raises(ProfileMissingError, match=r"\(profiled: nothing\); run nas profile"):
         fit(store)
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], precisions=["int8"])
-    there = r"profiled: openvino/int8/1 thread decode 16\)"
+    there = r"profiled: openvino/int8/1 thread decode at 16 tokens\)"
     for options in ({"workload": PREFILL}, {"runtime": "onnxruntime"}, {"threads": 2}):
         with pytest.raises(ProfileMissingError, match=there):
             fit(store, **options)  # type: ignore[arg-type]
     with pytest.raises(ProfileMissingError, match=r"int4 was not profiled \(only int8\).*--precision int4"):
         fit(store).predict([SPACE.full(8), SPACE.full(4)])
+
+
+def test_any_workload_between_those_profiled_is_answered(store: Store) -> None:
+    measured = [Workload("prefill", tokens) for tokens in (16, 32, 64)]
+    fill_profile(store, SPACE, DEVICE, "openvino", [*measured, DECODE])
+    subnets, between = random_subnets(), Workload("prefill", 48)
+    target, shape = Target(DEVICE.id, "openvino", subnets[0].precision, 1), SPACE.model_shape(subnets[0])
+    timed_ms = shape_ms(shape, target.precision, measured[0])
+    store.add_measurements([measurement(target, SPACE.base, shape, measured[0], "finalist", timed_ms)])
+    model = fit(store, between)
+    expected = [shape_ms(SPACE.model_shape(subnet), subnet.precision, between) for subnet in subnets[1:]]
+    assert model.predict(subnets[1:]).value_ms == pytest.approx(expected, rel=0.02)
+    assert model.measurement(subnets[0]) is None  # timed, but on another workload
+    assert model.measurement(SPACE.full(4)) is None
+    with pytest.raises(ProfileMissingError, match=r"prefill at 65 tokens.*1 thread prefill at 16 to 64 tokens"):
+        fit(store, Workload("prefill", 65))
 
 
 def test_another_models_profile_is_not_used(store: Store) -> None:

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from hw_profiles.shapes import PRECISIONS, BlockShape, ModelShape, Precision, Workload
-from predictors.features import LINEAR_COLUMNS, block_array, latency_features
+from predictors.features import STEP_COLUMNS, WORKLOAD_COLUMNS, block_array, latency_features
 
 WORKLOADS = [Workload("decode", 256), Workload("decode", 0, 4), Workload("prefill", 128, 2)]
 
 
 def columns(shapes: list[ModelShape], workload: Workload, precision: Precision) -> dict[str, np.ndarray]:
-    names, X = latency_features(shapes, workload, precision)
+    names, X = latency_features(shapes, [workload] * len(shapes), precision)
     assert X.shape == (len(shapes), len(names))
     assert X.dtype == np.float64
     return dict(zip(names, X.T, strict=True))
@@ -55,11 +55,13 @@ def test_fewer_layers_are_padded_with_skipped_ones(full) -> None:
     assert array.shape == (2, 30, 3)
     assert array[0].tolist() == [[9, 3, 1536]] + [[0, 0, 0]] * 29
     skipped = ModelShape(576, 64, 49152, True, (block,) + (BlockShape(0, 0, 0),) * 29)
-    _, X = latency_features([short, skipped], WORKLOADS[0], "int8")
+    _, X = latency_features([short, skipped], WORKLOADS[:1] * 2, "int8")
     np.testing.assert_array_equal(X[0], X[1])
 
 
 def test_names_do_not_depend_on_what_is_asked(sample_shapes) -> None:
-    names = {latency_features(sample_shapes(n, 0), w, p)[0] for n in (0, 3) for w in WORKLOADS for p in PRECISIONS}
+    names = {
+        latency_features(sample_shapes(n, 0), [w] * n, p)[0] for n in (0, 3) for w in WORKLOADS for p in PRECISIONS
+    }
     assert len(names) == 1
-    assert set(LINEAR_COLUMNS) < set(names.pop())
+    assert {*STEP_COLUMNS, *WORKLOAD_COLUMNS} < set(names.pop())

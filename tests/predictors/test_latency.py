@@ -32,7 +32,7 @@ def fit(sample_shapes, device):
 @pytest.mark.parametrize("seed", range(3))
 def test_twenty_samples_predict_within_three_per_cent(fit, sample_shapes, device, seed) -> None:
     test = sample_shapes(200, seed=100 + seed)
-    value_ms = fit(20, seed).predict(test).value_ms
+    value_ms = fit(20, seed).predict(test, DECODE).value_ms
     assert mape(value_ms, device(test, noise=0.0)) < 0.03
     assert spearman(value_ms, device(test, noise=0.0)) > 0.99
 
@@ -41,7 +41,7 @@ def test_noiseless_costs_are_recovered(sample_shapes, device) -> None:
     shapes = sample_shapes(20, seed=0)
     fitted = LatencyPredictor.fit(shapes, device(shapes, noise=0.0), DECODE, "int8", seed=0)
     test = sample_shapes(100, seed=1)
-    assert mape(fitted.predict(test).value_ms, device(test, noise=0.0)) < 1e-3
+    assert mape(fitted.predict(test, DECODE).value_ms, device(test, noise=0.0)) < 1e-3
     assert fitted.provenance.linear_held_out_error < 1e-3
 
 
@@ -52,7 +52,10 @@ def test_trees_never_cost_much(fit, sample_shapes, device, cache_penalty) -> Non
     for seed in range(6):
         learned = fit(15, seed, cache_penalty)
         linear = replace(learned, boost=replace(learned.boost, booster=None, shrinkage=0.0))
-        assert mape(learned.predict(test).value_ms, actual) < mape(linear.predict(test).value_ms, actual) + 0.005
+        assert (
+            mape(learned.predict(test, DECODE).value_ms, actual)
+            < mape(linear.predict(test, DECODE).value_ms, actual) + 0.005
+        )
 
 
 def test_trees_learn_what_is_not_linear(fit, sample_shapes, device) -> None:
@@ -60,7 +63,9 @@ def test_trees_learn_what_is_not_linear(fit, sample_shapes, device) -> None:
     learned = fit(60, seed=0, cache_penalty=0.15)
     linear = replace(learned, boost=replace(learned.boost, booster=None, shrinkage=0.0))
     actual = device(test, noise=0.0, cache_penalty=0.15)
-    assert mape(learned.predict(test).value_ms, actual) < 0.7 * mape(linear.predict(test).value_ms, actual)
+    assert mape(learned.predict(test, DECODE).value_ms, actual) < 0.7 * mape(
+        linear.predict(test, DECODE).value_ms, actual
+    )
     assert learned.provenance.held_out_error < learned.provenance.linear_held_out_error
 
 
@@ -69,14 +74,14 @@ def test_intervals_hold_what_they_promise(fit, sample_shapes, device) -> None:
     test = sample_shapes(200, seed=99)
     found = []
     for seed in range(30):
-        prediction = fit(20, seed).predict(test)
+        prediction = fit(20, seed).predict(test, DECODE)
         found.append(coverage(prediction.low_ms, prediction.high_ms, device(test, seed=1000 + seed)))
     assert 0.85 < np.mean(found) < 0.96
 
 
 def test_a_wider_promise_is_a_wider_interval(fit, full) -> None:
     fitted = fit(30, seed=0)
-    half, most = fitted.predict([full], coverage=0.5), fitted.predict([full], coverage=0.9)
+    half, most = fitted.predict([full], DECODE, coverage=0.5), fitted.predict([full], DECODE, coverage=0.9)
     assert most.low_ms < half.low_ms < half.value_ms < half.high_ms < most.high_ms
     assert half.value_ms == most.value_ms
 
@@ -86,7 +91,7 @@ def test_every_layer_costs(fit, full) -> None:
     skipped = BlockShape(0, 0, 0)
     for kept in (BlockShape(9, 3, 1536), BlockShape(9, 3, 0), BlockShape(0, 0, 384)):
         ladder = [replace(full, blocks=(kept,) * n + (skipped,) * (30 - n)) for n in range(31)]
-        assert (np.diff(fit(20, seed=1).predict(ladder).value_ms) > 0).all()
+        assert (np.diff(fit(20, seed=1).predict(ladder, DECODE).value_ms) > 0).all()
 
 
 def test_relative_errors_weigh_small_models_as_much(full) -> None:
@@ -96,21 +101,21 @@ def test_relative_errors_weigh_small_models_as_much(full) -> None:
     y = np.concatenate([np.arange(5, 31) * 1.0, np.arange(5, 31) * 2.0])
     fitted = LatencyPredictor.fit(shapes, y, DECODE, "int8", seed=0)
     assert fitted.boost.shrinkage == 0
-    assert fitted.predict([full]).value_ms[0] == pytest.approx(30 * 1.2, rel=0.01)
+    assert fitted.predict([full], DECODE).value_ms[0] == pytest.approx(30 * 1.2, rel=0.01)
     heavier = LatencyPredictor.fit(shapes, y, DECODE, "int8", 0, weights=[1e6] * 26 + [1.0] * 26)
-    assert heavier.predict([full]).value_ms[0] == pytest.approx(30 * 1.0, rel=0.01)
+    assert heavier.predict([full], DECODE).value_ms[0] == pytest.approx(30 * 1.0, rel=0.01)
 
 
 def test_the_same_seed_gives_the_same_predictor(fit, sample_shapes) -> None:
     test = sample_shapes(50, seed=9)
     one, other = fit(40, seed=2, cache_penalty=0.15), fit(40, seed=2, cache_penalty=0.15)
     assert one.boost.shrinkage > 0
-    np.testing.assert_array_equal(one.predict(test).value_ms, other.predict(test).value_ms)
-    np.testing.assert_array_equal(one.predict(test).low_ms, other.predict(test).low_ms)
+    np.testing.assert_array_equal(one.predict(test, DECODE).value_ms, other.predict(test, DECODE).value_ms)
+    np.testing.assert_array_equal(one.predict(test, DECODE).low_ms, other.predict(test, DECODE).low_ms)
 
 
 def test_no_models_have_no_latencies(fit) -> None:
-    assert fit(20, seed=0).predict([]).value_ms.shape == (0,)
+    assert fit(20, seed=0).predict([], DECODE).value_ms.shape == (0,)
 
 
 @pytest.mark.parametrize("cache_penalty", [0.0, 0.15])  # without trees and with
@@ -122,7 +127,7 @@ def test_a_saved_predictor_predicts_the_same(fit, sample_shapes, tmp_path: Path,
         tmp_path / "latency.json", target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0"
     )
     assert loaded.provenance == fitted.provenance
-    one, other = fitted.predict(test), loaded.predict(test)
+    one, other = fitted.predict(test, DECODE), loaded.predict(test, DECODE)
     np.testing.assert_array_equal(one.value_ms, other.value_ms)
     np.testing.assert_array_equal(one.high_ms, other.high_ms)
 
@@ -150,12 +155,82 @@ def test_a_file_of_another_version_is_not_loaded(fit, tmp_path: Path, field, val
         LatencyPredictor.load(path, target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0")
 
 
+MEASURED = [Workload("prefill", tokens) for tokens in (16, 64, 256, 1024)]
+
+
+def prefill_ms(shapes: list[ModelShape], workloads: list[Workload], noise: float = 0.0) -> np.ndarray:
+    """Weights read once, FLOPs at a rate that rises with the tokens fed, attention quadratic in them."""
+    rng = np.random.default_rng(0)
+    total = []
+    for shape, work in zip(shapes, workloads, strict=True):
+        fed = work.tokens * work.batch_size
+        rate = 4e8 * fed / (fed + 40)
+        total.append(1.0 + shape.weight_bytes("int8") / 4e7 + shape.flops(work) / rate)
+    return np.array(total) * np.exp(noise * rng.standard_normal(len(shapes)))
+
+
+@pytest.fixture
+def surface(sample_shapes) -> LatencyPredictor:
+    """Every model on two of the four workloads."""
+    shapes = [shape for shape in sample_shapes(24, seed=0) for _ in range(2)]
+    works = [MEASURED[i % 4] for i in range(12)] + [MEASURED[(i + i // 4) % 4] for i in range(36)]
+    return LatencyPredictor.fit(shapes, prefill_ms(shapes, works, noise=0.01), works, "int8", seed=0)
+
+
+@pytest.mark.parametrize("tokens", [16, 24, 40, 64, 128, 200, 500, 1024])
+def test_any_workload_between_those_measured_is_predicted(surface, sample_shapes, tokens) -> None:
+    test, work = sample_shapes(50, seed=1), Workload("prefill", tokens)
+    assert mape(surface.predict(test, work).value_ms, prefill_ms(test, [work] * 50)) < 0.05
+
+
+def test_batches_interpolate_as_well(sample_shapes) -> None:
+    works = [Workload("prefill", tokens, batch) for tokens in (16, 64, 256) for batch in (1, 4, 16)]
+    shapes = sample_shapes(36, seed=0)
+    pairs = [(shape, works[(i + j) % 9]) for i, shape in enumerate(shapes) for j in (0, 4)]
+    measured = [list(column) for column in zip(*pairs, strict=True)]
+    fitted = LatencyPredictor.fit(measured[0], prefill_ms(*measured), measured[1], "int8", seed=0)
+    test, between = sample_shapes(50, seed=1), Workload("prefill", 128, 8)
+    assert mape(fitted.predict(test, between).value_ms, prefill_ms(test, [between] * 50)) < 0.06
+
+
+@pytest.mark.parametrize(
+    "outside", [Workload("prefill", 15), Workload("prefill", 1025), Workload("prefill", 64, 2), Workload("decode", 64)]
+)
+def test_a_workload_outside_those_measured_is_refused(surface, full, outside) -> None:
+    with pytest.raises(ValueError, match=r"lies outside what was measured \(prefill at 16 to 1024 tokens\)"):
+        surface.predict([full], outside)
+
+
+def test_the_curve_is_exact_where_it_was_measured_and_straight_between(surface) -> None:
+    curve = surface.curve
+    assert list(curve.workloads) == MEASURED
+    np.testing.assert_allclose(curve(MEASURED), curve.log_offsets, atol=1e-9)
+    between = [Workload("prefill", tokens) for tokens in (64, 127, 256)]
+    position = (np.log2(128) - np.log2(65)) / (np.log2(257) - np.log2(65))
+    ends = curve(between)[[0, 2]]
+    assert curve(between)[1] == pytest.approx(ends[0] + position * (ends[1] - ends[0]))
+
+
+def test_a_saved_surface_predicts_the_same(surface, sample_shapes, tmp_path: Path) -> None:
+    work, test = Workload("prefill", 100), sample_shapes(20, seed=5)
+    surface.save(tmp_path / "latency.json")
+    loaded = LatencyPredictor.load(tmp_path / "latency.json", target="", workload=work, runtime_version="")
+    np.testing.assert_array_equal(loaded.predict(test, work).value_ms, surface.predict(test, work).value_ms)
+
+
+def test_phases_are_not_mixed(sample_shapes) -> None:
+    works = [DECODE] * 10 + [Workload("prefill", 256)] * 10
+    shapes = sample_shapes(20, seed=0)
+    with pytest.raises(ValueError, match="predictors of their own"):
+        LatencyPredictor.fit(shapes, prefill_ms(shapes, works), works, "int8", seed=0)
+
+
 def test_too_few_different_models_are_refused(sample_shapes, device) -> None:
     shapes = sample_shapes(MINIMUM_SAMPLES - 1, seed=0) * 3
     with pytest.raises(ValueError, match=f"at least {MINIMUM_SAMPLES} different models, got {MINIMUM_SAMPLES - 1}"):
         LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0)
     shapes = sample_shapes(MINIMUM_SAMPLES, seed=0)
-    prediction = LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0).predict(shapes)
+    prediction = LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0).predict(shapes, DECODE)
     assert np.isfinite(prediction.high_ms).all()
 
 
@@ -170,14 +245,14 @@ def test_failed_measurements_are_refused(sample_shapes, device, failed) -> None:
 
 def test_latencies_must_match_the_shapes(sample_shapes, device) -> None:
     shapes = sample_shapes(20, seed=0)
-    with pytest.raises(ValueError, match="one latency and one weight a shape"):
+    with pytest.raises(ValueError, match="one latency, one weight and one workload a shape"):
         LatencyPredictor.fit(shapes, device(shapes)[:-1], DECODE, "int8", seed=0)
 
 
 def test_another_model_family_is_refused(fit, sample_shapes, device) -> None:
     other = ModelShape(960, 64, 49152, True, (BlockShape(15, 5, 2560),) * 30)
     with pytest.raises(ValueError, match="fitted on models of"):
-        fit(20, seed=0).predict([other])
+        fit(20, seed=0).predict([other], DECODE)
     shapes = [*sample_shapes(20, seed=0), other]
     with pytest.raises(ValueError, match="differ only in their blocks"):
         LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0)
