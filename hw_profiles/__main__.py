@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,8 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="time a pack that nas profile --pack wrote",
         description="Time a pack that `nas profile --pack` wrote; give what comes out to `nas profile --import`. "
-        "Run again after an interruption to go on. Graphs are unpacked a few at a time to the temporary folder, "
-        "which TMPDIR names.",
+        "Run again after an interruption to go on. Graphs are unpacked a few at a time beside the output.",
     )
     run.add_argument("pack", type=Path)
     run.add_argument("--output", type=Path, required=True, help="JSON file of measurements")
@@ -63,18 +64,33 @@ def run(arguments: argparse.Namespace) -> None:
         targets = chosen_targets(plan, arguments.runtime, arguments.precision)
         engines = {name: _engine(name) for name, _ in targets}
         results = MeasuredFile(arguments.output, device, plan.reference)
-        run_pack(
-            pack,
-            results,
-            device,
-            engines,
-            targets,
-            threads=arguments.threads or plan.threads or device.cores,
-            rounds=arguments.rounds or plan.rounds,
-            progress=_progress(),
-        )
+        with _scratch(arguments.output) as scratch:
+            run_pack(
+                pack,
+                results,
+                device,
+                engines,
+                targets,
+                threads=arguments.threads or plan.threads or device.cores,
+                rounds=arguments.rounds or plan.rounds,
+                scratch=scratch,
+                progress=_progress(),
+            )
     found = results.measured.measurements
     print(f"{arguments.output}: {len(found)} measurements of {device.name}, device {results.measured.device.id}")
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the output, cleared of what a killed run left: a board's temporary folder is often memory."""
+    folder = output.with_name(output.name + ".unpacked")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _engine(name: str) -> Runtime:

@@ -289,6 +289,7 @@ def run_pack(
     *,
     threads: int,
     rounds: int,
+    scratch: Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> None:
     """Time the pack's graphs for `targets`, some of the plan's, on this device; what the results hold is kept."""
@@ -297,7 +298,7 @@ def run_pack(
         target = Target(device.id, runtime, precision, threads)
         profile(
             results, device, target, plan.graphs, plan.workloads, pack.builder(runtime), engines[runtime],
-            rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed,
+            rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed, scratch=scratch,
             progress=part_of(progress, number, len(targets), target.key),
         )  # fmt: skip
 

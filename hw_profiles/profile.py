@@ -62,11 +62,13 @@ def profile(
     rounds: int = 9,
     decode_steps: int = DECODE_STEPS,
     seed: int = 0,
+    scratch: Path | None = None,
     progress: Progress = lambda done, total, description: None,
 ) -> None:
     """Time what the results lack, adding batch by batch: whatever stops it, the next call goes on from there.
 
-    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it.
+    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
+    under `scratch`, by default the system's temporary folder, while it is timed.
     """
     references = [graph.shape for graph in planned if graph.role == "reference"]
     if len(references) != 1:
@@ -76,7 +78,7 @@ def profile(
     if target.runtime != runtime.name:
         raise ValueError(f"the target must name the runtime {runtime.name}, got {target.runtime}")
     results.add_device(device)
-    run = _Run(results, target, references[0], build, runtime, rounds, decode_steps)
+    run = _Run(results, target, references[0], build, runtime, rounds, decode_steps, scratch)
     pending = run.pending(planned, workloads)
     done = len(planned) - sum(map(len, pending.values()))
     progress(done, len(planned), f"{done} graphs are stored already")
@@ -84,7 +86,7 @@ def profile(
         return
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     failures: list[tuple[PlannedGraph, Exception]] = []
-    with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+    with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
         reference = run.load(run.reference, Path(directory), max(work.tokens for work in workloads) + decode_steps)
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         for number, (missing, batch) in enumerate(batches):
@@ -114,6 +116,7 @@ class _Run:
     runtime: Runtime
     rounds: int
     decode_steps: int
+    scratch: Path | None
 
     def pending(
         self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
@@ -159,7 +162,7 @@ class _Run:
         failed: list[tuple[PlannedGraph, Exception]] = []
         sessions = {self.reference.id: reference}
         max_tokens = max(work.tokens for work in workloads) + self.decode_steps
-        with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+        with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
             for graph in batch:
                 if graph.shape.id not in sessions:  # the reference is
                     try:

@@ -49,8 +49,8 @@ Run = Callable[..., tuple[int, str]]
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(RUNTIMES, "fake", FakeRuntime)
     monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
-    (tmp_path / "unpacked").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "unpacked"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_a_pack_holds_each_graph_once(tmp_path: Path) -> None:
         assert opened.plan == PLAN
     assert told[0][:2] == (0, len(shapes))
     assert told[-1] == (len(shapes), len(shapes), "finished")
-    assert list((tmp_path / "unpacked").iterdir()) == []
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_pack_measures_what_a_profile_does(pack: Path, run: Run, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_pack_measures_what_a_profile_does(pack: Path, run: Run, tmp_path: Pat
     assert lines[0] == f"0/{len(PLANNED)} graphs: fake/int8/1 thread: 0 graphs are stored already"
     assert any("s left: fake/int8/1 thread: timing" in line for line in lines)
     assert lines[-1] == f"{len(PLANNED)}/{len(PLANNED)} graphs: fake/int8/1 thread: finished"
-    assert list((tmp_path / "unpacked").iterdir()) == []
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pack.zip", "measured.json", "temporary"}
     measured = read_measured(tmp_path / "measured.json")
     assert (measured.device, measured.reference) == (detect(), FULL)
     with Store(str(tmp_path / "profiles.db")) as store:
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_where_it_was(pack: Path, run: Run, tmp_path:
     after = found_in(tmp_path / "m.json")
     assert set(after) == EXPECTED
     assert {key: after[key] for key in before} == before
-    assert list((tmp_path / "unpacked").iterdir()) == []
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 KILLED = """
@@ -181,7 +181,7 @@ main(["run", "pack.zip", "--output", "m.json", "--rounds", "40"])
 
 def test_kill_9_keeps_the_finished_batches(pack: Path, run: Run, tmp_path: Path) -> None:
     code = KILLED.format(root=str(Path(hw_profiles.__file__).parents[1]))
-    environment = os.environ | {"TMPDIR": str(tmp_path / "unpacked")}
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + 30
     path = tmp_path / "m.json"
@@ -192,10 +192,12 @@ def test_kill_9_keeps_the_finished_batches(pack: Path, run: Run, tmp_path: Path)
     process.wait()
     before = found_in(path)
     assert 0 < len(before) < len(EXPECTED)
+    assert list((tmp_path / "m.json.unpacked").iterdir()) != []
     assert run("pack.zip", "--output", "m.json")[0] == 0
     after = found_in(path)
     assert set(after) == EXPECTED
     assert {key: after[key] for key in before} == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pack.zip", "m.json", "temporary"}
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +207,13 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="rounds must be a whole number from 1 to 1000, got 5000"):
         write_pack(path, replace(PLAN, rounds=5000), {"fake": Builder()})
     with pytest.raises(ValueError, match="wanted the name of a zip file to write, got the folder"):
-        write_pack(tmp_path / "unpacked", PLAN, {"fake": Builder()})
+        write_pack(tmp_path / "temporary", PLAN, {"fake": Builder()})
     with pytest.raises(FileNotFoundError):
         write_pack(tmp_path / "nonesuch" / "pack.zip", PLAN, {"fake": Builder()})
     monkeypatch.setattr("hw_profiles.pack.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"needs about .* GB, got 0.0 GB free on its disk; name fewer --runtime"):
         write_pack(path, PLAN, {"fake": Builder()})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["unpacked"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["temporary"]
 
 
 def test_a_graph_that_does_not_load_is_left_out(tmp_path: Path, run: Run) -> None:
@@ -239,7 +241,7 @@ MISTAKES = {
     ("pack.zip", "--output", "nonesuch/m.json"): "No such file or directory: nonesuch/m.json.part",
     ("pack.zip", "--output", "pack.zip"): "pack.zip must be JSON, got something else",
     ("nonesuch.zip", "--output", "m.json"): "No such file or directory: nonesuch.zip",
-    ("unpacked", "--output", "m.json"): "Is a directory: unpacked",
+    ("temporary", "--output", "m.json"): "Is a directory: temporary",
 }
 
 
@@ -362,8 +364,8 @@ def test_a_forged_pack_is_refused_in_one_sentence(pack: Path, run: Run, tmp_path
     assert (code, err.count("\n")) == (2, 1)
     assert words in err
     assert len(err) < 400
-    assert {entry.name for entry in tmp_path.iterdir()} == {"pack.zip", "unpacked"}
-    assert list((tmp_path / "unpacked").iterdir()) == []
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pack.zip", "temporary"}
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
