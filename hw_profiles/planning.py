@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_profiles.measurement import Role
 from hw_profiles.shapes import BlockShape, ModelShape
-from hw_profiles.store import Role
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
 DENSITY_RANGE = (0.2, 0.95)

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from hw_profiles.devices import Device, Target
+from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.runtimes import Runtime, Session
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.store import Measurement, Store
 from hw_profiles.timing import measure
 
 #: Writes a model of this shape and precision, with any weights, into the folder and returns the path to load.
@@ -27,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the reference not counted.
 BATCH_MEMORY_BYTES = 3 * 2**29
+#: Single-token steps of which a decode latency is the median.
+DECODE_STEPS = 6
 #: Longer batches put more time between a graph and its reference.
 BATCH_GRAPHS = 8
 
@@ -35,8 +38,20 @@ class ProfileError(RuntimeError):
     """Some graphs could not be built or loaded; the others are stored."""
 
 
+class Results(Protocol):
+    """Where measurements go and are found again: the database (`Store`) or one file (`MeasuredFile`)."""
+
+    def add_device(self, device: Device) -> None: ...
+
+    def measurements(self, target: Target, *, reference_id: str) -> list[Measurement]: ...
+
+    def add_measurements(self, measurements: Sequence[Measurement]) -> None:
+        """Keep all or, on an error, none."""
+        ...
+
+
 def profile(
-    store: Store,
+    results: Results,
     device: Device,
     target: Target,
     planned: Sequence[PlannedGraph],
@@ -45,13 +60,15 @@ def profile(
     runtime: Runtime,
     *,
     rounds: int = 9,
-    decode_steps: int = 6,
+    decode_steps: int = DECODE_STEPS,
     seed: int = 0,
+    scratch: Path | None = None,
     progress: Progress = lambda done, total, description: None,
 ) -> None:
-    """Time what the store lacks, one transaction a batch: whatever stops it, the next call goes on from there.
+    """Time what the results lack, adding batch by batch: whatever stops it, the next call goes on from there.
 
-    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it.
+    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
+    under `scratch`, by default the system's temporary folder, while it is timed.
     """
     references = [graph.shape for graph in planned if graph.role == "reference"]
     if len(references) != 1:
@@ -60,8 +77,8 @@ def profile(
         raise ValueError(f"the target must be on device {device.id}, got one on {target.device_id}")
     if target.runtime != runtime.name:
         raise ValueError(f"the target must name the runtime {runtime.name}, got {target.runtime}")
-    store.add_device(device)
-    run = _Run(store, target, references[0], build, runtime, rounds, decode_steps)
+    results.add_device(device)
+    run = _Run(results, target, references[0], build, runtime, rounds, decode_steps, scratch)
     pending = run.pending(planned, workloads)
     done = len(planned) - sum(map(len, pending.values()))
     progress(done, len(planned), f"{done} graphs are stored already")
@@ -69,7 +86,7 @@ def profile(
         return
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     failures: list[tuple[PlannedGraph, Exception]] = []
-    with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+    with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
         reference = run.load(run.reference, Path(directory), max(work.tokens for work in workloads) + decode_steps)
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         for number, (missing, batch) in enumerate(batches):
@@ -92,21 +109,22 @@ def profile(
 class _Run:
     """What stays the same over the batches of one call of `profile`."""
 
-    store: Store
+    results: Results
     target: Target
     reference: ModelShape
     build: Build
     runtime: Runtime
     rounds: int
     decode_steps: int
+    scratch: Path | None
 
     def pending(
         self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
     ) -> dict[tuple[Workload, ...], list[PlannedGraph]]:
-        """The graphs that the store lacks, in groups that lack the same workloads."""
+        """The graphs that the results lack, in groups that lack the same workloads."""
         stored = {
             (found.shape.id, found.role, found.workload)
-            for found in self.store.measurements(self.target, reference_id=self.reference.id)
+            for found in self.results.measurements(self.target, reference_id=self.reference.id)
         }
         groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
         for graph in planned:
@@ -144,7 +162,7 @@ class _Run:
         failed: list[tuple[PlannedGraph, Exception]] = []
         sessions = {self.reference.id: reference}
         max_tokens = max(work.tokens for work in workloads) + self.decode_steps
-        with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+        with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
             for graph in batch:
                 if graph.shape.id not in sessions:  # the reference is
                     try:
@@ -153,7 +171,7 @@ class _Run:
                         failed.append((graph, error))
             loaded = [graph for graph in batch if graph.shape.id in sessions]
             if loaded:
-                self.store.add_measurements(self._measurements(loaded, sessions, workloads, seed))
+                self.results.add_measurements(self._measurements(loaded, sessions, workloads, seed))
             sessions.clear()  # before their files go
         return failed
 
@@ -188,16 +206,21 @@ class _Run:
         ]
 
 
-def repeat_noise(store: Store, target: Target, workload: Workload) -> float | None:
-    """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better."""
-    first = {
-        (found.reference_id, found.shape.id): found.latency_ms
-        for found in store.measurements(target, workload, roles=["heldout"])
-    }
+def part_of(progress: Progress, number: int, parts: int, title: str) -> Progress:
+    """Tells of part `number` of `parts` equal ones as progress of the whole."""
+    return lambda done, total, what: progress(number * total + done, parts * total, f"{title}: {what}")
+
+
+def repeat_noise(measurements: Sequence[Measurement]) -> float | None:
+    """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better.
+
+    The measurements are those of one target and workload.
+    """
+    first = {(found.reference_id, found.shape): found.latency_ms for found in measurements if found.role == "heldout"}
     changes = [
-        abs(again.latency_ms / first[again.reference_id, again.shape.id] - 1)
-        for again in store.measurements(target, workload, roles=["repeat"])
-        if (again.reference_id, again.shape.id) in first
+        abs(again.latency_ms / first[again.reference_id, again.shape] - 1)
+        for again in measurements
+        if again.role == "repeat" and (again.reference_id, again.shape) in first
     ]
     return statistics.median(changes) if changes else None
 

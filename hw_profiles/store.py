@@ -12,9 +12,9 @@ import json
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from dataclasses import asdict, replace
+from datetime import datetime
+from typing import Any, cast
 
 from sqlalchemy import Engine, ForeignKey, UniqueConstraint, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -24,11 +24,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import CreateTable
 
 from hw_profiles.devices import Device, Target
+from hw_profiles.measurement import Measurement, Role
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
-
-#: reference: the full model; table: one choice in every second layer; anchor: fits the predictor; heldout: judges it;
-#: repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a budget query.
-Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist"]
 
 SCHEMA_VERSION = 1
 #: How long a writer waits for another process's transaction.
@@ -37,35 +34,6 @@ BUSY_TIMEOUT_MS = 30_000
 
 class StoreError(ValueError):
     """The database cannot be used. The message says where, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch."""
-
-    target: Target
-    shape: ModelShape
-    workload: Workload
-    role: Role
-    reference_id: str
-    ratio: float
-    spread_ratio: float
-    repeats: int
-    reference_ms: float
-    runtime_version: str
-    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    #: Median of `reference_ms` over all batches, filled in by `Store.measurements`.
-    typical_reference_ms: float | None = None
-
-    @property
-    def latency_ms(self) -> float:
-        typical = self.typical_reference_ms
-        return self.ratio * (self.reference_ms if typical is None else typical)
-
-    @property
-    def high_ms(self) -> float:
-        """About the upper quartile: over 15 rounds, two standard errors of the median above it."""
-        return self.latency_ms * (1 + self.spread_ratio / self.ratio)
 
 
 class _Base(DeclarativeBase):

@@ -33,7 +33,7 @@ Cache = Annotated[Path, typer.Option(envvar="NAS_CACHE", help="Folder for calibr
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
 RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {', '.join(RUNTIMES)}.")]
-Threads = Annotated[int | None, typer.Option(help="Threads; all cores by default.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the device by default.")]
 DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
 PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
 ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
@@ -81,7 +81,7 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")],
+    model: Annotated[str | None, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")] = None,
     runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {', '.join(RUNTIMES)}.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PRECISIONS)}.")] = None,
     threads: Threads = None,
@@ -92,31 +92,51 @@ def profile(
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
     seed: int = 0,
+    pack: Annotated[
+        Path | None, typer.Option(help="Zip file to write the graphs to, for a device that does not run this program.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--import", help="What `python -m hw_profiles run` measured with a pack there.")
+    ] = None,
     database: Database = _DATABASE,
     as_json: Json = False,
 ) -> None:
     """Time decoder graphs of MODEL's shapes on this machine. Run again after an interruption to go on."""
+    if measured is not None:
+        from nas.profiling import import_measured
+
+        if pack is not None:
+            raise ValueError("--pack writes a file and --import reads one, got both; give one of the two")
+        with Store(database) as store:
+            device, results = import_measured(store, measured, model)
+        emit({"device": device.id, "targets": results}, as_json, _profile_table(results), f"{device.id}  {device.name}")
+        return
+    if model is None:
+        raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
     engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
     precisions = [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)]
-    from nas.profiling import profile_targets
+    workloads = [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)]
+    counts = {"anchors": anchors, "heldout": heldout, "repeats": repeats}
+    from nas.profiling import pack_targets, profile_targets
 
+    if pack is not None:
+        names = [engine.name for engine in engines]
+        with progress_bar("pack") as progress:
+            plan = pack_targets(
+                pack, model, names, precisions, threads, workloads,
+                counts=counts, rounds=rounds, seed=seed, progress=progress,
+            )  # fmt: skip
+        result = {"pack": str(pack), "size_bytes": pack.stat().st_size, "graphs": len(plan.graphs),
+                  "targets": ["/".join(target) for target in plan.targets]}  # fmt: skip
+        emit(result, as_json, f"{pack}: {result['size_bytes']:,} bytes; on the device, beside the folder hw_profiles:\n"
+             f"python -m hw_profiles run {pack.name} --output measured.json")  # fmt: skip
+        return
     with Store(database) as store, progress_bar("profile") as progress:
         results = profile_targets(
-            store,
-            model,
-            engines,
-            precisions,
-            threads or detect().cores,
-            [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)],
-            counts={"anchors": anchors, "heldout": heldout, "repeats": repeats},
-            rounds=rounds,
-            seed=seed,
-            progress=progress,
-        )
-    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
-    for row in results:
-        table.add_row(row["target"], f"{row['phase']} {row['tokens']}", f"{row['full_ms']:.2f}", str(row["graphs"]))
-    emit({"device": detect().id, "targets": results}, as_json, table)
+            store, model, engines, precisions, threads or detect().cores, workloads,
+            counts=counts, rounds=rounds, seed=seed, progress=progress,
+        )  # fmt: skip
+    emit({"device": detect().id, "targets": results}, as_json, _profile_table(results))
 
 
 @app.command()
@@ -155,14 +175,14 @@ def search(
     settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms)
     started = time.perf_counter()
     with Store(database) as store:
+        device_id, threads = _device_and_threads(store, device, threads)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         space = SearchSpace.from_config(loaded.config)
-        here = detect()
         latency = LatencyModel.fit(
             store,
-            device or here.id,
+            device_id,
             runtime_name,
-            threads or here.cores,
+            threads,
             space,
             workloads[objective[1]],
             learn_from_finalists=False,
@@ -224,13 +244,13 @@ def query(
         prompt_tokens,
         context_tokens,
     )
-    here = detect()
     with Store(database) as store, progress_bar("query") as progress:
         study = Study.load(store, study_name)
+        device_id, threads = _device_and_threads(store, device, threads)
+        if measure and device_id != detect().id:
+            raise ValueError(f"--measure times on this device, {detect().id}, got --device {device_id}; leave one out")
         try:
-            answer = answer_query(
-                store, study, budget, device or here.id, runtime_name, threads or here.cores, measure, progress
-            )
+            answer = answer_query(store, study, budget, device_id, runtime_name, threads, measure, progress)
         except BudgetUnmetError as error:
             code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
             raise typer.Exit(code) from error
@@ -369,14 +389,29 @@ def report(
     from nas.report import write_report
     from nas.study import Study
 
-    here = detect()
     with Store(database) as store:
         study = Study.load(store, study_name)
-        data = report_data(
-            store, study, tpot_ms, device or here.id, runtime_name, threads or here.cores, prompt_tokens, context_tokens
-        )
+        device_id, threads = _device_and_threads(store, device, threads)
+        data = report_data(store, study, tpot_ms, device_id, runtime_name, threads, prompt_tokens, context_tokens)
     write_report(data, output)
     emit({"report": str(output)}, as_json, f"{output}: {len(data.trials)} trials")
+
+
+def _profile_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
+    for row in rows:
+        table.add_row(row["target"], f"{row['phase']} {row['tokens']}", f"{row['full_ms']:.2f}", str(row["graphs"]))
+    return table
+
+
+def _device_and_threads(store: Store, device_id: str | None, threads: int | None) -> tuple[str, int]:
+    """This device and all cores of the device by default; ValueError for one that the store does not know."""
+    here = detect()
+    known = {device.id: device for device in [*store.devices(), here]}
+    device = known.get(device_id or here.id)
+    if device is None:
+        raise ValueError(f"no device {device_id!r} in {store.where} (there: {', '.join(known)}); see nas devices")
+    return device.id, threads or device.cores
 
 
 def _precision(value: str) -> Precision:

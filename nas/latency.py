@@ -152,7 +152,7 @@ def held_out_errors(
             additive_ms = _additive(found).predict([m.shape for m in heldout])
             columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
             graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
-        if (noise := repeat_noise(store, target, workload)) is not None:
+        if (noise := repeat_noise(found)) is not None:
             noises.append(noise)
     if not graphs:
         raise ProfileMissingError(

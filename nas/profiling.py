@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from export import BUILDERS
-from hw_profiles import ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
-from hw_profiles.profile import Progress, profile
+from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
+from hw_profiles.measured import read_measured
+from hw_profiles.pack import PackPlan, write_pack
+from hw_profiles.profile import DECODE_STEPS, Progress, part_of, profile
 from hw_profiles.runtimes import Runtime
 from hw_profiles.shapes import Precision
 from nas.families import load_config
@@ -41,9 +44,7 @@ def profile_targets(
             workloads,
             rounds=rounds,
             seed=seed,
-            progress=lambda done, total, what, number=number, target=target: progress(  # type: ignore[misc]
-                number * total + done, len(targets) * total, f"{target.key}: {what}"
-            ),
+            progress=part_of(progress, number, len(targets), target.key),
         )
     return [
         {
@@ -56,6 +57,60 @@ def profile_targets(
         for _, target in targets
         for workload in workloads
     ]
+
+
+def pack_targets(
+    path: Path,
+    model: str,
+    runtimes: Sequence[str],
+    precisions: Sequence[Precision],
+    threads: int | None,
+    workloads: Sequence[Workload],
+    *,
+    counts: Mapping[str, int],
+    rounds: int,
+    seed: int,
+    progress: Progress = lambda done, total, what: None,
+) -> PackPlan:
+    """Write what `profile_targets` would time into one zip file, for `python -m hw_profiles run` on another device."""
+    space = SearchSpace.from_config(load_config(model))
+    made = PackPlan(
+        targets=tuple((runtime, precision) for runtime in runtimes for precision in precisions),
+        graphs=tuple(plan(space.base, space.block_choices(), **counts, seed=seed)),
+        workloads=tuple(workloads),
+        rounds=rounds,
+        decode_steps=DECODE_STEPS,
+        seed=seed,
+        threads=threads,
+    )
+    write_pack(path, made, BUILDERS, progress)
+    return made
+
+
+def import_measured(store: Store, path: Path, model: str | None = None) -> tuple[Device, list[dict[str, Any]]]:
+    """Take a file that `python -m hw_profiles run` wrote into the database; what is there already stays as it is.
+
+    Returns the device and a row for each target and workload.
+    Nothing is stored unless all of the file is valid and, where a model is given, of that model.
+    """
+    measured = read_measured(path)
+    if not measured.measurements:
+        raise ValueError(f"{path} must hold measurements, got none; let the pack run on that device first")
+    if model is not None and SearchSpace.from_config(load_config(model)).base != measured.reference:
+        raise ValueError(f"{path} must be of {model}, got another model; leave MODEL out or import another file")
+    store.add_device(measured.device)
+    store.add_measurements(measured.measurements)
+    rows = [
+        {
+            "target": target.key,
+            "phase": workload.phase,
+            "tokens": workload.tokens,
+            "full_ms": full_latency_ms(store, target, workload, measured.reference),
+            "graphs": sum((found.target, found.workload) == (target, workload) for found in measured.measurements),
+        }
+        for target, workload in dict.fromkeys((found.target, found.workload) for found in measured.measurements)
+    ]
+    return measured.device, rows
 
 
 def measure_finalists(

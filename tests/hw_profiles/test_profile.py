@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from hw_profiles.devices import Device, Target
+from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, plan
 from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileError, profile, repeat_noise
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
-from hw_profiles.store import Measurement, Store
+from hw_profiles.store import Store
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "fake", "int8", 1)
@@ -216,14 +217,14 @@ def test_repeats_come_in_a_later_batch(store: Store) -> None:
 def test_repeat_noise_by_hand(store: Store) -> None:
     work, shapes = WORKLOADS[0], [graph.shape for graph in PLANNED[1:4]]
     store.add_device(DEVICE)
-    assert repeat_noise(store, TARGET, work) is None
+    assert repeat_noise(store.measurements(TARGET, work)) is None
     made = Measurement(TARGET, FULL, work, "reference", FULL.id, 1.0, 0.0, 3, 10.0, "1")
     pairs = zip(shapes, (0.5, 0.6, 0.4), (0.55, 0.6, 0.36), strict=True)  # +10 %, 0, -10 %
     for shape, first, second in pairs:
         store.add_measurements([replace(made, shape=shape, role="heldout", ratio=first)])
         store.add_measurements([replace(made, shape=shape, role="repeat", ratio=second, reference_ms=20.0)])
-    assert repeat_noise(store, TARGET, work) == pytest.approx(0.1)
-    assert repeat_noise(store, TARGET, WORKLOADS[1]) is None
+    assert repeat_noise(store.measurements(TARGET, work)) == pytest.approx(0.1)
+    assert repeat_noise(store.measurements(TARGET, WORKLOADS[1])) is None
 
 
 def test_arguments_that_do_not_fit_together(store: Store) -> None:

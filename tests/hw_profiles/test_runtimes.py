@@ -118,9 +118,9 @@ def test_unknown_runtime_lists_the_known() -> None:
     assert [runtime(name).name for name in RUNTIMES] == list(RUNTIMES)
 
 
-def test_importing_the_package_loads_no_runtime() -> None:
-    heavy = "{'onnxruntime', 'openvino', 'torch', 'transformers'}"
-    code = f"import sys, hw_profiles.profile; sys.exit(', '.join({heavy} & set(sys.modules)))"
+def test_importing_the_package_loads_no_runtime_and_no_database() -> None:
+    heavy = "{'onnxruntime', 'openvino', 'torch', 'transformers', 'sqlalchemy'}"
+    code = f"import sys, hw_profiles.__main__; sys.exit(', '.join({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
+from hw_profiles.measurement import Role
 from hw_profiles.shapes import Precision
-from hw_profiles.store import Role
 from nas.quality import Quality
 from nas.space import LayerChoice, SearchSpace, Subnet
 

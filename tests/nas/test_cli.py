@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hw_profiles import Store, Workload, detect
+from hw_profiles.__main__ import main as run_on_board
+from hw_profiles.measured import read_measured
 from nas.cli import main
 from nas.protocol import EvaluationProtocol
 from nas.study import Study, Trial
@@ -105,6 +107,20 @@ MISTAKES = {
     ("profile", "gpt2"): "one of the families llama, mistral, got model_type 'gpt2'",
     ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, got 'tpu'",
     ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, int8, int4, got 'int3'",
+    ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
+    ("profile", "gpt2", "--pack", "x"): "one of the families llama, mistral, got model_type 'gpt2'",
+    ("profile", "--pack", "x", "--import", "y"): "--pack writes a file and --import reads one, got both",
+    ("profile", "--import", "nonesuch.json"): "No such file or directory: nonesuch.json",
+    ("profile", "--import", "gpt2/config.json"): "gpt2/config.json must have the field format, got none; run the pack",
+    (
+        "query",
+        "--study",
+        "s",
+        "--tpot-ms",
+        "9",
+        "--device",
+        "none",
+    ): "no device 'none' in sqlite:///llm-nas.db",
     ("search", "./nonesuch.gguf", "--study", "s"): "there is no nonesuch.gguf; check the path",
     ("search", "gpt2", "--study", "s", "--evaluations", "0"): "a batch of at least 1",
     ("search", "gpt2", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
@@ -370,6 +386,92 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     assert all(trial["id"] in html for trial in trials)
 
     check_damaged_folders(nas, tmp_path, on_device)
+
+
+@pytest.mark.usefixtures("_single_thread")
+def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack of real graphs, timed as on a board, taken in, searched and queried by the device's id."""
+    short = partial(
+        EvaluationProtocol, calibration_windows=4, calibration_tokens=64, search_windows=2, search_tokens=32
+    )
+    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+    tokens = ("--prompt-tokens", "8", "--context-tokens", "8")
+    targets = ("--runtime", "onnxruntime", "--precision", "int8", "--precision", "int4")
+    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
+    packed = nas("profile", "tiny", "--pack", "pack.zip", *targets, *counts, *tokens, "--json")
+    assert packed.code == 0
+    assert packed.json == {
+        "pack": "pack.zip",
+        "size_bytes": (tmp_path / "pack.zip").stat().st_size,
+        "graphs": 1 + 6 + 3 + 2 + 1,
+        "targets": ["onnxruntime/int8", "onnxruntime/int4"],
+    }
+    assert not (tmp_path / "llm-nas.db").exists()
+
+    assert run_on_board(["run", "pack.zip", "--output", "measured.json", "--threads", "1"]) == 0
+    file = tmp_path / "measured.json"
+    content = json.loads(file.read_text())
+    content["device"] |= {"name": "Some board", "cores": 1}  # so that it is not this machine
+    file.write_text(json.dumps(content))
+    board = read_measured(file).device.id
+    assert board != detect().id
+
+    imported = nas("profile", "--import", "measured.json", "--json")
+    assert (imported.code, imported.err) == (0, "")
+    assert imported.json["device"] == board
+    rows = imported.json["targets"]
+    assert {(row["target"], row["phase"], row["graphs"]) for row in rows} == {
+        (f"onnxruntime/{p}/1 thread", phase, 13) for p in ("int8", "int4") for phase in ("prefill", "decode")
+    }
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        stored = store.measurements()
+        assert len(stored) == 2 * 2 * 13
+    assert nas("profile", "tiny", "--import", "measured.json", "--json").json == imported.json
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        assert store.measurements() == stored
+        assert [device.name for device in store.devices()] == ["Some board"]
+    check_refused_imports(nas, tmp_path)
+
+    searched = nas(
+        "search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "4", "--device", board,
+        *tokens, "--json",
+    )  # fmt: skip
+    assert searched.code == 0
+    query = ("query", "--study", "s", "--runtime", "onnxruntime", "--tpot-ms", "1000", *tokens, "--json")
+    answered = nas(*query, "--device", board)
+    assert answered.code == 0
+    assert answered.json["subnet"] in {trial["id"] for trial in searched.json["trials"]}
+    here = nas(*query)
+    assert here.code == 2
+    assert "was not profiled for decode at 8 tokens" in here.sentence
+    both = nas(*query, "--device", board, "--measure", "1")
+    assert both.code == 2
+    assert "--measure times on this device" in both.sentence
+
+
+def check_refused_imports(nas: Nas, tmp_path: Path) -> None:
+    """Of another model, with one bad number, without measurements: all refused, and the database stays as it is."""
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        stored = store.measurements()
+    (tmp_path / "other").mkdir()
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert "must be of other, got another model" in nas("profile", "other", "--import", "measured.json").sentence
+    content = json.loads((tmp_path / "measured.json").read_text())
+    content["device"]["name"] = "Another board"
+    for change, words in (
+        ([*content["measurements"][:-1], content["measurements"][-1] | {"ratio": -1}], "ratio must be a number"),
+        ([], "must hold measurements, got none"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(content | {"measurements": change}))
+        refused = nas("profile", "--import", "bad.json")
+        assert (refused.code, refused.out) == (2, "")
+        assert words in refused.sentence
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        assert store.measurements() == stored
+        assert len(store.devices()) == 1
 
 
 def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:

@@ -1,0 +1,143 @@
+"""`python -m hw_profiles run`: time a pack on this device. Needs numpy and the runtime that is asked for, no more."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from hw_profiles.devices import detect
+from hw_profiles.measured import MeasuredFile
+from hw_profiles.pack import Pack, chosen_targets, run_pack
+from hw_profiles.profile import Progress
+from hw_profiles.runtimes import RUNTIMES, Runtime, runtime
+from hw_profiles.shapes import PRECISIONS
+from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage in front."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m hw_profiles", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run")
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        help="time a pack that nas profile --pack wrote",
+        description="Time a pack that `nas profile --pack` wrote; give what comes out to `nas profile --import`. "
+        "Run again after an interruption to go on. Graphs are unpacked a few at a time beside the output.",
+    )
+    run.add_argument("pack", type=Path)
+    run.add_argument("--output", type=Path, required=True, help="JSON file of measurements")
+    run.add_argument("--runtime", action="append", choices=list(RUNTIMES), default=[], help="only these")
+    run.add_argument("--precision", action="append", choices=PRECISIONS, default=[], help="only these")
+    run.add_argument("--threads", type=_from_one_to(MAX_THREADS), help="the pack's, or all cores, by default")
+    run.add_argument("--rounds", type=_from_one_to(MAX_ROUNDS), help="rounds of timing; the pack's by default")
+    return parser
+
+
+def _from_one_to(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = detect()
+    with Pack(arguments.pack) as pack:
+        plan = pack.plan
+        targets = chosen_targets(plan, arguments.runtime, arguments.precision)
+        engines = {name: _engine(name) for name, _ in targets}
+        results = MeasuredFile(arguments.output, device, plan.reference)
+        with _scratch(arguments.output) as scratch:
+            run_pack(
+                pack,
+                results,
+                device,
+                engines,
+                targets,
+                threads=arguments.threads or plan.threads or device.cores,
+                rounds=arguments.rounds or plan.rounds,
+                scratch=scratch,
+                progress=_progress(),
+            )
+    found = results.measured.measurements
+    print(f"{arguments.output}: {len(found)} measurements of {device.name}, device {results.measured.device.id}")
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the output, cleared of what a killed run left: a board's temporary folder is often memory."""
+    folder = output.with_name(output.name + ".unpacked")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _engine(name: str) -> Runtime:
+    try:
+        return runtime(name)
+    except ImportError as error:
+        raise ValueError(
+            f"the pack has graphs for {name}, which cannot be imported here ({error}); install it, or name another "
+            "with --runtime"
+        ) from error
+
+
+def _progress(clock: Callable[[], float] = time.monotonic) -> Progress:
+    """A line on standard error for each batch; the time left goes by what was done since the first line."""
+    first: list[tuple[float, int]] = []
+
+    def tell(done: int, total: int, what: str) -> None:
+        now_s = clock()
+        if not first:
+            first.append((now_s, done))
+        start_s, start_done = first[0]
+        left = ""
+        if start_done < done < total:
+            left_s = (now_s - start_s) * (total - done) / (done - start_done)
+            left = f", about {left_s / 60:.0f} min left" if left_s >= 90 else f", about {left_s:.0f} s left"
+        print(f"{done}/{total} graphs{left}: {what}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code; every failure that a user can cause ends in one sentence, never a traceback."""
+    try:
+        run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return _fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
+    except (ValueError, RuntimeError) as error:  # the latter is what runtimes raise for files they refuse
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_BAD_INPUT)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"hw_profiles: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

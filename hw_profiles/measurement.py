@@ -1,0 +1,45 @@
+"""One graph timed on one workload: what is kept of it, in a database or in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from hw_profiles.devices import Target
+from hw_profiles.shapes import ModelShape, Workload
+
+#: reference: the full model; table: one choice in every second layer; anchor: fits the predictor; heldout: judges it;
+#: repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a budget query.
+Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch."""
+
+    target: Target
+    shape: ModelShape
+    workload: Workload
+    role: Role
+    reference_id: str
+    ratio: float
+    spread_ratio: float
+    repeats: int
+    reference_ms: float
+    runtime_version: str
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    #: Median of `reference_ms` over all batches, filled in by `Store.measurements`.
+    typical_reference_ms: float | None = None
+
+    @property
+    def latency_ms(self) -> float:
+        typical = self.typical_reference_ms
+        return self.ratio * (self.reference_ms if typical is None else typical)
+
+    @property
+    def high_ms(self) -> float:
+        """About the upper quartile: over 15 rounds, two standard errors of the median above it."""
+        return self.latency_ms * (1 + self.spread_ratio / self.ratio)

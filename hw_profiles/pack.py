@@ -1,0 +1,321 @@
+"""A profile to carry: the graphs and the plan in one zip file, timed on a device that cannot write them itself.
+
+    plan.json                                what to time, and how
+    {runtime}/{precision}/{shape id}/{file}  what the writer of that runtime made of that shape
+
+Files are stored uncompressed, since random weights do not shrink: no zip is larger unpacked than it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import stat
+import struct
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+from hw_profiles.devices import Device, Target
+from hw_profiles.measured import MAX_MEASUREMENTS
+from hw_profiles.measurement import ROLES
+from hw_profiles.planning import PlannedGraph
+from hw_profiles.profile import Build, Progress, Results, part_of, profile
+from hw_profiles.runtimes import RUNTIMES, Runtime
+from hw_profiles.shapes import PRECISIONS, ModelShape, Precision, Workload
+from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, same_model, workload
+
+PLAN_FILE = "plan.json"
+MAX_PLAN_BYTES = 64 * 2**20
+
+_FORMAT, _VERSION = "llm-nas pack", 1
+_REMEDY = "write the pack again with nas profile --pack"
+_MAX_WORKLOADS = 64
+#: A component of a name in the zip: no separator, no drive, nothing hidden, no `..`.
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+#: A graph's files may take this many times its weights (scales in fp32, alignment, tables), and so much more.
+_FILES_PER_WEIGHT_BYTE = 2
+_FILES_EXTRA_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What is to be timed: each graph for each target. `threads` of None leaves them to the device: all its cores."""
+
+    targets: tuple[tuple[str, Precision], ...]
+    graphs: tuple[PlannedGraph, ...]
+    workloads: tuple[Workload, ...]
+    rounds: int
+    decode_steps: int
+    seed: int
+    threads: int | None
+
+    @property
+    def reference(self) -> ModelShape:
+        return next(graph.shape for graph in self.graphs if graph.role == "reference")
+
+    @property
+    def shapes(self) -> dict[str, ModelShape]:
+        """By id, in the order of the plan: a shape with two roles is there once."""
+        return {graph.shape.id: graph.shape for graph in self.graphs}
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "rounds": self.rounds,
+                "decode_steps": self.decode_steps,
+                "seed": self.seed,
+                "threads": self.threads,
+                "workloads": [asdict(work) for work in self.workloads],
+                "targets": [{"runtime": runtime, "precision": precision} for runtime, precision in self.targets],
+                "graphs": [
+                    {"role": graph.role, "folder": graph.shape.id, "shape": asdict(graph.shape)}
+                    for graph in self.graphs
+                ],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, content: bytes, file: str) -> PackPlan:
+        """ValueError, in one sentence, unless all of it is valid."""
+        fields = Fields.parse(content, file, _REMEDY)
+        fields.header(_FORMAT, _VERSION)
+        targets = [_target(row) for row in fields.objects("targets", 1, len(RUNTIMES) * len(PRECISIONS))]
+        workloads = [_workload(row) for row in fields.objects("workloads", 1, _MAX_WORKLOADS)]
+        rows = fields.objects("graphs", 1, MAX_MEASUREMENTS // (len(targets) * len(workloads)))
+        graphs = [_graph(row) for row in rows]
+        references = [graph.shape for graph in graphs if graph.role == "reference"]
+        if len(references) != 1:
+            raise ValueError(f"{file}: one of graphs must have the role reference, got {len(references)}; {_REMEDY}")
+        for row, graph in zip(rows, graphs, strict=True):
+            same_model(graph.shape, references[0], row)
+        for name, values in (("targets", targets), ("workloads", workloads), ("graphs", graphs)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{file}: {name} must be distinct, got some twice; {_REMEDY}")
+        made = cls(
+            targets=tuple(targets),
+            graphs=tuple(graphs),
+            workloads=tuple(workloads),
+            rounds=fields.integer("rounds", 1, MAX_ROUNDS),
+            decode_steps=fields.integer("decode_steps", 1, MAX_ROUNDS),
+            seed=fields.integer("seed", 0, 2**32),
+            threads=fields.optional_integer("threads", 1, MAX_THREADS),
+        )
+        fields.end()
+        return made
+
+
+def _target(fields: Fields) -> tuple[str, Precision]:
+    target = fields.choice("runtime", list(RUNTIMES)), fields.choice("precision", PRECISIONS)
+    fields.end()
+    return target
+
+
+def _workload(fields: Fields) -> Workload:
+    made = workload(fields)
+    fields.end()
+    return made
+
+
+def _graph(fields: Fields) -> PlannedGraph:
+    graph = PlannedGraph(model_shape(fields.nested("shape")), fields.choice("role", ROLES))
+    fields.choice("folder", [graph.shape.id])
+    fields.end()
+    return graph
+
+
+def write_pack(
+    path: Path,
+    plan: PackPlan,
+    builders: Mapping[str, Build],
+    progress: Progress = lambda done, total, what: None,
+) -> None:
+    """Write the graphs that the plan needs, one at a time, and the plan. The file appears when it is whole."""
+    content = plan.to_json().encode()
+    PackPlan.from_json(content, "the plan")  # what the device would refuse is refused here
+    if path.is_dir():
+        raise ValueError(f"wanted the name of a zip file to write, got the folder {path}; give a file in it")
+    shapes = plan.shapes
+    _check_room(path, sum(shape.weight_bytes(bits) for _, bits in plan.targets for shape in shapes.values()))
+    part = path.with_name(path.name + ".part")
+    total = len(plan.targets) * len(shapes)
+    try:
+        with ZipFile(part, "w", ZIP_STORED) as archive:
+            archive.writestr(PLAN_FILE, content)
+            jobs = ((target, shape) for target in plan.targets for shape in shapes.values())
+            for done, ((runtime, precision), shape) in enumerate(jobs):
+                progress(done, total, f"{runtime}/{precision}: writing {shape.id}")
+                with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+                    builders[runtime](shape, precision, Path(directory))
+                    for file in sorted(Path(directory).iterdir()):
+                        archive.write(file, f"{runtime}/{precision}/{shape.id}/{file.name}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    progress(total, total, "finished")
+
+
+def _check_room(path: Path, wanted_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(path.parent).free
+    if free_bytes < wanted_bytes:
+        raise ValueError(
+            f"{path} needs about {wanted_bytes / 1e9:.1f} GB, got {free_bytes / 1e9:.1f} GB free on its disk; name "
+            "fewer --runtime and --precision, or plan fewer --anchors and --heldout"
+        )
+
+
+class Pack:
+    """An open pack, all of it checked but what the graphs' own files hold, which only their runtime can tell.
+
+    ValueError, in one sentence, for whatever `write_pack` would not have written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._refusals():
+            self._archive = ZipFile(path)
+        try:
+            self._files = self._checked_files()
+            with self._refusals():
+                content = self._archive.read(PLAN_FILE)
+            self.plan = PackPlan.from_json(content, f"{path}: {PLAN_FILE}")
+            self._check_graphs()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._archive.close()
+
+    def __enter__(self) -> Pack:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def builder(self, runtime: str) -> Build:
+        """What `profile` takes as `build`: unpacks a graph instead of writing it."""
+
+        def unpack(shape: ModelShape, precision: Precision, directory: Path) -> Path:
+            for info in self._files[runtime, precision, shape.id]:
+                with (
+                    self._refusals(),
+                    self._archive.open(info) as source,
+                    (directory / info.filename.rpartition("/")[2]).open("xb") as file,
+                ):
+                    shutil.copyfileobj(source, file, 2**20)
+            return directory
+
+        return unpack
+
+    def _checked_files(self) -> dict[tuple[str, str, str], list[ZipInfo]]:
+        """The files of each graph, by runtime, precision and shape id."""
+        entries = self._archive.infolist()
+        names = [info.filename for info in entries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.path} must hold each file once, got some twice; {_REMEDY}")
+        if PLAN_FILE not in names:
+            raise ValueError(f"{self.path} must hold {PLAN_FILE}, got a zip file without; {_REMEDY}")
+        files: dict[tuple[str, str, str], list[ZipInfo]] = {}
+        for info in entries:
+            parts = info.filename.split("/")
+            mode = info.external_attr >> 16
+            if info.filename != PLAN_FILE and (len(parts) != 4 or not all(map(_SAFE_NAME.fullmatch, parts))):
+                raise self._unsafe(info, "a name such as onnxruntime/int8/0123456789ab/model.onnx")
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+                raise self._unsafe(info, "a plain file")
+            if info.compress_type != ZIP_STORED or info.flag_bits & 1:
+                raise self._unsafe(info, "stored uncompressed and unencrypted")
+            if info.filename == PLAN_FILE:
+                if info.file_size > MAX_PLAN_BYTES:
+                    raise self._unsafe(info, f"at most {MAX_PLAN_BYTES:,} bytes")
+            else:
+                files.setdefault((parts[0], parts[1], parts[2]), []).append(info)
+        if sum(info.file_size for info in entries) > self.path.stat().st_size:
+            raise ValueError(f"{self.path} must not be larger unpacked than it is, got files that overlap; {_REMEDY}")
+        return files
+
+    def _check_graphs(self) -> None:
+        """Every graph of the plan has files of a size that fits its shape, and nothing else is there."""
+        wanted = {
+            (runtime, precision, shape.id): shape for runtime, precision in self.plan.targets
+            for shape in self.plan.shapes.values()
+        }  # fmt: skip
+        for found in self._files:
+            if found not in wanted:
+                raise ValueError(f"{self.path} must hold the plan's graphs alone, got {'/'.join(found)}; {_REMEDY}")
+        for (runtime, bits, shape_id), shape in wanted.items():
+            size_bytes = sum(info.file_size for info in self._files.get((runtime, bits, shape_id), []))
+            weight_bytes = shape.weight_bytes(next(p for p in PRECISIONS if p == bits))
+            if not 0 < size_bytes <= _FILES_PER_WEIGHT_BYTE * weight_bytes + _FILES_EXTRA_BYTES:
+                raise ValueError(
+                    f"{self.path} must hold files for about {weight_bytes:,} bytes of weights in "
+                    f"{runtime}/{bits}/{shape_id}, got {size_bytes:,} bytes; {_REMEDY}"
+                )
+
+    def _unsafe(self, info: ZipInfo, wanted: str) -> ValueError:
+        name = ascii(info.filename)[1:-1][:60]
+        return ValueError(f"each file in {self.path} must be or have {wanted}, got {name}; {_REMEDY}")
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Whatever the zip module says of a broken file, as one sentence."""
+        try:
+            yield
+        except (BadZipFile, EOFError, ValueError, RuntimeError, OverflowError, MemoryError, struct.error) as error:
+            raise self._broken(error) from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # an offset before the file's begin
+                raise
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path} must be a whole zip file ({error}); copy it again, or {_REMEDY}")
+
+
+def run_pack(
+    pack: Pack,
+    results: Results,
+    device: Device,
+    engines: Mapping[str, Runtime],
+    targets: Sequence[tuple[str, Precision]],
+    *,
+    threads: int,
+    rounds: int,
+    scratch: Path | None = None,
+    progress: Progress = lambda done, total, what: None,
+) -> None:
+    """Time the pack's graphs for `targets`, some of the plan's, on this device; what the results hold is kept."""
+    plan = pack.plan
+    for number, (runtime, precision) in enumerate(targets):
+        target = Target(device.id, runtime, precision, threads)
+        profile(
+            results, device, target, plan.graphs, plan.workloads, pack.builder(runtime), engines[runtime],
+            rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed, scratch=scratch,
+            progress=part_of(progress, number, len(targets), target.key),
+        )  # fmt: skip
+
+
+def chosen_targets(
+    plan: PackPlan, runtimes: Collection[str], precisions: Collection[str]
+) -> list[tuple[str, Precision]]:
+    """Those of the plan's targets with one of the names, where names are given; ValueError where none is left."""
+    chosen = [
+        (runtime, precision)
+        for runtime, precision in plan.targets
+        if (not runtimes or runtime in runtimes) and (not precisions or precision in precisions)
+    ]
+    if not chosen:
+        there = ", ".join("/".join(target) for target in plan.targets)
+        raise ValueError(
+            f"wanted {' or '.join(runtimes) or 'any runtime'} at {' or '.join(precisions) or 'any precision'}, got a "
+            f"pack with {there}; ask for one of these"
+        )
+    return chosen

@@ -1,0 +1,184 @@
+"""JSON that came from another machine: every field is checked before anything uses it.
+
+Each refusal is a ValueError of one sentence: which field, what was wanted, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar, get_args
+
+from hw_profiles.shapes import BlockShape, ModelShape, Phase, Workload
+
+#: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
+MAX_BLOCKS = 1024
+MAX_BLOCK_SIZE = 2**20
+MAX_HEADS = 2**14
+MAX_VOCAB_SIZE = 2**24
+MAX_TOKENS = 2**20
+MAX_BATCH_SIZE = 2**10
+MAX_THREADS = 2**12
+MAX_ROUNDS = 1000
+
+_PHASES: tuple[Phase, ...] = get_args(Phase)
+_Choice = TypeVar("_Choice", bound=str)
+
+
+class Fields:
+    """One JSON object. Each method takes a field out and checks it; `end` refuses those that nobody took."""
+
+    def __init__(self, value: object, where: str, remedy: str) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a JSON object, got {_short(value)}; {remedy}")
+        self.where = where
+        self.remedy = remedy
+        self._fields: dict[str, object] = dict(value)
+
+    @classmethod
+    def parse(cls, content: bytes, file: str, remedy: str) -> Fields:
+        """The one object in a file. Keys given twice, NaN and infinity, which JSON does not know, are refused."""
+        try:
+            text = content.decode("utf-8")
+            value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+        except RecursionError:
+            raise ValueError(f"{file} is nested too deeply to be ours; {remedy}") from None
+        except ValueError as error:
+            raise ValueError(f"{file} must be JSON, got something else ({error}); {remedy}") from error
+        return cls(value, file, remedy)
+
+    def header(self, kind: str, version: int) -> None:
+        """Check the fields `format` and `version`, which every file of ours begins with."""
+        self.choice("format", [kind])
+        found = self.take("version")
+        if type(found) is not int or found != version:
+            raise ValueError(
+                f"{self.where} must have format version {version}, got {_short(found)}; use the same llm-nas on both "
+                "machines"
+            )
+
+    def take(self, name: str) -> object:
+        if name not in self._fields:
+            raise ValueError(f"{self.where} must have the field {name}, got none; {self.remedy}")
+        return self._fields.pop(name)
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        value = self.take(name)
+        if type(value) is not int or not low <= value <= high:
+            raise self.wrong(name, f"a whole number from {low} to {high}", value)
+        return value
+
+    def optional_integer(self, name: str, low: int, high: int) -> int | None:
+        """None where the field is null."""
+        if self._fields.get(name, ...) is None:
+            self.take(name)
+            return None
+        return self.integer(name, low, high)
+
+    def number(self, name: str, low: float, high: float) -> float:
+        value = self.take(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise self.wrong(name, f"a number from {low:g} to {high:g}", value)
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        value = self.take(name)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def text(self, name: str, longest: int) -> str:
+        value = self.take(name)
+        if not isinstance(value, str) or not value.isprintable() or len(value) > longest:
+            raise self.wrong(name, f"at most {longest} printable characters", value)
+        return value
+
+    def choice(self, name: str, choices: Sequence[_Choice]) -> _Choice:
+        value = self.take(name)
+        for choice in choices:
+            if value == choice:
+                return choice
+        raise self.wrong(name, f"one of {', '.join(choices)}", value)
+
+    def values(self, name: str, fewest: int, most: int) -> list[object]:
+        value = self.take(name)
+        if not isinstance(value, list) or not fewest <= len(value) <= most:
+            raise self.wrong(name, f"a list of {fewest} to {most} entries", value)
+        return value
+
+    def objects(self, name: str, fewest: int, most: int) -> list[Fields]:
+        values = self.values(name, fewest, most)
+        return [Fields(value, f"{self.where}: {name}[{i}]", self.remedy) for i, value in enumerate(values)]
+
+    def nested(self, name: str) -> Fields:
+        return Fields(self.take(name), f"{self.where}: {name}", self.remedy)
+
+    def end(self) -> None:
+        if self._fields:
+            raise ValueError(
+                f"{self.where} must have no other fields than the known ones, got {_short(min(self._fields))}; "
+                f"{self.remedy}"
+            )
+
+    def wrong(self, name: str, wanted: str, value: object) -> ValueError:
+        return ValueError(f"{self.where}: {name} must be {wanted}, got {_short(value)}; {self.remedy}")
+
+
+def model_shape(fields: Fields) -> ModelShape:
+    shape = ModelShape(
+        hidden_size=fields.integer("hidden_size", 1, MAX_BLOCK_SIZE),
+        head_dim=fields.integer("head_dim", 1, MAX_BLOCK_SIZE),
+        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+        blocks=tuple(_block(block) for block in fields.objects("blocks", 1, MAX_BLOCKS)),
+    )
+    fields.end()
+    return shape
+
+
+def _block(fields: Fields) -> BlockShape:
+    heads = fields.integer("num_attention_heads", 0, MAX_HEADS)
+    groups = fields.integer("num_key_value_heads", 0, MAX_HEADS)
+    width = fields.integer("intermediate_size", 0, MAX_BLOCK_SIZE)
+    fields.end()
+    try:
+        return BlockShape(heads, groups, width)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}; {fields.remedy}") from error
+
+
+def workload(fields: Fields) -> Workload:
+    """Takes the fields of a Workload out of an object that may have others."""
+    phase = fields.choice("phase", _PHASES)
+    tokens = fields.integer("tokens", 1 if phase == "prefill" else 0, MAX_TOKENS)
+    return Workload(phase, tokens, fields.integer("batch_size", 1, MAX_BATCH_SIZE))
+
+
+def same_model(shape: ModelShape, reference: ModelShape, fields: Fields) -> None:
+    """Refuse a shape that is not the reference with other blocks."""
+    if replace(shape, blocks=reference.blocks) != reference or len(shape.blocks) != len(reference.blocks):
+        raise ValueError(
+            f"{fields.where} must be the reference model with other blocks, got another model; {fields.remedy}"
+        )
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {_short(twice)} is there twice")
+    return fields
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no number")
+
+
+def _short(value: object) -> str:
+    """A value as JSON, for a message: never long, never more than one line."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
