@@ -26,6 +26,7 @@ class Budget:
     max_parameters_ratio: float | None = None
     prompt_tokens: int = 128
     context_tokens: int = 128
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         limits = (self.tpot_ms, self.ttft_ms, self.max_size_bytes, self.max_parameters_ratio)
@@ -40,8 +41,8 @@ class Budget:
     def latency_limits(self) -> dict[Workload, float]:
         """Milliseconds allowed of each workload that is limited."""
         limits = {
-            Workload("decode", self.context_tokens): self.tpot_ms,
-            Workload("prefill", self.prompt_tokens): self.ttft_ms,
+            Workload("decode", self.context_tokens, self.batch_size): self.tpot_ms,
+            Workload("prefill", self.prompt_tokens, self.batch_size): self.ttft_ms,
         }
         return {workload: limit for workload, limit in limits.items() if limit is not None}
 

@@ -37,6 +37,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the dev
 DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
 PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
 ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
 TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
 TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
 
@@ -85,8 +86,9 @@ def profile(
     runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {', '.join(RUNTIMES)}.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PRECISIONS)}.")] = None,
     threads: Threads = None,
-    prompt_tokens: PromptTokens = 128,
-    context_tokens: ContextTokens = 128,
+    prompt_tokens: Annotated[list[int], typer.Option(help="Prompt lengths; any in between can be asked for.")] = [128],  # noqa: B006
+    context_tokens: Annotated[list[int], typer.Option(help="Context lengths, likewise.")] = [128],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Sequences run at once, likewise.")] = [1],  # noqa: B006
     anchors: Annotated[int, typer.Option(help="Random graphs that the predictors are fitted on.")] = 12,
     heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
@@ -115,7 +117,9 @@ def profile(
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
     engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
     precisions = [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)]
-    workloads = [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)]
+    prefills = [Workload("prefill", tokens, batch) for batch in batch_size for tokens in prompt_tokens]
+    decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]
+    workloads = list(dict.fromkeys(prefills + decodes))
     counts = {"anchors": anchors, "heldout": heldout, "repeats": repeats}
     from nas.profiling import pack_targets, profile_targets
 
@@ -151,6 +155,7 @@ def search(
     threads: Threads = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
+    batch_size: BatchSize = 1,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -169,7 +174,10 @@ def search(
     from nas.space import SearchSpace
     from nas.study import Study
 
-    workloads = {"tpot_ms": Workload("decode", context_tokens), "ttft_ms": Workload("prefill", prompt_tokens)}
+    workloads = {
+        "tpot_ms": Workload("decode", context_tokens, batch_size),
+        "ttft_ms": Workload("prefill", prompt_tokens, batch_size),
+    }
     if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:
         raise ValueError(f"objectives must be kl and one of {', '.join(workloads)}, got {', '.join(objective)}")
     settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms)
@@ -227,6 +235,7 @@ def query(
     threads: Threads = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
+    batch_size: BatchSize = 1,
     measure: Annotated[int, typer.Option(help="Finalists timed on this machine before one is returned.")] = 0,
     database: Database = _DATABASE,
     as_json: Json = False,
@@ -243,6 +252,7 @@ def query(
         max_parameters_ratio,
         prompt_tokens,
         context_tokens,
+        batch_size,
     )
     with Store(database) as store, progress_bar("query") as progress:
         study = Study.load(store, study_name)
@@ -400,7 +410,8 @@ def report(
 def _profile_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("target", "workload", "full model ms", "graphs", title="Profile")
     for row in rows:
-        table.add_row(row["target"], f"{row['phase']} {row['tokens']}", f"{row['full_ms']:.2f}", str(row["graphs"]))
+        work = f"{row['phase']} {row['tokens']}" + (f" x {row['batch_size']}" if row["batch_size"] > 1 else "")
+        table.add_row(row["target"], work, f"{row['full_ms']:.2f}", str(row["graphs"]))
     return table
 
 

@@ -51,6 +51,7 @@ def profile_targets(
             "target": target.key,
             "phase": workload.phase,
             "tokens": workload.tokens,
+            "batch_size": workload.batch_size,
             "full_ms": full_latency_ms(store, target, workload, space.base),
             "graphs": len(planned),
         }
@@ -105,6 +106,7 @@ def import_measured(store: Store, path: Path, model: str | None = None) -> tuple
             "target": target.key,
             "phase": workload.phase,
             "tokens": workload.tokens,
+            "batch_size": workload.batch_size,
             "full_ms": full_latency_ms(store, target, workload, measured.reference),
             "graphs": sum((found.target, found.workload) == (target, workload) for found in measured.measurements),
         }

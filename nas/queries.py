@@ -34,7 +34,7 @@ def answer_query(
     best are timed, `measure` at a time, until no untimed one is better than the best that met it.
     Raises BudgetUnmetError where there is none.
     """
-    workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens)]
+    workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens, budget.batch_size)]
 
     def answers() -> list[Answer]:
         models = {

@@ -336,11 +336,12 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
     for runtime, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
         options = [word for precision in precisions for word in ("--precision", precision)]
-        profile = ("profile", "tiny", "--runtime", runtime, *options, *counts, *on_device)
+        lengths = ("--context-tokens", "20", "--prompt-tokens", "20")
+        profile = ("profile", "tiny", "--runtime", runtime, *options, *counts, *lengths, *on_device)
         profiled = nas(*profile)
         assert profiled.code == 0
         targets = profiled.json["targets"]
-        assert [row["target"] for row in targets] == [f"{runtime}/{p}/1 thread" for p in precisions for _ in range(2)]
+        assert [row["target"] for row in targets] == [f"{runtime}/{p}/1 thread" for p in precisions for _ in range(4)]
         assert {row["graphs"] for row in targets} == {1 + 6 + 3 + 2 + 1}
         assert all(row["full_ms"] > 0 for row in targets)
     assert nas(*profile).json == profiled.json  # all of it was stored
@@ -362,6 +363,15 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     assert answer["parameters_ratio"] <= ratio
     assert answer["tpot_ms"]["measured"] > 0
     assert answer["subnet"] in {trial["id"] for trial in trials[2:]}
+
+    # the profile holds 8 and 20 tokens, so it knows those between
+    between = ("query", "--study", "s", "--runtime", "onnxruntime", "--threads", "1", "--tpot-ms", "1000")
+    interpolated = nas(*between, "--context-tokens", "14", "--json")
+    assert interpolated.code == 0
+    assert 0 < interpolated.json["tpot_ms"]["value"] < 1000
+    outside = nas(*between, "--context-tokens", "21")
+    assert outside.code == 2
+    assert "decode at 8 to 20 tokens" in " ".join(outside.err.split())
 
     folders = []
     for format_ in ("openvino", "onnx", "huggingface"):
