@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hw_profiles.devices import Device, Target
+from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.runtimes import Runtime, Session
 from hw_profiles.shapes import ModelShape, Precision, Workload
@@ -51,6 +51,7 @@ def profile(
 ) -> None:
     """Time what the store lacks, one transaction a batch: whatever stops it, the next call goes on from there.
 
+    What was timed with another version of the runtime counts as lacking, and stays in the store.
     A graph that cannot be built or loaded is left out, and a ProfileError at the end names it.
     """
     references = [graph.shape for graph in planned if graph.role == "reference"]
@@ -106,7 +107,9 @@ class _Run:
         """The graphs that the store lacks, in groups that lack the same workloads."""
         stored = {
             (found.shape.id, found.role, found.workload)
-            for found in self.store.measurements(self.target, reference_id=self.reference.id)
+            for found in self.store.measurements(
+                self.target, reference_id=self.reference.id, runtime_version=self.runtime.version()
+            )
         }
         groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
         for graph in planned:
@@ -181,6 +184,7 @@ class _Run:
                 repeats=timing.repeats,
                 reference_ms=timing.reference_ms,
                 runtime_version=self.runtime.version(),
+                affinity=affinity(),
             )
             for graph in graphs
             for work in workloads
@@ -188,16 +192,19 @@ class _Run:
         ]
 
 
-def repeat_noise(store: Store, target: Target, workload: Workload) -> float | None:
-    """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better."""
+def repeat_noise(store: Store, target: Target, workload: Workload, runtime_version: str | None = None) -> float | None:
+    """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better.
+
+    Of one version of the runtime, or of all, each compared with itself.
+    """
     first = {
-        (found.reference_id, found.shape.id): found.latency_ms
-        for found in store.measurements(target, workload, roles=["heldout"])
+        (found.reference_id, found.shape.id, found.runtime_version): found.latency_ms
+        for found in store.measurements(target, workload, roles=["heldout"], runtime_version=runtime_version)
     }
     changes = [
-        abs(again.latency_ms / first[again.reference_id, again.shape.id] - 1)
-        for again in store.measurements(target, workload, roles=["repeat"])
-        if (again.reference_id, again.shape.id) in first
+        abs(again.latency_ms / first[key] - 1)
+        for again in store.measurements(target, workload, roles=["repeat"], runtime_version=runtime_version)
+        if (key := (again.reference_id, again.shape.id, again.runtime_version)) in first
     ]
     return statistics.median(changes) if changes else None
 

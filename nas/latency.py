@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hw_profiles import Measurement, ModelShape, Store, Target, Workload
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Precision
+from hw_profiles.staleness import installed_version, usable
 from nas.space import SearchSpace, Subnet
 from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, mape, spearman, within
 
@@ -40,19 +41,22 @@ class LatencyModel:
         space: SearchSpace,
         workload: Workload,
         learn_from_finalists: bool = True,
+        allow_stale: bool = False,
     ) -> LatencyModel:
         """Fit on everything but the held-out graphs, which stay unseen so that `held_out_errors` can judge.
 
         A search leaves the finalists out as well, so that it can be gone on with after a query has timed some.
 
-        Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
+        Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind, and, unless
+        `allow_stale`, StaleProfileError where they are of several versions of the runtime or not of the installed one.
         """
+        measurements = _measurements(store, device_id, runtime, threads, space, workload, allow_stale)
         roles = {"reference", "table", "anchor", *(["finalist"] if learn_from_finalists else [])}
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
-            found = store.measurements(target, workload, reference_id=space.base.id)
+            found = [m for m in measurements if m.target == target]
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
@@ -135,28 +139,37 @@ class LatencyErrors:
 
 
 def held_out_errors(
-    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
+    store: Store,
+    device_id: str,
+    runtime: str,
+    threads: int,
+    space: SearchSpace,
+    workload: Workload,
+    allow_stale: bool = False,
 ) -> LatencyErrors:
     """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
-    model = LatencyModel.fit(store, device_id, runtime, threads, space, workload, learn_from_finalists=False)
+    measurements = _measurements(store, device_id, runtime, threads, space, workload, allow_stale)
+    model = LatencyModel.fit(
+        store, device_id, runtime, threads, space, workload, learn_from_finalists=False, allow_stale=allow_stale
+    )
     graphs: list[HeldoutGraph] = []
-    noises = []
+    noises: list[float | None] = []
     for precision, predictor in model.predictors.items():
         target = Target(device_id, runtime, precision, threads)
-        found = store.measurements(target, workload, reference_id=space.base.id)
+        found = [m for m in measurements if m.target == target]
         heldout = [m for m in found if m.role == "heldout"]
         if heldout:
             predicted = predictor.predict([m.shape for m in heldout])
             additive_ms = _additive(found).predict([m.shape for m in heldout])
             columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
             graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
-        if (noise := repeat_noise(store, target, workload)) is not None:
-            noises.append(noise)
+            noises.append(repeat_noise(store, target, workload, heldout[0].runtime_version))
     if not graphs:
         raise ProfileMissingError(
             f"{runtime} has no held-out graphs for {workload.phase}; profile with held-out graphs"
         )
     actual, predicted_ms = (np.array([getattr(g, name) for g in graphs]) for name in ("measured_ms", "predicted_ms"))
+    known_noises = [noise for noise in noises if noise is not None]
     by_precision = [
         [g for g in graphs if g.precision == precision] for precision in dict.fromkeys(g.precision for g in graphs)
     ]
@@ -171,9 +184,18 @@ def held_out_errors(
         spearman=_mean_spearman(by_precision, lambda g: g.predicted_ms),
         additive_mape=mape(np.array([g.additive_ms for g in graphs]), actual),
         flops_spearman=_mean_spearman(by_precision, lambda g: g.shape.flops(workload)),
-        repeat_noise=float(np.median(noises)) if noises else None,
+        repeat_noise=float(np.median(known_noises)) if known_noises else None,
         graphs=tuple(graphs),
     )
+
+
+def _measurements(
+    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload, allow_stale: bool
+) -> list[Measurement]:
+    """Of all precisions, those that still hold."""
+    targets = [Target(device_id, runtime, precision, threads) for precision in PRECISIONS]
+    found = [m for target in targets for m in store.measurements(target, workload, reference_id=space.base.id)]
+    return usable(found, installed_version(runtime, device_id), allow_stale)
 
 
 def _additive(found: Sequence[Measurement]) -> AdditiveTable:

@@ -50,10 +50,10 @@ def profile_targets(
             "target": target.key,
             "phase": workload.phase,
             "tokens": workload.tokens,
-            "full_ms": full_latency_ms(store, target, workload, space.base),
+            "full_ms": full_latency_ms(store, target, engine.version(), workload, space.base),
             "graphs": len(planned),
         }
-        for _, target in targets
+        for engine, target in targets
         for workload in workloads
     ]
 
@@ -90,7 +90,7 @@ def time_graphs(
     )  # fmt: skip
 
 
-def full_latency_ms(store: Store, target: Target, workload: Workload, full: ModelShape) -> float:
+def full_latency_ms(store: Store, target: Target, runtime_version: str, workload: Workload, full: ModelShape) -> float:
     """The full model's own latency in a profile."""
-    (reference,) = store.measurements(target, workload, roles=["reference"], reference_id=full.id)
+    (reference,) = store.measurements(target, workload, ["reference"], full.id, runtime_version)
     return reference.latency_ms
