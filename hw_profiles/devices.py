@@ -84,6 +84,17 @@ def detect(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
     )
 
 
+def affinity() -> str:
+    """The CPUs that this process may use, as Linux lists them: `0-3,8`. Empty where the system does not tell."""
+    runs: list[list[int]] = []
+    for cpu in sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []:
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _first_processor(cpuinfo: Path) -> dict[str, str]:
     """The first block of /proc/cpuinfo as {field: value}, empty where there is no such file."""
     try:

@@ -70,12 +70,12 @@ def read_measured(path: Path) -> Measured:
     measurements = {}
     for row in measured_rows:
         found = _measurement(row, device, shapes, reference)
-        key = (found.target, found.workload, found.shape.id, found.role)
+        key = (found.target, found.runtime_version, found.workload, found.shape.id, found.role)
         if key in measurements:
             raise ValueError(f"{row.where} must be measured once, got it twice; {_REMEDY}")
         measurements[key] = found
-    for target, work, _, _ in measurements:
-        if (target, work, reference.id, "reference") not in measurements:
+    for target, version, work, _, _ in measurements:
+        if (target, version, work, reference.id, "reference") not in measurements:
             raise ValueError(
                 f"{path} must hold the reference for each target and workload, got none for {target.key} "
                 f"{work.phase} {work.tokens}; {_REMEDY}"
@@ -135,6 +135,7 @@ def _row(found: Measurement) -> dict[str, object]:
         "spread_ratio": found.spread_ratio,
         "repeats": found.repeats,
         "reference_ms": found.reference_ms,
+        "affinity": found.affinity,
         "created_at": found.created_at.isoformat(),
     }
 
@@ -194,6 +195,7 @@ def _measurement(
         repeats=fields.integer("repeats", 1, MAX_ROUNDS),
         reference_ms=fields.number("reference_ms", 1e-6, _MAX_MS),
         runtime_version=fields.text("runtime_version", 100),
+        affinity=fields.text("affinity", 1000),
         created_at=_moment(fields),
     )
     fields.end()

@@ -18,7 +18,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch."""
+    """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch.
+
+    `affinity` names the CPUs that the process was allowed, as `hw_profiles.devices.affinity` does; empty is unknown.
+    """
 
     target: Target
     shape: ModelShape
@@ -30,6 +33,7 @@ class Measurement:
     repeats: int
     reference_ms: float
     runtime_version: str
+    affinity: str = ""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     #: Median of `reference_ms` over all batches, filled in by `Store.measurements`.
     typical_reference_ms: float | None = None

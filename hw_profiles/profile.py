@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hw_profiles.devices import Device, Target
+from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.runtimes import Runtime, Session
@@ -67,6 +67,7 @@ def profile(
 ) -> None:
     """Time what the results lack, adding batch by batch: whatever stops it, the next call goes on from there.
 
+    What was timed with another version of the runtime counts as lacking, and stays in the results.
     A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
     under `scratch`, by default the system's temporary folder, while it is timed.
     """
@@ -125,6 +126,7 @@ class _Run:
         stored = {
             (found.shape.id, found.role, found.workload)
             for found in self.results.measurements(self.target, reference_id=self.reference.id)
+            if found.runtime_version == self.runtime.version()
         }
         groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
         for graph in planned:
@@ -199,6 +201,7 @@ class _Run:
                 repeats=timing.repeats,
                 reference_ms=timing.reference_ms,
                 runtime_version=self.runtime.version(),
+                affinity=affinity(),
             )
             for graph in graphs
             for work in workloads
@@ -214,13 +217,17 @@ def part_of(progress: Progress, number: int, parts: int, title: str) -> Progress
 def repeat_noise(measurements: Sequence[Measurement]) -> float | None:
     """Median of |second / first - 1| over the shapes timed twice, None without any: no predictor can do better.
 
-    The measurements are those of one target and workload.
+    The measurements are those of one target and workload; each version of the runtime is compared with itself.
     """
-    first = {(found.reference_id, found.shape): found.latency_ms for found in measurements if found.role == "heldout"}
+
+    def graph(found: Measurement) -> tuple[str, ModelShape, str]:
+        return found.reference_id, found.shape, found.runtime_version
+
+    first = {graph(found): found.latency_ms for found in measurements if found.role == "heldout"}
     changes = [
-        abs(again.latency_ms / first[again.reference_id, again.shape] - 1)
+        abs(again.latency_ms / first[graph(again)] - 1)
         for again in measurements
-        if again.role == "repeat" and (again.reference_id, again.shape) in first
+        if again.role == "repeat" and graph(again) in first
     ]
     return statistics.median(changes) if changes else None
 

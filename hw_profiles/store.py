@@ -2,7 +2,8 @@
 
 Only the ratio to the reference graph and the reference's own latency in that batch are stored. Readers get
 latency = ratio * median of the reference's latency over all batches, so that a batch timed in a slow hour, or resumed
-on another day, is put on the same footing as the others.
+on another day, is put on the same footing as the others. Versions of a runtime are kept apart: each has its own
+reference, and a graph timed with another version is another measurement.
 """
 
 from __future__ import annotations
@@ -16,20 +17,16 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Engine, ForeignKey, UniqueConstraint, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, ForeignKey, UniqueConstraint, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.schema import CreateTable
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.measurement import Measurement, Role
+from hw_profiles.schema import BUSY_TIMEOUT_MS, VERSIONS, Schema, SchemaError, lock_for_writing
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
-
-SCHEMA_VERSION = 1
-#: How long a writer waits for another process's transaction.
-BUSY_TIMEOUT_MS = 30_000
 
 
 class StoreError(ValueError):
@@ -38,13 +35,6 @@ class StoreError(ValueError):
 
 class _Base(DeclarativeBase):
     pass
-
-
-class _SchemaVersion(_Base):
-    __tablename__ = "schema_version"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    version: Mapped[int]
 
 
 class _Device(_Base):
@@ -60,7 +50,7 @@ class _Measurement(_Base):
     __table_args__ = (
         UniqueConstraint(
             *("device_id", "runtime", "precision", "threads"),
-            *("reference_id", "shape_id", "phase", "tokens", "batch_size", "role"),
+            *("reference_id", "shape_id", "phase", "tokens", "batch_size", "role", "runtime_version"),
         ),
     )
 
@@ -81,25 +71,61 @@ class _Measurement(_Base):
     repeats: Mapped[int]
     reference_ms: Mapped[float]
     runtime_version: Mapped[str]
+    affinity: Mapped[str]
     created_at: Mapped[str]
 
 
-class Store:
-    """Devices and measurements. `url` is an SQLAlchemy URL or the path of an SQLite file, created if absent.
+def _version_2(connection: Connection) -> None:
+    """Adds `affinity`, and `runtime_version` to what makes a measurement unique; SQLite can only copy for that."""
+    number = "SERIAL" if connection.dialect.name == "postgresql" else "INTEGER"
+    key = "device_id, runtime, precision, threads, reference_id, shape_id, phase, tokens, batch_size, role"
+    copied = f"{key}, shape, ratio, spread_ratio, repeats, reference_ms, runtime_version, created_at"
+    connection.exec_driver_sql(
+        f"""
+        CREATE TABLE measurements_2 (
+            id {number} NOT NULL PRIMARY KEY,
+            device_id VARCHAR NOT NULL REFERENCES devices (id),
+            runtime VARCHAR NOT NULL,
+            precision VARCHAR NOT NULL,
+            threads INTEGER NOT NULL,
+            reference_id VARCHAR NOT NULL,
+            shape_id VARCHAR NOT NULL,
+            shape VARCHAR NOT NULL,
+            phase VARCHAR NOT NULL,
+            tokens INTEGER NOT NULL,
+            batch_size INTEGER NOT NULL,
+            role VARCHAR NOT NULL,
+            ratio DOUBLE PRECISION NOT NULL,
+            spread_ratio DOUBLE PRECISION NOT NULL,
+            repeats INTEGER NOT NULL,
+            reference_ms DOUBLE PRECISION NOT NULL,
+            runtime_version VARCHAR NOT NULL,
+            affinity VARCHAR NOT NULL,
+            created_at VARCHAR NOT NULL,
+            UNIQUE ({key}, runtime_version)
+        )
+        """
+    )
+    connection.exec_driver_sql(
+        f"INSERT INTO measurements_2 ({copied}, affinity) SELECT {copied}, '' FROM measurements ORDER BY id"
+    )
+    connection.exec_driver_sql("DROP TABLE measurements")
+    connection.exec_driver_sql("ALTER TABLE measurements_2 RENAME TO measurements")
 
-    Other packages keep their own tables, in their own metadata, on `engine`.
+
+SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2])
+
+
+class Store:
+    """Devices and measurements. `url` is the path of an SQLite file, created if absent, or an SQLAlchemy URL.
+
+    `postgresql://` stands for the driver psycopg 3; a URL may name another, such as `postgresql+psycopg2://`.
+    Other packages keep their own tables on `engine`, each with a `Schema` of its own.
     """
 
     def __init__(self, url: str) -> None:
-        if "://" not in url:
-            url = f"sqlite:///{url}"
-        try:
-            self.where = make_url(url).render_as_string(hide_password=True)
-            self.engine: Engine = create_engine(url)
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            raise StoreError(f"wanted a path or a URL such as sqlite:///profiles.db, got {url}: {error}") from error
-        if self.engine.dialect.name not in ("sqlite", "postgresql"):
-            raise StoreError(f"the database must be SQLite or PostgreSQL, got {self.where}")
+        self.engine: Engine = _engine(url)
+        self.where = self.engine.url.render_as_string(hide_password=True)
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _configure_sqlite)
         try:
@@ -133,6 +159,7 @@ class Store:
         if not measurements:
             return
         with self.transaction() as session:
+            lock_for_writing(session.connection())
             self._insert_new(session, _Measurement, [_to_row(measurement) for measurement in measurements])
 
     def measurements(
@@ -141,8 +168,12 @@ class Store:
         workload: Workload | None = None,
         roles: Collection[Role] | None = None,
         reference_id: str | None = None,
+        runtime_version: str | None = None,
     ) -> list[Measurement]:
-        """In the order they were added. `reference_id` picks the model: the id of its full shape."""
+        """In the order they were added, of all versions of the runtime unless one is asked for.
+
+        `reference_id` picks the model: the id of its full shape.
+        """
         query = select(_Measurement).order_by(_Measurement.id)
         if target is not None:
             query = query.filter_by(**asdict(target))
@@ -150,6 +181,8 @@ class Store:
             query = query.filter_by(**asdict(workload))
         if reference_id is not None:
             query = query.filter_by(reference_id=reference_id)
+        if runtime_version is not None:
+            query = query.filter_by(runtime_version=runtime_version)
         with self.transaction() as session:
             found = [_from_row(row) for row in session.scalars(query)]
         typical_ms = _typical_reference_ms(found)
@@ -169,36 +202,31 @@ class Store:
         )
 
     def _open(self) -> None:
-        """Check that the database is ours, sound, and of this version; create what is missing."""
+        """Check that the database is ours and sound; create what is missing and migrate what is old."""
         with self.transaction() as session:
             connection = session.connection()
             tables = inspect(connection).get_table_names()
-            if tables and _SchemaVersion.__tablename__ not in tables:
+            if tables and VERSIONS.name not in tables:
                 raise StoreError(
-                    f"{self.where} belongs to another program (it holds {', '.join(tables[:3])}); give another path"
+                    f"{self.where} belongs to another program (it holds {', '.join(tables[:3])}); "
+                    "give another path or URL"
                 )
             if self.engine.dialect.name == "sqlite":
                 verdict = " ".join(str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()).split())
                 if verdict != "ok":
                     raise StoreError(f"{self.where} is damaged ({verdict}); restore a copy or give another path")
-            # the version first: a process that opens the file in between must not take it for a foreign one
-            for model in (_SchemaVersion, _Device, _Measurement):
-                if model.__tablename__ not in tables:  # an open of a complete file waits for no writer
-                    table = _Base.metadata.tables[model.__tablename__]
-                    session.execute(CreateTable(table, if_not_exists=True))
-            query = select(_SchemaVersion.version).filter_by(name="hw_profiles")
-            version = session.scalars(query).one_or_none()
-            if version is None:
-                self._insert_new(session, _SchemaVersion, [{"name": "hw_profiles", "version": SCHEMA_VERSION}])
-                version = session.scalars(query).one()
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.where} has schema version {version}, wanted {SCHEMA_VERSION}; "
-                "use the llm-nas that wrote it or give another path"
-            )
-        if self.engine.dialect.name == "sqlite":
-            with self.transaction() as session:  # only now: a foreign file must stay as it is
-                session.connection().exec_driver_sql("PRAGMA journal_mode=WAL")  # readers never wait for a writer
+            SCHEMA.open(connection)
+        if self.engine.dialect.name == "sqlite":  # only now: a foreign file must stay as it is
+            self._let_readers_read_beside_a_writer()
+
+    def _let_readers_read_beside_a_writer(self) -> None:
+        """SQLite's write-ahead log. Someone else in the file may prevent it; then whoever opens it next does it."""
+        try:
+            with self.transaction() as session:
+                session.connection().exec_driver_sql("PRAGMA journal_mode=WAL")
+        except StoreError as error:
+            if "locked" not in str(error):
+                raise
 
     def _insert_new(self, session: Session, table: type[_Base], rows: list[dict[str, Any]]) -> None:
         """Insert the rows whose keys are not there yet, also if another process inserts them at the same moment."""
@@ -211,8 +239,10 @@ class Store:
         try:
             with Session(self.engine) as session, session.begin():
                 yield session
+        except SchemaError as error:
+            raise StoreError(f"{self.where}: {error}") from error
         except DBAPIError as error:
-            reason = str(error.orig).strip()
+            reason = " ".join(str(error.orig).split())
             raise StoreError(f"{self.where}: {reason}; {_remedy(reason)}") from error
 
 
@@ -226,12 +256,44 @@ _REMEDIES = {
     "FOREIGN KEY": "call add_device before add_measurements",
     "foreign key": "call add_device before add_measurements",
     "locked": "another process holds it, run again when that one is done",
+    "lock timeout": "another process holds it, run again when that one is done",
     "no such column": "another program wrote it, give another path",
+    "connection": "start the server, or correct the host, port, user, password or database name of the URL",
+    "resolve host": "correct the host of the URL",
+    "permission denied": "give the URL's user the right to create tables, or another user",
 }
 
 
 def _remedy(reason: str) -> str:
     return next((remedy for part, remedy in _REMEDIES.items() if part in reason), "give another path or URL")
+
+
+def _engine(url: str) -> Engine:
+    """Connects to nothing yet. StoreError where the URL or its driver cannot be used."""
+    try:
+        parsed = make_url(url if "://" in url else f"sqlite:///{url}")
+    except ArgumentError as error:
+        raise StoreError(f"wanted a path or a URL such as postgresql://user@host/name, got {url}: {error}") from error
+    where = parsed.render_as_string(hide_password=True)
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise StoreError(
+            "the database must be SQLite or PostgreSQL: "
+            f"wanted a path or a URL such as postgresql://user@host/name, got {where}"
+        )
+    try:
+        engine = create_engine(parsed, pool_pre_ping=True)  # a profile leaves its connection idle for minutes
+    except ArgumentError as error:
+        raise StoreError(f"{where}: {error}") from error
+    except ImportError as error:
+        raise StoreError(
+            f"{where} needs a driver that is not installed ({error}); "
+            "pip install 'psycopg[binary]', and let the URL begin with postgresql://"
+        ) from error
+    if engine.dialect.is_async:
+        raise StoreError(f"{where} names an asynchronous driver; let the URL begin with {engine.dialect.name}://")
+    return engine
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:
@@ -263,6 +325,7 @@ def _to_row(measurement: Measurement) -> dict[str, Any]:
         "repeats": measurement.repeats,
         "reference_ms": measurement.reference_ms,
         "runtime_version": measurement.runtime_version,
+        "affinity": measurement.affinity,
         "created_at": measurement.created_at.isoformat(),
     }
 
@@ -282,17 +345,21 @@ def _from_row(row: _Measurement) -> Measurement:
         repeats=row.repeats,
         reference_ms=row.reference_ms,
         runtime_version=row.runtime_version,
+        affinity=row.affinity,
         created_at=datetime.fromisoformat(row.created_at),
     )
 
 
-def _reference_key(measurement: Measurement) -> tuple[Target, Workload, str]:
-    return measurement.target, measurement.workload, measurement.reference_id
+_ReferenceKey = tuple[Target, Workload, str, str]
 
 
-def _typical_reference_ms(measurements: Sequence[Measurement]) -> dict[tuple[Target, Workload, str], float]:
+def _reference_key(measurement: Measurement) -> _ReferenceKey:
+    return measurement.target, measurement.workload, measurement.reference_id, measurement.runtime_version
+
+
+def _typical_reference_ms(measurements: Sequence[Measurement]) -> dict[_ReferenceKey, float]:
     """Median over batches; those of one batch share the very same `reference_ms`, which counts once."""
-    of_batches: dict[tuple[Target, Workload, str], set[float]] = {}
+    of_batches: dict[_ReferenceKey, set[float]] = {}
     for measurement in measurements:
         of_batches.setdefault(_reference_key(measurement), set()).add(measurement.reference_ms)
     return {key: statistics.median(values) for key, values in of_batches.items()}

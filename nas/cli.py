@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
 from hw_profiles.shapes import PRECISIONS, Precision
+from hw_profiles.staleness import installed_version, summarise
 from nas.terminal import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -39,6 +40,9 @@ PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.
 ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
 TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
+AllowStale = Annotated[
+    bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
+]
 TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
 
 _DATABASE = "llm-nas.db"
@@ -58,26 +62,37 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
             continue
     with Store(database) as store:
         known = {device.id: device.name for device in store.devices()}
-        profiled = []
-        for target in store.targets():
-            found = store.measurements(target)
-            last = max(measurement.created_at for measurement in found)
-            profiled.append(
-                {
-                    "device": target.device_id,
-                    "target": target.key,
-                    "measurements": len(found),
-                    "runtime_version": found[-1].runtime_version,
-                    "last": last.isoformat(timespec="seconds"),
-                }
-            )
-    table = Table("device", "target", "measurements", "runtime version", "last", title="Profiled")
-    for row in profiled:
-        table.add_row(*(str(value) for value in row.values()))
+        summaries = [
+            summarise(store, target, installed_version(target.runtime, target.device_id)) for target in store.targets()
+        ]
+    profiled: list[dict[str, Any]] = [
+        {
+            "device": summary.target.device_id,
+            "target": summary.target.key,
+            "graphs": summary.graphs,
+            "measurements": summary.measurements,
+            "workloads": [f"{work.phase} {work.tokens}" for work in summary.workloads],
+            "repeat_noise": {f"{work.phase} {work.tokens}": noise for work, noise in summary.repeat_noise.items()},
+            "runtime_version": summary.runtime_version,
+            "last": summary.last.isoformat(timespec="seconds"),
+            "stale": summary.is_stale,
+        }
+        for summary in summaries
+    ]
+    table = Table("device", "target", "graphs", "workload", "repeat noise", "runtime version", "last", title="Profiled")
+    for summary, row in zip(summaries, profiled, strict=True):
+        noises = [summary.repeat_noise.get(work) for work in summary.workloads]
+        table.add_row(
+            summary.target.device_id, summary.target.key, str(summary.graphs), "\n".join(row["workloads"]),
+            "\n".join("" if noise is None else f"{noise:.1%}" for noise in noises),
+            summary.runtime_version + ("\nSTALE" if summary.is_stale else ""), row["last"],
+        )  # fmt: skip
     engines = "\n".join(f"  {n} {a['version']}: {', '.join(a['devices'])}" for n, a in available.items())
     header = f"{here.id}  {here.name}, {here.cores} cores, {here.memory_bytes / 2**30:.0f} GiB\n{engines}"
+    stale = [row["target"] for row in profiled if row["stale"]]
+    advice = [f"STALE: another version of the runtime is installed now; nas profile again for {', '.join(stale)}"]
     emit({"here": {"id": here.id, **asdict(here)}, "runtimes": available, "devices": known, "profiled": profiled},
-         as_json, header, table)  # fmt: skip
+         as_json, header, table, *(advice if stale else []))  # fmt: skip
 
 
 @app.command()
@@ -158,6 +173,7 @@ def search(
     batch_size: BatchSize = 1,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
     seed: int = 0,
+    allow_stale: AllowStale = False,
     trust_remote_code: bool = False,
     database: Database = _DATABASE,
     cache: Cache = _CACHE,
@@ -194,6 +210,7 @@ def search(
             space,
             workloads[objective[1]],
             learn_from_finalists=False,
+            allow_stale=allow_stale,
         )
         protocol = EvaluationProtocol(reform=reform)
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict())
@@ -237,6 +254,7 @@ def query(
     context_tokens: ContextTokens = 128,
     batch_size: BatchSize = 1,
     measure: Annotated[int, typer.Option(help="Finalists timed on this machine before one is returned.")] = 0,
+    allow_stale: AllowStale = False,
     database: Database = _DATABASE,
     as_json: Json = False,
 ) -> None:
@@ -260,7 +278,9 @@ def query(
         if measure and device_id != detect().id:
             raise ValueError(f"--measure times on this device, {detect().id}, got --device {device_id}; leave one out")
         try:
-            answer = answer_query(store, study, budget, device_id, runtime_name, threads, measure, progress)
+            answer = answer_query(
+                store, study, budget, device_id, runtime_name, threads, measure, progress, allow_stale
+            )
         except BudgetUnmetError as error:
             code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
             raise typer.Exit(code) from error

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from hw_profiles import Measurement, ModelShape, Store, Target, Workload
 from hw_profiles.profile import repeat_noise
-from hw_profiles.shapes import PRECISIONS, Precision
+from hw_profiles.shapes import PRECISIONS, Phase, Precision
+from hw_profiles.staleness import installed_version, usable
 from nas.space import SearchSpace, Subnet
 from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, describe_workloads, mape, spearman, within
 
@@ -40,22 +41,23 @@ class LatencyModel:
         space: SearchSpace,
         workload: Workload,
         learn_from_finalists: bool = True,
+        allow_stale: bool = False,
     ) -> LatencyModel:
         """Fit on everything but the held-out graphs, which stay unseen so that `held_out_errors` can judge.
 
         All workloads of the phase that were measured are fitted together, so `workload` may be any between them. A
         search leaves the finalists out as well, so that it can be gone on with after a query has timed some.
 
-        Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind.
+        Raises ProfileMissingError, naming what is profiled, where there are no measurements of this kind, and, unless
+        `allow_stale`, StaleProfileError where they are of several versions of the runtime or not of the installed one.
         """
+        measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
         roles = {"reference", "table", "anchor", *(["finalist"] if learn_from_finalists else [])}
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
-            found = [
-                m for m in store.measurements(target, reference_id=space.base.id) if m.workload.phase == workload.phase
-            ]
+            found = [m for m in measurements if m.target == target]
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
@@ -137,28 +139,37 @@ class LatencyErrors:
 
 
 def held_out_errors(
-    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, workload: Workload
+    store: Store,
+    device_id: str,
+    runtime: str,
+    threads: int,
+    space: SearchSpace,
+    workload: Workload,
+    allow_stale: bool = False,
 ) -> LatencyErrors:
     """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
-    model = LatencyModel.fit(store, device_id, runtime, threads, space, workload, learn_from_finalists=False)
+    measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
+    model = LatencyModel.fit(
+        store, device_id, runtime, threads, space, workload, learn_from_finalists=False, allow_stale=allow_stale
+    )
     graphs: list[HeldoutGraph] = []
-    noises = []
+    noises: list[float | None] = []
     for precision, predictor in model.predictors.items():
         target = Target(device_id, runtime, precision, threads)
-        found = store.measurements(target, workload, reference_id=space.base.id)
+        found = [m for m in measurements if m.target == target]
         heldout = [m for m in found if m.role == "heldout"]
         if heldout:
             predicted = predictor.predict([m.shape for m in heldout], workload)
             additive_ms = _additive(found).predict([m.shape for m in heldout])
             columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
             graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
-        if (noise := repeat_noise(found)) is not None:
-            noises.append(noise)
+            noises.append(repeat_noise([m for m in found if m.workload == workload]))
     if not graphs:
         raise ProfileMissingError(
             f"{runtime} has no held-out graphs for {workload.phase}; profile with held-out graphs"
         )
     actual, predicted_ms = (np.array([getattr(g, name) for g in graphs]) for name in ("measured_ms", "predicted_ms"))
+    known_noises = [noise for noise in noises if noise is not None]
     by_precision = [
         [g for g in graphs if g.precision == precision] for precision in dict.fromkeys(g.precision for g in graphs)
     ]
@@ -173,7 +184,7 @@ def held_out_errors(
         spearman=_mean_spearman(by_precision, lambda g: g.predicted_ms),
         additive_mape=mape(np.array([g.additive_ms for g in graphs]), actual),
         flops_spearman=_mean_spearman(by_precision, lambda g: g.shape.flops(workload)),
-        repeat_noise=float(np.median(noises)) if noises else None,
+        repeat_noise=float(np.median(known_noises)) if known_noises else None,
         graphs=tuple(graphs),
     )
 
@@ -184,6 +195,20 @@ def _profiled(store: Store) -> str:
     for m in store.measurements(roles=["reference"]):
         of_targets.setdefault((m.target.key, m.workload.phase), []).append(m.workload)
     return ", ".join(f"{key} {describe_workloads(workloads)}" for (key, _), workloads in sorted(of_targets.items()))
+
+
+def _measurements(
+    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, phase: Phase, allow_stale: bool
+) -> list[Measurement]:
+    """Of all precisions and of all workloads of the phase, those that still hold."""
+    targets = [Target(device_id, runtime, precision, threads) for precision in PRECISIONS]
+    found = [
+        m
+        for target in targets
+        for m in store.measurements(target, reference_id=space.base.id)
+        if m.workload.phase == phase
+    ]
+    return usable(found, installed_version(runtime, device_id), allow_stale)
 
 
 def _additive(found: Sequence[Measurement]) -> AdditiveTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def profile_targets(
             "phase": workload.phase,
             "tokens": workload.tokens,
             "batch_size": workload.batch_size,
-            "full_ms": full_latency_ms(store, target, workload, space.base),
+            "full_ms": full_latency_ms(store, target, engine.version(), workload, space.base),
             "graphs": len(planned),
         }
-        for _, target in targets
+        for engine, target in targets
         for workload in workloads
     ]
 
@@ -107,10 +108,12 @@ def import_measured(store: Store, path: Path, model: str | None = None) -> tuple
             "phase": workload.phase,
             "tokens": workload.tokens,
             "batch_size": workload.batch_size,
-            "full_ms": full_latency_ms(store, target, workload, measured.reference),
-            "graphs": sum((found.target, found.workload) == (target, workload) for found in measured.measurements),
+            "full_ms": full_latency_ms(store, target, version, workload, measured.reference),
+            "graphs": count,
         }
-        for target, workload in dict.fromkeys((found.target, found.workload) for found in measured.measurements)
+        for (target, version, workload), count in Counter(
+            (found.target, found.runtime_version, found.workload) for found in measured.measurements
+        ).items()
     ]
     return measured.device, rows
 
@@ -147,7 +150,7 @@ def time_graphs(
     )  # fmt: skip
 
 
-def full_latency_ms(store: Store, target: Target, workload: Workload, full: ModelShape) -> float:
+def full_latency_ms(store: Store, target: Target, runtime_version: str, workload: Workload, full: ModelShape) -> float:
     """The full model's own latency in a profile."""
-    (reference,) = store.measurements(target, workload, roles=["reference"], reference_id=full.id)
+    (reference,) = store.measurements(target, workload, ["reference"], full.id, runtime_version)
     return reference.latency_ms

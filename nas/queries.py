@@ -9,6 +9,7 @@ from export import FORMAT_OF_RUNTIME, LatencyPrediction
 from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import BLOCK_BITS, Precision
+from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
 from nas.profiling import measure_finalists
@@ -27,18 +28,21 @@ def answer_query(
     threads: int,
     measure: int,
     progress: Progress = lambda done, total, what: None,
+    allow_stale: bool = False,
 ) -> Answer:
     """The trial of best quality within the budget.
 
     With `measure` one that was timed and met the budget: of those that are predicted to meet it by the middle, the
     best are timed, `measure` at a time, until no untimed one is better than the best that met it.
-    Raises BudgetUnmetError where there is none.
+    Raises BudgetUnmetError where there is none, and what `LatencyModel.fit` raises.
     """
     workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens, budget.batch_size)]
 
     def answers() -> list[Answer]:
         models = {
-            workload: LatencyModel.fit(store, device_id, runtime_name, threads, study.space, workload)
+            workload: LatencyModel.fit(
+                store, device_id, runtime_name, threads, study.space, workload, allow_stale=allow_stale
+            )
             for workload in workloads
         }
         return describe(_trials(study), models, study.space.base.parameters)
@@ -81,13 +85,13 @@ def predictions_for(
     threads: int,
     workloads: Sequence[Workload],
 ) -> list[LatencyPrediction]:
-    """What the device's profile says of a subnet in a format; empty where its runtime was not profiled."""
+    """What the device's profile says of a subnet in a format; empty where its runtime has none or it is stale."""
     predictions = []
     for runtime_name, format_of_runtime in FORMAT_OF_RUNTIME.items():
         for workload in workloads if format_of_runtime == format_ else ():
             try:
                 predicted = LatencyModel.fit(store, device_id, runtime_name, threads, space, workload).predict([subnet])
-            except ProfileMissingError:
+            except (ProfileMissingError, StaleProfileError):
                 continue
             target = f"{device_id}/{Target(device_id, runtime_name, subnet.precision, threads).key}"
             values = (float(column[0]) for column in (predicted.value_ms, predicted.low_ms, predicted.high_ms))
@@ -106,12 +110,12 @@ def report_data(
     context_tokens: int,
     chosen_id: str | None = None,
 ) -> ReportData:
-    """All that the database knows for a report; the files' own figures are for the caller to add.
+    """All that the database knows for a report, stale or not; the files' own figures are for the caller to add.
 
     The chosen subnet is `chosen_id`, or the answer to `tpot_ms` alone.
     """
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
-    latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode)
+    latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode, allow_stale=True)
     trials = _trials(study)
     predicted = latency.predict([trial.subnet for trial in trials])
     answers = describe(trials, {decode: latency}, study.space.base.parameters)
@@ -129,7 +133,7 @@ def report_data(
     for name in profiled:
         for workload in (prefill, decode):
             try:
-                errors.append(held_out_errors(store, device_id, name, threads, study.space, workload))
+                errors.append(held_out_errors(store, device_id, name, threads, study.space, workload, allow_stale=True))
             except ProfileMissingError:
                 continue
     device = next((known.name for known in store.devices() if known.id == device_id), device_id)

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import ForeignKey, PrimaryKeyConstraint, inspect, select
+from sqlalchemy import ForeignKey, PrimaryKeyConstraint, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.schema import CreateTable
 
 from hw_profiles import Store
+from hw_profiles.schema import Schema
 from nas.quality import Quality
 from nas.space import SearchSpace, Subnet
 
@@ -78,6 +78,9 @@ class _Score(_Base):
     kl: Mapped[float]
 
 
+SCHEMA = Schema("nas", _Base.metadata.sorted_tables)
+
+
 class Study:
     """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured."""
 
@@ -105,7 +108,7 @@ class Study:
             "protocol": json.dumps(dict(protocol), sort_keys=True),
         }
         with store.transaction() as session:
-            _create_tables(session)
+            SCHEMA.open(session.connection())
             _insert_new(session, _Study, name=name, model=model, created_at=_now(), **wanted)
             row = session.get_one(_Study, name)
             differing = [what for what, value in wanted.items() if getattr(row, what) != value]
@@ -120,17 +123,17 @@ class Study:
     def load(cls, store: Store, name: str) -> Study:
         """The study of that name; StudyError, with the names there are, where it does not exist."""
         with store.transaction() as session:
-            _create_tables(session)
+            SCHEMA.open(session.connection())
             row = session.get(_Study, name)
             if row is None:
-                names = ", ".join(session.scalars(select(_Study.name).order_by(_Study.name))) or "none"
+                names = ", ".join(sorted(session.scalars(select(_Study.name)))) or "none"
                 raise StudyError(f"there is no study {name!r} in {store.where} (there: {names}); run nas search first")
             space, protocol = SearchSpace.from_json(row.space), json.loads(row.protocol)
             return cls(store, name, row.model, row.fingerprint, space, protocol)
 
     def trials(self) -> list[Trial]:
         """In the order they were made."""
-        query = select(_Trial).filter_by(study=self.name).order_by(_Trial.created_at)
+        query = select(_Trial).filter_by(study=self.name).order_by(_Trial.created_at, _Trial.subnet_id)
         with self.store.transaction() as session:
             return [_trial(row) for row in session.scalars(query)]
 
@@ -158,14 +161,6 @@ class Study:
             _insert_new(session, _Score, study=self.name, name=name, kl=kl)
 
 
-def _create_tables(session: Session) -> None:
-    """Those that are missing: reading a study that is there needs no right to write."""
-    present = inspect(session.connection()).get_table_names()
-    for table in _Base.metadata.sorted_tables:
-        if table.name not in present:
-            session.execute(CreateTable(table, if_not_exists=True))
-
-
 def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
     """Nothing where its key is there, also if another process inserts it at the same moment."""
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
@@ -179,4 +174,5 @@ def _trial(row: _Trial) -> Trial:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat()
+    """Always with microseconds: trials are put in order by this text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

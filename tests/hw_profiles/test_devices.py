@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hw_profiles.devices import Device, Target, detect
+from hw_profiles.devices import Device, Target, affinity, detect
 
 CPUINFO = """processor\t: 0
 model name\t: Some  CPU @ 2.00GHz
@@ -57,3 +57,24 @@ def test_target_key_and_checks() -> None:
         Target("d", "openvino", "bf16", 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 or more"):
         Target("d", "openvino", "int8", 0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "text"), [({0}, "0"), ({1, 0}, "0-1"), ({0, 1, 2, 3, 8, 10, 11}, "0-3,8,10-11"), ({5, 7}, "5,7")]
+)
+def test_affinity_names_cpus_in_runs(cpus: set[int], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus, raising=False)
+    assert affinity() == text
+
+
+def test_affinity_is_what_the_kernel_says() -> None:
+    status = Path("/proc/thread-self/status")
+    if not status.exists():
+        pytest.skip("only Linux says so in /proc")
+    (allowed,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list"))
+    assert affinity() == allowed
+
+
+def test_affinity_is_unknown_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert affinity() == ""

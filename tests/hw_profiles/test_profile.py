@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hw_profiles.devices import Device, Target
+from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, plan
 from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileError, profile, repeat_noise
@@ -66,14 +66,13 @@ def milliseconds(shape: ModelShape) -> float:
 
 def run(store: Store, build: Builder, planned: list[PlannedGraph] = PLANNED, **options: object) -> list[str]:
     told: list[str] = []
-    options = {"rounds": 3, "decode_steps": 2, "workloads": WORKLOADS} | options
+    options = {"rounds": 3, "decode_steps": 2, "workloads": WORKLOADS, "runtime": FakeRuntime()} | options
     profile(
         store,
         DEVICE,
         TARGET,
         planned,
         build=build,
-        runtime=FakeRuntime(),
         progress=lambda done, total, description: told.append(f"{done}/{total} {description}"),
         **options,  # type: ignore[arg-type]
     )
@@ -177,6 +176,29 @@ def test_a_new_workload_is_all_that_is_added(store: Store) -> None:
     assert all(after[key].created_at == found.created_at for key, found in before.items())
 
 
+class UpgradedRuntime(FakeRuntime):
+    def version(self) -> str:
+        return "2"
+
+
+def test_after_an_upgrade_all_is_measured_afresh(store: Store) -> None:
+    run(store, Builder())
+    before = store.measurements()
+    stopped = Builder(lambda shape, count: KeyboardInterrupt() if count > BATCH_GRAPHS + 1 else None)
+    with pytest.raises(KeyboardInterrupt):
+        run(store, stopped, runtime=UpgradedRuntime())
+    told = run(store, Builder(), runtime=UpgradedRuntime())
+    assert not told[0].startswith("0/")  # it went on where it was
+    assert store.measurements(runtime_version="1") == before
+    new = store.measurements(runtime_version="2")
+    assert {(m.role, m.shape.id, m.workload) for m in new} == set(stored(store))
+    assert len(new) == len(before)
+    assert {m.affinity for m in new} == {affinity()}
+    again = Builder()
+    run(store, again)  # and back
+    assert again.built == []
+
+
 def test_a_graph_that_fails_is_named_and_left_out(store: Store) -> None:
     broken = PLANNED[5].shape
     build = Builder(lambda shape, count: OSError("no space left") if shape == broken else None)
@@ -225,6 +247,11 @@ def test_repeat_noise_by_hand(store: Store) -> None:
         store.add_measurements([replace(made, shape=shape, role="repeat", ratio=second, reference_ms=20.0)])
     assert repeat_noise(store.measurements(TARGET, work)) == pytest.approx(0.1)
     assert repeat_noise(store.measurements(TARGET, WORKLOADS[1])) is None
+    for role, ratio in (("heldout", 0.5), ("repeat", 0.75)):  # with another version: +50 %
+        other = replace(made, shape=shapes[0], role=role, ratio=ratio, runtime_version="2")
+        store.add_measurements([other])
+    assert repeat_noise(store.measurements(TARGET, work, runtime_version="2")) == pytest.approx(0.5)
+    assert repeat_noise(store.measurements(TARGET, work)) == pytest.approx(0.1)  # of 0, 0.1, 0.1, 0.5
 
 
 def test_arguments_that_do_not_fit_together(store: Store) -> None:

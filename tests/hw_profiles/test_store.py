@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, inspect, text
 
 from hw_profiles.devices import Device, Target
+from hw_profiles.schema import BUSY_TIMEOUT_MS, lock_for_writing
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
-from hw_profiles.store import BUSY_TIMEOUT_MS, Measurement, Store, StoreError
+from hw_profiles.store import SCHEMA, Measurement, Store, StoreError, _version_2
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "openvino", "int8", 2)
@@ -40,16 +44,23 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
+    with Store(database_url) as opened:
+        opened.add_device(DEVICE)
+        yield opened
+
+
+@pytest.fixture
+def sqlite_store(path: Path) -> Iterator[Store]:
     with Store(str(path)) as opened:
         opened.add_device(DEVICE)
         yield opened
 
 
-def test_what_goes_in_comes_out(store: Store, path: Path) -> None:
-    stored = measurement(8)
+def test_what_goes_in_comes_out(store: Store, database_url: str) -> None:
+    stored = measurement(8, ratio=1 / 3, affinity="0-1,5")
     store.add_measurements([stored])
-    with Store(f"sqlite:///{path}") as again:
+    with Store(database_url) as again:
         assert again.devices() == [DEVICE]
         assert again.targets() == [TARGET]
         assert again.measurements() == [replace(stored, typical_reference_ms=10.0)]
@@ -99,6 +110,17 @@ def test_latency_uses_the_median_reference_of_all_batches(store: Store) -> None:
     assert measurement(4).latency_ms == pytest.approx(5)  # before it is stored: its own batch
 
 
+def test_versions_of_a_runtime_are_kept_apart(store: Store) -> None:
+    """The new version's reference takes 30 ms where the old one's took 10."""
+    store.add_measurements([measurement(8), measurement(12)])
+    store.add_measurements([measurement(8, ratio=0.4, reference_ms=30.0, runtime_version="2026.5")])
+    both = store.measurements()
+    assert [(m.runtime_version, m.latency_ms) for m in both] == [("2026.4", 5.0), ("2026.4", 5.0), ("2026.5", 12.0)]
+    assert store.measurements(runtime_version="2026.4") == both[:2]
+    assert store.measurements(runtime_version="2026.5") == both[2:]
+    assert store.measurements(runtime_version="2026.6") == []
+
+
 def test_a_failing_transaction_stores_nothing(store: Store) -> None:
     stranger = measurement(16, target=replace(TARGET, device_id="unknown"))
     with pytest.raises(StoreError, match="call add_device before"):
@@ -108,26 +130,139 @@ def test_a_failing_transaction_stores_nothing(store: Store) -> None:
 
 WRITER = """
 import sys
+import time
 sys.path.insert(0, {root!r})
 from tests.hw_profiles.test_store import DEVICE, Store, measurement
-with Store({path!r}) as store:
+time.sleep(max(0.0, {start_s} - time.time()))
+with Store({url!r}) as store:
     store.add_device(DEVICE)
-    for i in range(40):
-        store.add_measurements([measurement(2 + {first} + 2 * i), measurement(1000 + i)])
+    for i in range(25):
+        shared = [measurement(1000 + i), measurement(2000 + i)]
+        own = [measurement(1 + 4 * i + {number})]
+        store.add_measurements(own + (shared if {number} % 2 else shared[::-1]))
 """
 
 
-def test_two_processes_create_and_write_at_once(path: Path) -> None:
-    """Each adds 40 of its own and the same 40 as the other; the file does not exist before."""
+def test_four_processes_create_and_write_at_once(database_url: str) -> None:
+    """Each adds 25 of its own and the same 50 as the others, two of them the other way round."""
     root = str(Path(__file__).parents[2])
+    start_s = time.time() + 2.0  # by when all have imported what they need
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER.format(root=root, path=str(path), first=first)])
-        for first in (0, 1)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER.format(root=root, url=database_url, start_s=start_s, number=number)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
     ]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
-    with Store(str(path)) as store:
-        widths = sorted(m.shape.blocks[0].intermediate_size for m in store.measurements())
-    assert widths == [*range(2, 82), *range(1000, 1040)]
+    outcomes = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
+    assert outcomes == [("", 0)] * 4
+    with Store(database_url) as store:
+        widths = [m.shape.blocks[0].intermediate_size for m in store.measurements()]
+    assert sorted(widths) == [*range(1, 101), *range(1000, 1025), *range(2000, 2025)]
+
+
+VERSION_1 = """
+CREATE TABLE schema_version (name VARCHAR NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name));
+CREATE TABLE devices (id VARCHAR NOT NULL, description VARCHAR NOT NULL, PRIMARY KEY (id));
+CREATE TABLE measurements (
+    id {id_type} NOT NULL, device_id VARCHAR NOT NULL, runtime VARCHAR NOT NULL, precision VARCHAR NOT NULL,
+    threads INTEGER NOT NULL, reference_id VARCHAR NOT NULL, shape_id VARCHAR NOT NULL, shape VARCHAR NOT NULL,
+    phase VARCHAR NOT NULL, tokens INTEGER NOT NULL, batch_size INTEGER NOT NULL, role VARCHAR NOT NULL,
+    ratio FLOAT NOT NULL, spread_ratio FLOAT NOT NULL, repeats INTEGER NOT NULL, reference_ms FLOAT NOT NULL,
+    runtime_version VARCHAR NOT NULL, created_at VARCHAR NOT NULL, PRIMARY KEY (id),
+    UNIQUE (device_id, runtime, precision, threads, reference_id, shape_id, phase, tokens, batch_size, role),
+    FOREIGN KEY(device_id) REFERENCES devices (id)
+);
+INSERT INTO schema_version VALUES ('hw_profiles', 1)
+"""
+
+
+def old_database(url: str, stored: Sequence[Measurement]) -> None:
+    """As version 1 left it, but for the rows, which are put in last to first: their ids decide the order."""
+    with Store(url) as template:
+        engine = template.engine
+        with engine.begin() as connection:
+            for table in ("measurements", "devices", "schema_version"):
+                connection.execute(text(f"DROP TABLE {table}"))
+            id_type = "SERIAL" if engine.dialect.name == "postgresql" else "INTEGER"
+            for statement in VERSION_1.format(id_type=id_type).split(";"):
+                connection.execute(text(statement))
+            connection.execute(
+                text("INSERT INTO devices VALUES (:id, :description)"),
+                {"id": DEVICE.id, "description": json.dumps(asdict(DEVICE))},
+            )
+            for number, old in reversed(list(enumerate(stored, 1))):
+                values = {
+                    "id": 10 * number,
+                    **asdict(old.target),
+                    "reference_id": old.reference_id,
+                    "shape_id": old.shape.id,
+                    "shape": old.shape.to_json(),
+                    **asdict(old.workload),
+                    **{name: getattr(old, name) for name in ("role", "ratio", "spread_ratio", "repeats")},
+                    "reference_ms": old.reference_ms,
+                    "runtime_version": old.runtime_version,
+                    "created_at": old.created_at.isoformat(),
+                }
+                columns = ", ".join(values)
+                connection.execute(text(f"INSERT INTO measurements ({columns}) VALUES (:{', :'.join(values)})"), values)
+
+
+def layout(store: Store) -> tuple[object, ...]:
+    found = inspect(store.engine)
+    columns = [(c["name"], c["type"].python_type.__name__, c["nullable"]) for c in found.get_columns("measurements")]
+    keys = {tuple(key["column_names"]) for key in found.get_unique_constraints("measurements")}
+    foreign = {(tuple(key["constrained_columns"]), key["referred_table"]) for key in
+               found.get_foreign_keys("measurements")}  # fmt: skip
+    primary = found.get_pk_constraint("measurements")["constrained_columns"]
+    return sorted(columns), keys, foreign, primary, sorted(found.get_table_names())
+
+
+def test_a_database_of_version_1_is_migrated(database_url: str) -> None:
+    stored = [measurement(width, ratio=1 / width) for width in (8, 12, 4)]
+    with Store(database_url) as new:
+        new_layout = layout(new)
+    old_database(database_url, stored)
+    with Store(database_url) as store:
+        assert store.devices() == [DEVICE]
+        assert store.measurements() == [replace(m, typical_reference_ms=10.0) for m in stored]
+        assert {m.affinity for m in store.measurements()} == {""}
+        assert layout(store) == new_layout
+        upgraded = measurement(8, runtime_version="2026.5", affinity="0-1")
+        store.add_measurements([measurement(8, ratio=0.9), upgraded])  # the first is there already
+        assert [m.ratio for m in store.measurements()] == [1 / 8, 1 / 12, 1 / 4, 0.5]
+    with Store(database_url) as again:
+        assert len(again.measurements()) == 4
+
+
+def test_many_open_an_old_database_at_once(database_url: str) -> None:
+    stored = [measurement(width) for width in range(1, 50)]
+    old_database(database_url, stored)
+    barrier = Barrier(4, timeout=30)
+
+    def read(_: int) -> int:
+        barrier.wait()
+        with Store(database_url) as store:
+            return len(store.measurements())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [49] * 4
+
+
+def test_a_migration_that_fails_leaves_the_old_version(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_database(database_url, [measurement(8)])
+
+    def fails(connection: Connection) -> None:
+        _version_2(connection)
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("hw_profiles.store.SCHEMA", replace(SCHEMA, migrations=[fails]))
+    with pytest.raises(RuntimeError, match="power cut"):
+        Store(database_url)
+    monkeypatch.undo()
+    with Store(database_url) as store:
+        assert [m.shape for m in store.measurements()] == [shape(8)]
 
 
 def test_a_file_that_is_no_database(path: Path) -> None:
@@ -137,7 +272,8 @@ def test_a_file_that_is_no_database(path: Path) -> None:
     assert path.read_bytes() == b"important notes, not a database\n" * 100
 
 
-def test_a_damaged_database(path: Path, store: Store) -> None:
+def test_a_damaged_database(path: Path, sqlite_store: Store) -> None:
+    store = sqlite_store
     store.add_measurements([measurement(width) for width in range(1, 200)])
     with store.engine.connect() as connection:
         connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
@@ -150,6 +286,15 @@ def test_a_damaged_database(path: Path, store: Store) -> None:
     assert path.read_bytes() == damaged
 
 
+def test_another_programs_postgresql_database(postgresql_url: str) -> None:
+    import psycopg
+
+    with psycopg.connect(postgresql_url) as connection:
+        connection.execute("CREATE TABLE holidays (day TEXT)")
+    with pytest.raises(StoreError, match=r"belongs to another program \(it holds holidays\)"):
+        Store(postgresql_url)
+
+
 def test_another_programs_database(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE holidays (day TEXT)")
@@ -160,11 +305,13 @@ def test_another_programs_database(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_newer_schema(path: Path, store: Store) -> None:
+def test_a_newer_schema(database_url: str, store: Store) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99"))
-    with pytest.raises(StoreError, match="schema version 99, wanted 1"):
-        Store(str(path))
+    with pytest.raises(
+        StoreError, match=r"the tables of hw_profiles have schema version 99, wanted at most 2; use the"
+    ):
+        Store(database_url)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -174,11 +321,56 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["oracle://host/db", "nonsense://", "mysql+nothing://host"])
 def test_other_databases_are_refused(url: str) -> None:
-    with pytest.raises(StoreError, match=r"wanted a path or a URL|must be SQLite or PostgreSQL"):
+    with pytest.raises(StoreError, match="must be SQLite or PostgreSQL: wanted a path or a URL"):
         Store(url)
 
 
-def test_a_full_disk_keeps_what_was_stored(store: Store) -> None:
+@pytest.mark.parametrize("url", ["postgresql://u:secret@h/d", "postgres://u:secret@h/d", "postgresql+psycopg://u@h/d"])
+def test_without_its_driver_postgresql_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StoreError, match=r"needs a driver.*pip install 'psycopg\[binary\]'") as refused:
+        Store(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_other_drivers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(StoreError, match=r"needs a driver.*psycopg2"):
+        Store("postgresql+psycopg2://u@h/d")
+    with pytest.raises(StoreError, match="Can't load plugin"):
+        Store("postgresql+nothing://u@h/d")
+    with pytest.raises(StoreError, match="begin with postgresql://"):
+        Store("postgresql+asyncpg://u@h/d")  # not installed
+
+
+def test_an_asynchronous_driver_is_refused() -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(StoreError, match="names an asynchronous driver; let the URL begin with postgresql://"):
+        Store("postgresql+psycopg_async://u@h/d")
+
+
+def test_a_server_that_is_not_there(postgresql_server: str, tmp_path: Path) -> None:
+    for url in (
+        "postgresql://u:secret@127.0.0.1:9/d?connect_timeout=5",
+        f"postgresql://u@/d?host={tmp_path}",
+        postgresql_server.replace("/postgres?", "/nonesuch?"),
+    ):
+        with pytest.raises(StoreError, match=r"start the server, or correct the host") as refused:
+            Store(url)
+        assert "\n" not in str(refused.value)
+        assert "secret" not in str(refused.value)
+
+
+def test_a_postgresql_writer_that_never_ends(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.schema.BUSY_TIMEOUT_MS", 200)
+    with Store(postgresql_url) as store, store.transaction() as session:
+        lock_for_writing(session.connection())
+        with Store(postgresql_url) as other, pytest.raises(StoreError, match="another process holds it, run again"):
+            other.add_measurements([measurement(8)])
+
+
+def test_a_full_disk_keeps_what_was_stored(sqlite_store: Store) -> None:
+    store = sqlite_store
     store.add_measurements([measurement(8)])
     with store.engine.connect() as connection:  # the pool holds one connection, so the limit stays
         pages = connection.execute(text("PRAGMA page_count")).scalar_one()
@@ -188,8 +380,9 @@ def test_a_full_disk_keeps_what_was_stored(store: Store) -> None:
     assert [m.shape for m in store.measurements()] == [shape(8)]
 
 
-def test_an_unwritable_file_size_is_reported(store: Store) -> None:
+def test_an_unwritable_file_size_is_reported(sqlite_store: Store) -> None:
     """The system refuses to let the file grow, as a quota would."""
+    store = sqlite_store
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -203,8 +396,8 @@ def test_an_unwritable_file_size_is_reported(store: Store) -> None:
     assert [m.shape for m in store.measurements()] == [shape(16)]
 
 
-def test_readers_and_opens_do_not_wait_for_a_writer(store: Store, path: Path) -> None:
-    store.add_measurements([measurement(8)])
+def test_readers_and_opens_do_not_wait_for_a_writer(sqlite_store: Store, path: Path) -> None:
+    sqlite_store.add_measurements([measurement(8)])
     writer = sqlite3.connect(path)
     try:
         writer.execute("BEGIN EXCLUSIVE")
@@ -216,8 +409,8 @@ def test_readers_and_opens_do_not_wait_for_a_writer(store: Store, path: Path) ->
         writer.close()
 
 
-def test_other_packages_keep_their_tables_beside_ours(store: Store, path: Path) -> None:
+def test_other_packages_keep_their_tables_beside_ours(store: Store, database_url: str) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("CREATE TABLE trials (id INTEGER PRIMARY KEY)"))
-    with Store(str(path)) as again:
+    with Store(database_url) as again:
         assert again.devices() == [DEVICE]

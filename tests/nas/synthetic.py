@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
 from hw_profiles.measurement import Role
 from hw_profiles.shapes import Precision
+from hw_profiles.staleness import installed_version
 from nas.quality import Quality
 from nas.space import LayerChoice, SearchSpace, Subnet
 
@@ -112,10 +113,16 @@ def shape_ms(shape: ModelShape, precision: str, workload: Workload) -> float:
 
 
 def measurement(
-    target: Target, full: ModelShape, shape: ModelShape, workload: Workload, role: Role, ms: float
+    target: Target,
+    full: ModelShape,
+    shape: ModelShape,
+    workload: Workload,
+    role: Role,
+    ms: float,
+    version: str = VERSION,
 ) -> Measurement:
     reference_ms = shape_ms(full, target.precision, workload)
-    return Measurement(target, shape, workload, role, full.id, ms / reference_ms, 0.01, 9, reference_ms, VERSION)
+    return Measurement(target, shape, workload, role, full.id, ms / reference_ms, 0.01, 9, reference_ms, version)
 
 
 def fill_profile(
@@ -127,13 +134,17 @@ def fill_profile(
     precisions: Sequence[Precision] = ("int8", "int4"),
     factors: Mapping[Role, float] | None = None,
     scatter: float = 0.0,
+    version: str | None = None,
 ) -> None:
     """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role.
+
+    `version` is the runtime's: by default the one installed here, or VERSION on another device.
 
     `scatter` is the standard deviation of a further random factor.
     """
     rng = np.random.default_rng(0)
     store.add_device(device)
+    version = version or installed_version(runtime, device.id) or VERSION
     for precision in precisions:
         target = Target(device.id, runtime, precision, 1)
         store.add_measurements(
@@ -147,6 +158,7 @@ def fill_profile(
                     shape_ms(graph.shape, precision, work)
                     * (factors or {}).get(graph.role, 1.0)
                     * (1.0 if graph.role == "reference" else 1 + scatter * rng.standard_normal()),
+                    version,
                 )
                 for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
                 for work in workloads

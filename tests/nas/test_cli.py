@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from sqlalchemy import text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hw_profiles import Store, Workload, detect
+from hw_profiles import Store, Workload, detect, runtime
 from hw_profiles.__main__ import main as run_on_board
 from hw_profiles.measured import read_measured
 from nas.cli import main
@@ -133,7 +134,8 @@ MISTAKES = {
         "--tpot-ms",
         "9",
     ): "no study 'none' in sqlite:///llm-nas.db (there: s); run nas search",
-    ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128",
+    ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128 "
+    "tokens and this model (profiled: openvino/int4/1 thread decode 128, openvino/int4/1 thread prefill 128, openvino/",
     ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
     ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
@@ -215,8 +217,38 @@ def test_devices_lists_what_is_profiled(nas: Nas, study: Study) -> None:
     assert found["here"]["id"] == detect().id
     assert {row["target"] for row in found["profiled"]} == {"openvino/int8/1 thread", "openvino/int4/1 thread"}
     assert {row["measurements"] for row in found["profiled"]} == {2 * (1 + 6 + 10 + 6 + 3)}
+    assert {row["graphs"] for row in found["profiled"]} == {1 + 6 + 10 + 6}
+    assert all(row["workloads"] == ["decode 128", "prefill 128"] for row in found["profiled"])
+    assert all(row["repeat_noise"] == {"decode 128": 0.0, "prefill 128": 0.0} for row in found["profiled"])
+    assert {row["runtime_version"] for row in found["profiled"]} == {runtime("openvino").version()}
+    assert [row["stale"] for row in found["profiled"]] == [False, False]
     assert set(found["runtimes"]) == {"openvino", "onnxruntime"}
-    assert "openvino/int4/1 thread" in nas("devices").out
+    for_people = nas("devices").out
+    assert "openvino/int4/1 thread" in for_people
+    assert "STALE" not in for_people
+
+
+def test_a_profile_of_another_version_is_flagged_and_refused(nas: Nas, study: Study, tmp_path: Path) -> None:
+    with Store(str(tmp_path / "llm-nas.db")) as store, store.engine.begin() as connection:
+        connection.execute(text("UPDATE measurements SET runtime_version = '1.0' WHERE precision = 'int4'"))
+    found = nas("devices", "--json").json["profiled"]
+    assert {row["target"]: (row["stale"], row["runtime_version"]) for row in found} == {
+        "openvino/int8/1 thread": (False, runtime("openvino").version()),
+        "openvino/int4/1 thread": (True, "1.0"),
+    }
+    for_people = nas("devices").out
+    assert for_people.count("STALE") == 2
+    assert "nas profile again for openvino/int4/1 thread" in for_people
+    query = ("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1")
+    refused = nas(*query)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.sentence == (
+        f"openvino/int4/1 thread: decode at 128 tokens was profiled with openvino 1.0, but "
+        f"{runtime('openvino').version()} is installed; run nas profile --runtime openvino --precision int4 "
+        "--threads 1 --context-tokens 128 again, or give --allow-stale"
+    )
+    assert nas(*query, "--allow-stale").code == 0
+    assert nas("report", "--study", "s", "--threads", "1").code == 0
 
 
 def test_report_writes_one_page(nas: Nas, study: Study, tmp_path: Path) -> None:
@@ -334,19 +366,24 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
 
     counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
-    for runtime, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
+    for engine, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
         options = [word for precision in precisions for word in ("--precision", precision)]
         lengths = ("--context-tokens", "20", "--prompt-tokens", "20")
-        profile = ("profile", "tiny", "--runtime", runtime, *options, *counts, *lengths, *on_device)
+        profile = ("profile", "tiny", "--runtime", engine, *options, *counts, *lengths, *on_device)
         profiled = nas(*profile)
         assert profiled.code == 0
         targets = profiled.json["targets"]
-        assert [row["target"] for row in targets] == [f"{runtime}/{p}/1 thread" for p in precisions for _ in range(4)]
+        assert [row["target"] for row in targets] == [f"{engine}/{p}/1 thread" for p in precisions for _ in range(4)]
         assert {row["graphs"] for row in targets} == {1 + 6 + 3 + 2 + 1}
         assert all(row["full_ms"] > 0 for row in targets)
     assert nas(*profile).json == profiled.json  # all of it was stored
 
     search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr("hw_profiles.runtimes.onnxruntime.OnnxRuntime.version", lambda _: "99.0")
+        refused = nas(*search)
+        assert refused.code == 2
+        assert "but 99.0 is installed; run nas profile --runtime onnxruntime" in refused.json["error"]
     searched = nas(*search)
     assert searched.code == 0
     trials = searched.json["trials"]

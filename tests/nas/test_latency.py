@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hw_profiles import Device, Store, Target, Workload
+from hw_profiles import RUNTIMES, Device, Store, Target, Workload, detect
+from hw_profiles.runtimes.fake import FakeRuntime
+from hw_profiles.staleness import StaleProfileError
+from hw_profiles.store import Role
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
 from nas.space import Subnet
 from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
@@ -103,6 +106,54 @@ def test_any_workload_between_those_profiled_is_answered(store: Store) -> None:
     assert model.measurement(SPACE.full(4)) is None
     with pytest.raises(ProfileMissingError, match=r"prefill at 65 tokens.*1 thread prefill at 16 to 64 tokens"):
         fit(store, Workload("prefill", 65))
+
+
+def test_a_thread_count_that_was_not_profiled_is_answered_with_those_that_were(store: Store) -> None:
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE, PREFILL], precisions=["int8"])
+    with pytest.raises(ProfileMissingError) as missing:
+        fit(store, threads=3)
+    assert str(missing.value) == (
+        "openvino with 3 threads was not profiled for decode at 16 tokens and this model (profiled: openvino/int8/1 "
+        "thread decode at 16 tokens, openvino/int8/1 thread prefill at 16 tokens); run nas profile first"
+    )
+
+
+def test_versions_of_the_runtime_are_not_mixed(store: Store) -> None:
+    """Twice as fast since the upgrade, which only int8 was profiled with so far."""
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], version="1", factors={"heldout": 1.2, "repeat": 1.2})
+    before = fit(store).predict(random_subnets()).value_ms
+    faster: dict[Role, float] = dict.fromkeys(("table", "anchor", "heldout", "repeat"), 0.5)
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], ["int8"], factors=faster, version="2")
+    refusal = r"openvino/int4/1 thread: decode at 16 tokens was profiled with openvino 1, but 2 .*--allow-stale"
+    with pytest.raises(StaleProfileError, match=refusal):
+        fit(store)
+    with pytest.raises(StaleProfileError, match=refusal):
+        held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+    allowed = LatencyModel.fit(store, DEVICE.id, "openvino", 1, SPACE, DECODE, allow_stale=True)
+    int4 = [subnet for subnet in random_subnets() if subnet.bits == 4]
+    assert allowed.predict(int4).value_ms == pytest.approx(before[[s.bits == 4 for s in random_subnets()]])
+    fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], ["int4"], factors=faster, version="2")
+    only_new = store.measurements(runtime_version="2")
+    with Store("sqlite://") as fresh:
+        fresh.add_device(DEVICE)
+        fresh.add_measurements(only_new)
+        expected = fit(fresh).predict(random_subnets()).value_ms
+    assert fit(store).predict(random_subnets()).value_ms == pytest.approx(expected)
+    assert expected != pytest.approx(before, rel=0.05)
+    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+    assert {round(g.measured_ms / shape_ms(g.shape, g.precision, DECODE), 6) for g in errors.graphs} == {0.5}
+
+
+def test_on_this_device_the_installed_version_counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNTIMES, "fake", FakeRuntime)  # of version 1
+    fill_profile(store, SPACE, detect(), "fake", [DECODE], version="0.9")
+    with pytest.raises(StaleProfileError, match=r"profiled with fake 0\.9, but 1 is installed"):
+        LatencyModel.fit(store, detect().id, "fake", 1, SPACE, DECODE)
+    allowed = LatencyModel.fit(store, detect().id, "fake", 1, SPACE, DECODE, allow_stale=True)
+    fill_profile(store, SPACE, DEVICE, "fake", [DECODE], version="0.9")
+    elsewhere = LatencyModel.fit(store, DEVICE.id, "fake", 1, SPACE, DECODE)
+    subnets = random_subnets()
+    assert allowed.predict(subnets).value_ms == pytest.approx(elsewhere.predict(subnets).value_ms)
 
 
 def test_another_models_profile_is_not_used(store: Store) -> None:

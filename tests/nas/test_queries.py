@@ -9,6 +9,7 @@ from export import BUILDERS
 from hw_profiles import RUNTIMES, ModelShape, Store, Target, Workload, detect
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Precision
+from hw_profiles.staleness import StaleProfileError
 from hw_profiles.timing import measure
 from nas.budget import Budget, BudgetUnmetError
 from nas.queries import answer_query, find_subnet, predictions_for, report_data
@@ -52,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(str(tmp_path / "query.db")) as opened:
-        fill_profile(opened, SPACE, DEVICE, "fake", [DECODE, PREFILL])
+        fill_profile(opened, SPACE, DEVICE, "fake", [DECODE, PREFILL], version=FakeRuntime().version())
         yield opened
 
 
@@ -145,6 +146,22 @@ def test_timing_finds_what_a_wide_interval_hides(tmp_path: Path, device: FakeDev
     assert not timid.is_measured
     assert bold.quality.kl < timid.quality.kl
     assert ms(timid.subnet) < ms(bold.subnet) <= BUDGET.tpot_ms
+
+
+def test_a_stale_profile_is_refused_or_with_leave_answers_and_learns(
+    tmp_path: Path, store: Store, study: Study, device: FakeDevice
+) -> None:
+    """Finalists are timed with the installed version: they must be found again, or timing would never end."""
+    expected = ask(store, study, BUDGET, 2)
+    with Store(str(tmp_path / "old.db")) as old:
+        fill_profile(old, SPACE, DEVICE, "fake", [DECODE], version="0.9")
+        stale = random_study(old)
+        with pytest.raises(StaleProfileError, match=r"profiled with fake 0\.9, but 1 is installed; .*--allow-stale"):
+            ask(old, stale, BUDGET)
+        assert predictions_for(old, SPACE, expected, "onnx", DEVICE.id, 1, [DECODE]) == []
+        assert report_data(old, stale, 3.3, DEVICE.id, "fake", 1, 16, 16).chosen is not None
+        answer = answer_query(old, stale, BUDGET, DEVICE.id, "fake", 1, 2, allow_stale=True)
+        assert (answer.subnet, answer.is_measured) == (expected, True)
 
 
 def test_unmet_once_no_hope_is_left(store: Store, study: Study, device: FakeDevice) -> None:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -6,6 +9,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from hw_profiles import Store, StoreError
 from nas.quality import Quality
@@ -22,7 +26,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
+    with Store(database_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def sqlite_store(path: Path) -> Iterator[Store]:
     with Store(str(path)) as opened:
         yield opened
 
@@ -38,12 +48,12 @@ def random_trials(count: int, seed: int = 0) -> list[Trial]:
     ][:count]
 
 
-def test_what_goes_in_comes_out_in_order_to_the_last_bit(store: Store, path: Path) -> None:
+def test_what_goes_in_comes_out_in_order_to_the_last_bit(store: Store, database_url: str) -> None:
     trials = random_trials(20)
     study = Study.create(store, "s", "/models/m", "0123", SPACE, PROTOCOL)
     for trial in trials:
         study.add(trial)
-    with Store(str(path)) as again:
+    with Store(database_url) as again:
         loaded = Study.load(again, "s")
         assert loaded.trials() == trials
         assert (loaded.model, loaded.fingerprint, loaded.space, loaded.protocol) == (
@@ -82,7 +92,7 @@ def test_a_name_belongs_to_one_model_space_and_protocol(store: Store, changes: d
 
 
 def test_an_unknown_name_is_answered_with_those_there_are(store: Store) -> None:
-    with pytest.raises(StudyError, match=r"no study 'c' in .*studies\.db \(there: none\)"):
+    with pytest.raises(StudyError, match=r"no study 'c' in (sqlite|postgresql).* \(there: none\)"):
         Study.load(store, "c")
     for name in ("b", "a"):
         Study.create(store, name, "m", "0123", SPACE, PROTOCOL)
@@ -120,10 +130,10 @@ def read_only(path: Path) -> Store:
     return Store(f"sqlite:///file:{path}?mode=ro&uri=true")
 
 
-def test_a_read_only_database_can_be_read_and_is_else_refused_in_one_sentence(store: Store, path: Path) -> None:
+def test_a_read_only_database_can_be_read_and_is_else_refused_in_one_sentence(sqlite_store: Store, path: Path) -> None:
     with read_only(path) as locked, pytest.raises(StoreError, match=r"readonly.*writable"):
         Study.load(locked, "s")
-    study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+    study = Study.create(sqlite_store, "s", "m", "0123", SPACE, PROTOCOL)
     (trial,) = random_trials(1)
     study.add(trial)
     with read_only(path) as locked:
@@ -132,19 +142,76 @@ def test_a_read_only_database_can_be_read_and_is_else_refused_in_one_sentence(st
             Study.load(locked, "s").add(trial)
 
 
-def test_two_writers_create_and_fill_a_study_at_once(path: Path) -> None:
+def test_a_study_of_before_versions_were_written_goes_on(store: Store, database_url: str) -> None:
+    trials = random_trials(2)
+    Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).add(trials[0])
+    with store.engine.begin() as connection:
+        assert connection.execute(text("DELETE FROM schema_version WHERE name = 'nas'")).rowcount == 1
+    with Store(database_url) as again:
+        study = Study.create(again, "s", "m", "0123", SPACE, PROTOCOL)
+        study.add(trials[1])
+        assert Study.load(again, "s").trials() == trials
+
+
+def test_a_study_of_a_later_llm_nas_is_refused(store: Store) -> None:
+    Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE schema_version SET version = 99 WHERE name = 'nas'"))
+    with pytest.raises(StoreError, match="the tables of nas have schema version 99, wanted at most 1; use the llm-nas"):
+        Study.load(store, "s")
+
+
+def test_two_writers_create_and_fill_a_study_at_once(database_url: str) -> None:
     """Each on its own connections; the file does not exist before."""
     barrier = Barrier(2, timeout=30)
 
     def write(seed: int) -> None:
         barrier.wait()
-        with Store(str(path)) as store:
+        with Store(database_url) as store:
             study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
             for trial in random_trials(12, seed):
                 study.add(trial)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, (0, 1)))  # raises what a writer raised
-    with Store(str(path)) as store:
+    with Store(database_url) as store:
         found = {trial.subnet for trial in Study.load(store, "s").trials()}
     assert found == {trial.subnet for seed in (0, 1) for trial in random_trials(12, seed)}
+
+
+WRITER = """
+import sys
+import time
+sys.path.insert(0, {root!r})
+from tests.nas.test_study import PROTOCOL, SPACE, Store, Study, random_trials
+shared, own = random_trials(20, seed=100), random_trials(20, seed={number})
+time.sleep(max(0.0, {start_s} - time.time()))
+with Store({url!r}) as store:
+    study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
+    for both in zip(shared, own):
+        for trial in both:
+            study.add(trial)
+            study.add_score(trial.subnet.id, trial.quality.kl)
+"""
+
+
+def test_four_processes_add_trials_at_once(database_url: str) -> None:
+    """Each adds 20 of its own and the same 20 as the others; the study does not exist before."""
+    root = str(Path(__file__).parents[2])
+    start_s = time.time() + 4.0  # by when all have imported what they need
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER.format(root=root, url=database_url, start_s=start_s, number=number)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    outcomes = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
+    assert outcomes == [("", 0)] * 4
+    expected = {trial.subnet.id: trial for seed in (0, 1, 2, 3, 100) for trial in random_trials(20, seed)}
+    with Store(database_url) as store:
+        study = Study.load(store, "s")
+        trials = study.trials()
+        assert len(trials) == len(expected)
+        assert {trial.subnet.id for trial in trials} == set(study.scores()) == set(expected)
