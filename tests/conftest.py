@@ -1,14 +1,11 @@
-"""Databases to test on: `database_url` runs a test twice, on a new SQLite file and in a new PostgreSQL database."""
+"""Databases to test on: `database_url` runs a test twice, on a new SQLite file and in an empty PostgreSQL database."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import postgresql
-
-_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +19,8 @@ def postgresql_server() -> Iterator[str]:
 
 @pytest.fixture
 def postgresql_url(postgresql_server: str) -> str:
-    return postgresql.create_database(postgresql_server, f"test_{next(_numbers)}")
+    postgresql.clear(postgresql_server)
+    return postgresql_server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

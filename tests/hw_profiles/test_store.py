@@ -4,7 +4,6 @@ import json
 import resource
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from hw_profiles.devices import Device, Target
 from hw_profiles.schema import BUSY_TIMEOUT_MS, lock_for_writing
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 from hw_profiles.store import SCHEMA, Measurement, Store, StoreError, _version_2
+from tests.processes import run_at_once
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "openvino", "int8", 2)
@@ -129,11 +129,8 @@ def test_a_failing_transaction_stores_nothing(store: Store) -> None:
 
 
 WRITER = """
-import sys
-import time
-sys.path.insert(0, {root!r})
 from tests.hw_profiles.test_store import DEVICE, Store, measurement
-time.sleep(max(0.0, {start_s} - time.time()))
+wait()
 with Store({url!r}) as store:
     store.add_device(DEVICE)
     for i in range(25):
@@ -145,18 +142,7 @@ with Store({url!r}) as store:
 
 def test_four_processes_create_and_write_at_once(database_url: str) -> None:
     """Each adds 25 of its own and the same 50 as the others, two of them the other way round."""
-    root = str(Path(__file__).parents[2])
-    start_s = time.time() + 2.0  # by when all have imported what they need
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER.format(root=root, url=database_url, start_s=start_s, number=number)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(4)
-    ]
-    outcomes = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
-    assert outcomes == [("", 0)] * 4
+    assert run_at_once([WRITER.format(url=database_url, number=number) for number in range(4)]) == [(0, "")] * 4
     with Store(database_url) as store:
         widths = [m.shape.blocks[0].intermediate_size for m in store.measurements()]
     assert sorted(widths) == [*range(1, 101), *range(1000, 1025), *range(2000, 2025)]
@@ -359,6 +345,18 @@ def test_a_server_that_is_not_there(postgresql_server: str, tmp_path: Path) -> N
             Store(url)
         assert "\n" not in str(refused.value)
         assert "secret" not in str(refused.value)
+
+
+def test_a_connection_that_the_server_dropped_is_made_again(postgresql_url: str) -> None:
+    import psycopg
+
+    with Store(postgresql_url) as store:
+        store.add_device(DEVICE)
+        with psycopg.connect(postgresql_url) as connection:
+            others = "datname = current_database() AND pid != pg_backend_pid()"
+            connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        store.add_measurements([measurement(8)])
+        assert len(store.measurements()) == 1
 
 
 def test_a_postgresql_writer_that_never_ends(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

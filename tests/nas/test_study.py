@@ -1,6 +1,3 @@
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +12,7 @@ from hw_profiles import Store, StoreError
 from nas.quality import Quality
 from nas.study import Study, StudyError, Trial
 from tests.nas.synthetic import tiny_space
+from tests.processes import run_at_once
 
 SPACE = tiny_space(3)
 PROTOCOL = {"windows": 2, "reform": True}
@@ -180,12 +178,9 @@ def test_two_writers_create_and_fill_a_study_at_once(database_url: str) -> None:
 
 
 WRITER = """
-import sys
-import time
-sys.path.insert(0, {root!r})
 from tests.nas.test_study import PROTOCOL, SPACE, Store, Study, random_trials
-shared, own = random_trials(20, seed=100), random_trials(20, seed={number})
-time.sleep(max(0.0, {start_s} - time.time()))
+shared, own = random_trials(12, seed=100), random_trials(12, seed={number})
+wait()
 with Store({url!r}) as store:
     study = Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
     for both in zip(shared, own):
@@ -195,21 +190,10 @@ with Store({url!r}) as store:
 """
 
 
-def test_four_processes_add_trials_at_once(database_url: str) -> None:
-    """Each adds 20 of its own and the same 20 as the others; the study does not exist before."""
-    root = str(Path(__file__).parents[2])
-    start_s = time.time() + 4.0  # by when all have imported what they need
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER.format(root=root, url=database_url, start_s=start_s, number=number)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(4)
-    ]
-    outcomes = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
-    assert outcomes == [("", 0)] * 4
-    expected = {trial.subnet.id: trial for seed in (0, 1, 2, 3, 100) for trial in random_trials(20, seed)}
+def test_three_processes_add_trials_at_once(database_url: str) -> None:
+    """Each adds 12 of its own and the same 12 as the others; the study does not exist before."""
+    assert run_at_once([WRITER.format(url=database_url, number=number) for number in range(3)]) == [(0, "")] * 3
+    expected = {trial.subnet.id: trial for seed in (0, 1, 2, 100) for trial in random_trials(12, seed)}
     with Store(database_url) as store:
         study = Study.load(store, "s")
         trials = study.trials()
