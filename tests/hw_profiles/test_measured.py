@@ -21,7 +21,9 @@ FULL = ModelShape(64, 16, 100, True, (BlockShape(4, 2, 128),) * 2)
 THIN = replace(FULL, blocks=(BlockShape(4, 2, 128), BlockShape(2, 1, 32)))
 TARGET = Target(DEVICE.id, "onnxruntime", "int8", 4)
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
-REFERENCE = Measurement(TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 1.0, 0.0, 7, 12.5, "1.23", "0-1", MOMENT)
+REFERENCE = Measurement(
+    TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 1.0, 0.0, 7, 12.5, "1.23", "0-1", MOMENT
+)
 MEASURED = Measured(
     DEVICE,
     FULL,

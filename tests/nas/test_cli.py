@@ -135,7 +135,7 @@ MISTAKES = {
         "9",
     ): "no study 'none' in sqlite:///llm-nas.db (there: s); run nas search",
     ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128 "
-    "tokens and this model (profiled: openvino/int4/1 thread decode 128, openvino/int4/1 thread prefill 128, openvino/",
+    "tokens and this model (profiled: openvino/int4/1 thread decode at 128 tokens, openvino/",
     ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
     ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
