@@ -94,7 +94,7 @@ class Demo:
                  *formats, step="export of the full model")  # fmt: skip
         others = [folder / name for folder in (chosen, full) for name in FORMATS if (folder, name) != (chosen, RUNTIME)]
         beside = [option for folder in others for option in ("--beside", str(folder))]
-        limits = ("--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "9")
+        limits = ("--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "7")
         verified = self.nas("verify", str(chosen / RUNTIME), *beside, *limits, database=False, may_miss=True)
         rows = {Path(row["directory"]): row for row in verified["folders"]}
         with self.step("perplexity and baselines"):
@@ -129,9 +129,7 @@ class Demo:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
     def perplexities(self, subnet_id: str, full_precision: str) -> dict[str, float]:
-        """Perplexity on WikiText-2 test text, fp32 arithmetic, of the chosen subnet and what it must beat."""
-        import torch
-
+        """Perplexity on WikiText-2 test text of the chosen subnet and what it must beat, all in the same arithmetic."""
         from hw_profiles import Store, Workload, detect
         from hw_profiles.shapes import BLOCK_BITS
         from nas.evaluate import Evaluator
@@ -163,7 +161,7 @@ class Demo:
         space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, width})))
         cache = self.output / "cache"
         supernet = open_supernet(loaded, space, EvaluationProtocol(), cache)
-        evaluator = Evaluator(supernet, windows, torch.float32)
+        evaluator = Evaluator(supernet, windows)
         measured = {
             "full_fp32": study.space.full(32),
             f"full_{full_precision}": study.space.full(BLOCK_BITS[full_precision]),  # type: ignore[index]

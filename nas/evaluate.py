@@ -27,13 +27,21 @@ class Evaluator:
     """Evaluates subnets on token windows [N, T]; the same subnet gives the same floats on the same machine.
 
     Matrix products run in `dtype`, by default bfloat16 where the processor has it; teacher and subnets alike.
+    Single parts are scored on the first `score_windows` alone, by default on all.
     """
 
-    def __init__(self, supernet: Supernet, windows: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        windows: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        score_windows: int | None = None,
+    ) -> None:
         self.supernet = supernet
         self.windows = windows
+        self.score_windows = score_windows
         self.dtype = dtype or fast_dtype()
-        self._inputs: list[torch.Tensor] = []  # the full model's hidden states [N, T, D] entering each layer
+        self._inputs: list[torch.Tensor] = []  # of `score_windows`: the full model's states entering each layer
         with torch.no_grad(), computing(self.dtype):
             supernet.activate(supernet.space.full(32))
             self._teacher = self._normed(self._run(supernet.loaded.embed(windows), 0))
@@ -70,7 +78,7 @@ class Evaluator:
         return self.supernet.plan(layer, part).errors[choice] if choice else 1.0
 
     def _remember_inputs(self) -> None:
-        hidden = self.supernet.loaded.embed(self.windows)
+        hidden = self.supernet.loaded.embed(self.windows[: self.score_windows])
         for layer in range(self.supernet.space.depth):
             self._inputs.append(hidden)
             hidden = self._run(hidden, layer, layer + 1)
@@ -94,12 +102,13 @@ class Evaluator:
         return self._teacher @ self._teacher_head.to(self.dtype).T
 
     def _compare(self, hidden: torch.Tensor) -> tuple[float, float]:
-        """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden [N, T, D]."""
+        """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden is of the first windows."""
+        windows = self.windows[: len(hidden)]
         student = self._normed(hidden)
         head = self.supernet.loaded.head.weight.to(self.dtype).T
         teacher_head = self._teacher_head.to(self.dtype).T
-        targets = torch.nn.functional.pad(self.windows[:, 1:], (0, 1)).flatten()
-        followed = torch.ones_like(self.windows, dtype=torch.bool)
+        targets = torch.nn.functional.pad(windows[:, 1:], (0, 1)).flatten()
+        followed = torch.ones_like(windows, dtype=torch.bool)
         followed[:, -1] = False  # a window's last position has no next token
         # filled in place: small results kept between large logits would fragment the heap, by gigabytes
         divergences, losses = torch.empty(2, len(student))

@@ -21,6 +21,7 @@ from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows
 class EvaluationProtocol:
     """Windows of tokens: `calibration` for orders and weights, `search` for the KL of trials.
 
+    Scores of single parts, of which there are many and which only rank, take the first `score_windows` of `search`.
     A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`.
     """
 
@@ -28,6 +29,7 @@ class EvaluationProtocol:
     calibration_tokens: int = 256
     search_windows: int = 8
     search_tokens: int = 256
+    score_windows: int = 4
     reform: bool = True
     calibration_files: Sequence[Path] = CALIBRATION_FILES
     search_files: Sequence[Path] = SEARCH_FILES
@@ -60,4 +62,4 @@ def open_supernet(
 
 
 def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:
-    return Evaluator(supernet, protocol.search(supernet.loaded.tokenizer))
+    return Evaluator(supernet, protocol.search(supernet.loaded.tokenizer), score_windows=protocol.score_windows)

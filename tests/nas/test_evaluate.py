@@ -84,6 +84,14 @@ def test_bfloat16_is_near_float32(supernet, held_out):
     assert fast.kl == pytest.approx(exact.kl, rel=0.03)
 
 
+def test_parts_are_scored_on_the_first_windows_alone(supernet, held_out):
+    some = Evaluator(supernet, held_out, torch.float32, score_windows=2)
+    first = Evaluator(supernet, held_out[:2], torch.float32)
+    assert some.block_kl(1, "mlp", 64) == pytest.approx(first.block_kl(1, "mlp", 64), rel=1e-5)
+    subnet = supernet.space.sample(np.random.default_rng(0))
+    assert some.evaluate(subnet).kl == pytest.approx(Evaluator(supernet, held_out, torch.float32).evaluate(subnet).kl)
+
+
 def test_teacher_logits_kept_or_made_anew_give_the_same(supernet, held_out, monkeypatch):
     subnet = supernet.space.sample(np.random.default_rng(0))
     keeping = Evaluator(supernet, held_out, torch.float32)
