@@ -113,7 +113,7 @@ class Evaluator:
         # filled in place: small results kept between large logits would fragment the heap, by gigabytes
         divergences, losses = torch.empty(2, len(student))
         for first in range(0, len(student), _LOGITS_AT_ONCE):
-            rows = slice(first, first + _LOGITS_AT_ONCE)
+            rows = slice(first, min(first + _LOGITS_AT_ONCE, len(student)))
             q = (student[rows] @ head).float()  # logits, [rows, V]
             kept = self._teacher_logits
             p = self._teacher[rows] @ teacher_head if kept is None else kept[rows].clone()
