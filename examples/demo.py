@@ -95,7 +95,7 @@ class Demo:
         others = [folder / name for folder in (chosen, full) for name in FORMATS if (folder, name) != (chosen, RUNTIME)]
         beside = [option for folder in others for option in ("--beside", str(folder))]
         limits = ("--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "7")
-        verified = self.nas("verify", str(chosen / RUNTIME), *beside, *limits, database=False, may_miss=True)
+        verified = self.nas("verify", str(chosen / RUNTIME), *beside, *limits, "--study", "demo", may_miss=True)
         rows = {Path(row["directory"]): row for row in verified["folders"]}
         with self.step("perplexity and baselines"):
             quality = self.perplexities(answer["subnet"], fastest)
@@ -105,13 +105,18 @@ class Demo:
         if not all(row["parity_holds"] for row in rows.values()):
             sys.exit("an exported folder does not agree with the supernet; see the table")
 
-    def nas(
-        self, command: str, *arguments: str, step: str | None = None, database: bool = True, may_miss: bool = False
-    ) -> dict[str, Any]:
+    def nas(self, command: str, *arguments: str, step: str | None = None, may_miss: bool = False) -> dict[str, Any]:
         """One command in a process of its own; its progress goes to the terminal, its JSON comes back."""
-        call = [sys.executable, "-m", "nas", command, *arguments, "--json"]
-        if database:
-            call += ["--database", str(self.output / "llm-nas.db")]
+        call = [
+            sys.executable,
+            "-m",
+            "nas",
+            command,
+            *arguments,
+            "--database",
+            str(self.output / "llm-nas.db"),
+            "--json",
+        ]
         if command in ("search", "export"):
             call += ["--cache", str(self.output / "cache")]
         console.rule(step or f"nas {command}", align="left")
@@ -194,8 +199,7 @@ class Demo:
         def files(which: str) -> dict[str, Any]:
             return {name: rows[self.output / which / name] for name in FORMATS}
 
-        chosen_ms, full_ms = (files(which)[RUNTIME]["tpot_ms"] for which in ("chosen", "full"))
-
+        verified = files("chosen")[RUNTIME]
         summary = {
             "device": {"name": here.name, "cores": here.cores, "instructions": here.instructions},
             "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)},
@@ -204,11 +208,12 @@ class Demo:
                 "tpot_ms": budget_ms,
                 "runtime": RUNTIME,
                 "precision": precision,
-                "remeasured_tpot_ms": chosen_ms,
-                "met": chosen_ms <= budget_ms,
-                # the machine's speed drifts between the profile and now: the same question within one run
-                "share_of_full_in_same_run": chosen_ms / full_ms,
-                "met_in_same_run": chosen_ms <= BUDGET_SHARE * full_ms,
+                # beside the profile's own reference; by the clock the machine has become faster or slower since
+                "remeasured_tpot_ms": verified["tpot_at_profile_speed_ms"],
+                "met": verified["within_budget"],
+                "clock_tpot_ms": verified["tpot_ms"],
+                "met_by_the_clock": verified["tpot_ms"] <= budget_ms,
+                "share_of_full_in_same_run": verified["tpot_ms"] / files("full")[RUNTIME]["tpot_ms"],
             },
             "full": {
                 "parameters": study.space.base.parameters,
@@ -283,8 +288,10 @@ def comparison(summary: dict[str, Any]) -> Table:
     budget = summary["budget"]
     verdict = "met" if budget["met"] else "MISSED"
     table.add_row("TPOT budget, OpenVINO", "", f"{budget['tpot_ms']:.2f} ms, {verdict}")
-    same_run = f"{budget['share_of_full_in_same_run']:.0%} of the full model's, limit {BUDGET_SHARE:.0%}"
-    table.add_row("TPOT re-measured, OpenVINO", "", f"{budget['remeasured_tpot_ms']:.2f} ms, {same_run}")
+    remeasured = (
+        f"{budget['remeasured_tpot_ms']:.2f} ms at the profile's speed, {budget['clock_tpot_ms']:.2f} by the clock"
+    )
+    table.add_row("TPOT re-measured, OpenVINO", "", remeasured)
     for name in FORMATS:
         both = [side["files"][name] for side in (full, chosen)]
         table.add_section()

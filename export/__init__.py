@@ -5,7 +5,7 @@ from export.builders import BUILDERS, FORMAT_OF_RUNTIME
 from export.folder import export_folder
 from export.huggingface import heterogeneous_model
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
-from export.verify import Verification, verify
+from export.verify import ProfiledReference, Verification, verify
 
 __all__ = [
     "BUILDERS",
@@ -14,6 +14,7 @@ __all__ = [
     "LatencyPrediction",
     "Manifest",
     "Parity",
+    "ProfiledReference",
     "QuantizedWeight",
     "Verification",
     "dequantize",

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from export.artefact import ArtefactError, Format, Manifest, Parity, model_bytes, read_manifest
+from export.builders import BUILDERS, FORMAT_OF_RUNTIME
 from hw_profiles.runtimes import Session, runtime
-from hw_profiles.shapes import Workload
-from hw_profiles.timing import Timing, measure
+from hw_profiles.shapes import ModelShape, Precision, Workload
+from hw_profiles.timing import DECODE_STEPS, Timing, measure
 
 #: Largest difference of logits allowed at fp32, and largest mean KL in nats with quantised weights.
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_MEAN_KL = 1e-3
-_RUNTIME_OF_FORMAT: dict[Format, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+_RUNTIME_OF_FORMAT = {format_: name for name, format_ in FORMAT_OF_RUNTIME.items()}
 _MAX_TOKENS = 1024
 
 
@@ -37,8 +39,19 @@ class LogitAgreement:
 
 
 @dataclass(frozen=True)
+class ProfiledReference:
+    """A graph that a profile of this device knows, and its milliseconds there by workload."""
+
+    shape: ModelShape
+    latencies_ms: Mapping[Workload, float]
+
+
+@dataclass(frozen=True)
 class Verification:
-    """`exact` is the agreement when the runtime computes with fp32 activations, where the shipped file rounds them."""
+    """`exact` is the agreement when the runtime computes with fp32 activations, where the shipped file rounds them.
+
+    `timings` are beside `reference` where there was one, else beside the first folder.
+    """
 
     directory: Path
     manifest: Manifest
@@ -47,6 +60,16 @@ class Verification:
     exact: LogitAgreement
     timings: dict[Workload, Timing]
     generated: str
+    reference: ProfiledReference | None = None
+
+    def at_profile_speed_ms(self, workload: Workload) -> float | None:
+        """What the folder takes on a machine that is as fast as when it was profiled; None where no profile knows.
+
+        Between a profile and now a shared machine drifts by 10 to 20 %, and the reference with it.
+        """
+        if self.reference is None or workload not in self.reference.latencies_ms:
+            return None
+        return self.timings[workload].ratio * self.reference.latencies_ms[workload]
 
     @property
     def parity_holds(self) -> bool:
@@ -65,14 +88,17 @@ def verify(
     new_tokens: int = 40,
     rounds: int = 15,
     seed: int = 0,
+    references: Mapping[tuple[Format, Precision], ProfiledReference] = MappingProxyType({}),
 ) -> list[Verification]:
     """Check each folder, then time them all interleaved, so that their latencies compare.
 
+    Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion.
     Raises ArtefactError for a folder that is damaged or that its runtime cannot load.
     """
     manifests = [read_manifest(directory) for directory in directories]
+    max_tokens = max(_MAX_TOKENS, *(workload.tokens + DECODE_STEPS for workload in workloads))
     sessions = {
-        str(directory): open_session(directory, manifest.format, threads)
+        str(directory): open_session(directory, manifest.format, threads, max_tokens)
         for directory, manifest in zip(directories, manifests, strict=True)
     }
     checked = []
@@ -89,14 +115,17 @@ def verify(
             exact = _agreement_with_fp32_activations(directory, threads, parity)
         generated = generate(directory, manifest.format, threads, prompt, new_tokens)
         checked.append((shipped, exact, generated))
-    timings = measure(
-        sessions,
-        str(directories[0]),
-        workloads,
-        vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
-        rounds=rounds,
-        seed=seed,
-    )
+    beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        reference_of = _load_references(sessions, manifests, beside, threads, max_tokens, Path(scratch))
+        timings = measure(
+            sessions,
+            reference_of,
+            workloads,
+            vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
+            rounds=rounds,
+            seed=seed,
+        )
     return [
         Verification(
             directory=directory,
@@ -106,17 +135,45 @@ def verify(
             exact=exact,
             timings={workload: timings[str(directory), workload] for workload in workloads},
             generated=generated,
+            reference=reference,
         )
-        for directory, manifest, (shipped, exact, generated) in zip(directories, manifests, checked, strict=True)
+        for directory, manifest, reference, (shipped, exact, generated) in zip(
+            directories, manifests, beside, checked, strict=True
+        )
     ]
 
 
-def open_session(directory: Path, format_: Format, threads: int) -> Session:
+def _load_references(
+    sessions: dict[str, Session],
+    manifests: Sequence[Manifest],
+    references: Sequence[ProfiledReference | None],
+    threads: int,
+    max_tokens: int,
+    scratch: Path,
+) -> dict[str, str]:
+    """Add a session for each reference; returns for each session the one to time it beside, by default the first."""
+    reference_of = dict.fromkeys(sessions, next(iter(sessions)))
+    for name, manifest, reference in zip(list(sessions), manifests, references, strict=True):
+        if reference is None:
+            continue
+        key = f"{manifest.format} {manifest.precision} of the profile"
+        if key not in sessions:
+            engine = runtime(_RUNTIME_OF_FORMAT[manifest.format])
+            directory = scratch / f"{manifest.format}-{manifest.precision}"
+            directory.mkdir()
+            path = BUILDERS[engine.name](reference.shape, manifest.precision, directory)
+            sessions[key] = engine.load(path, threads, max_tokens)
+            reference_of[key] = key
+        reference_of[name] = key
+    return reference_of
+
+
+def open_session(directory: Path, format_: Format, threads: int, max_tokens: int = _MAX_TOKENS) -> Session:
     """The folder as a session of its own runtime; a Hugging Face folder runs in torch."""
     try:
         if format_ == "huggingface":
             return TorchSession(directory, threads)
-        return runtime(_RUNTIME_OF_FORMAT[format_]).load(directory, threads, _MAX_TOKENS)
+        return runtime(_RUNTIME_OF_FORMAT[format_]).load(directory, threads, max_tokens)
     except ImportError:
         raise
     except Exception as error:  # what the loaders raise shares no base class but Exception

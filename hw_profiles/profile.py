@@ -17,7 +17,7 @@ from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.runtimes import Runtime, Session
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.timing import measure
+from hw_profiles.timing import DECODE_STEPS, measure
 
 #: Writes a model of this shape and precision, with any weights, into the folder and returns the path to load.
 Build = Callable[[ModelShape, Precision, Path], Path]
@@ -28,8 +28,6 @@ Progress = Callable[[int, int, str], None]
 MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the reference not counted.
 BATCH_MEMORY_BYTES = 3 * 2**29
-#: Single-token steps of which a decode latency is the median.
-DECODE_STEPS = 6
 #: Longer batches put more time between a graph and its reference.
 BATCH_GRAPHS = 8
 

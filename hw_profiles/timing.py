@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from hw_profiles.shapes import Workload
 #: Idle before a visit. Worker threads of the session before go on spinning for about 35 ms (ONNX Runtime) and would
 #: take a core from the session being timed.
 SETTLE_S = 0.05
+#: Single-token steps of which a decode latency is the median.
+DECODE_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,32 @@ class Timing:
 
 def measure(
     sessions: Mapping[str, Session],
-    reference: str,
+    reference: str | Mapping[str, str],
     workloads: Sequence[Workload],
     *,
     vocab_size: int,
     rounds: int = 9,
-    decode_steps: int = 6,
+    decode_steps: int = DECODE_STEPS,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[tuple[str, Workload], Timing]:
-    """Time every session on every workload, against the session named `reference`.
+    """Time every session on every workload, against the session named `reference`, or against each its own of them.
 
     A visit's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
     length; a round's is that of the one visit, for the reference the geometric mean over its visits. `clock` returns
     seconds.
     """
-    if reference not in sessions:
+    reference_of = dict.fromkeys(sessions, reference) if isinstance(reference, str) else reference
+    if set(reference_of) != set(sessions) or not set(reference_of.values()) <= set(sessions):
         raise ValueError(f"the reference must be one of the sessions {', '.join(sessions)}, got {reference!r}")
     if rounds < 1 or decode_steps < 1:
         raise ValueError(f"rounds and decode_steps must be 1 or more, got {rounds=} {decode_steps=}")
     rng = np.random.default_rng(seed)
     distinct = sorted(set(workloads))
-    visits = [*sessions, *[reference] * (math.ceil(math.sqrt(len(sessions) - 1)) - 1)]
+    visits = list(sessions)
+    for name, own in Counter(reference_of.values()).items():  # of these, one is the reference itself
+        visits += [name] * (math.ceil(math.sqrt(own - 1)) - 1)
     times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
     for round_number in range(rounds + 1):  # the first warms up and does not count
         tokens = _draw_tokens(distinct, decode_steps, vocab_size, rng)
@@ -73,7 +79,7 @@ def measure(
             for key, values_ms in round_ms.items():
                 times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
     return {
-        (name, work): _summary(np.array(own_ms), np.array(times_ms[reference, work]))
+        (name, work): _summary(np.array(own_ms), np.array(times_ms[reference_of[name], work]))
         for (name, work), own_ms in times_ms.items()
     }
 

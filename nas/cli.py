@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from safetensors import SafetensorError
 
 from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
+from nas import tables
 from nas.terminal import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -65,34 +64,13 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
         summaries = [
             summarise(store, target, installed_version(target.runtime, target.device_id)) for target in store.targets()
         ]
-    profiled: list[dict[str, Any]] = [
-        {
-            "device": summary.target.device_id,
-            "target": summary.target.key,
-            "graphs": summary.graphs,
-            "measurements": summary.measurements,
-            "workloads": [f"{work.phase} {work.tokens}" for work in summary.workloads],
-            "repeat_noise": {f"{work.phase} {work.tokens}": noise for work, noise in summary.repeat_noise.items()},
-            "runtime_version": summary.runtime_version,
-            "last": summary.last.isoformat(timespec="seconds"),
-            "stale": summary.is_stale,
-        }
-        for summary in summaries
-    ]
-    table = Table("device", "target", "graphs", "workload", "repeat noise", "runtime version", "last", title="Profiled")
-    for summary, row in zip(summaries, profiled, strict=True):
-        noises = [summary.repeat_noise.get(work) for work in summary.workloads]
-        table.add_row(
-            summary.target.device_id, summary.target.key, str(summary.graphs), "\n".join(row["workloads"]),
-            "\n".join("" if noise is None else f"{noise:.1%}" for noise in noises),
-            summary.runtime_version + ("\nSTALE" if summary.is_stale else ""), row["last"],
-        )  # fmt: skip
+    profiled = [tables.summary_fields(summary) for summary in summaries]
     engines = "\n".join(f"  {n} {a['version']}: {', '.join(a['devices'])}" for n, a in available.items())
     header = f"{here.id}  {here.name}, {here.cores} cores, {here.memory_bytes / 2**30:.0f} GiB\n{engines}"
     stale = [row["target"] for row in profiled if row["stale"]]
     advice = [f"STALE: another version of the runtime is installed now; nas profile again for {', '.join(stale)}"]
     emit({"here": {"id": here.id, **asdict(here)}, "runtimes": available, "devices": known, "profiled": profiled},
-         as_json, header, table, *(advice if stale else []))  # fmt: skip
+         as_json, header, tables.profiled(summaries), *(advice if stale else []))  # fmt: skip
 
 
 @app.command()
@@ -126,7 +104,7 @@ def profile(
             raise ValueError("--pack writes a file and --import reads one, got both; give one of the two")
         with Store(database) as store:
             device, results = import_measured(store, measured, model)
-        emit({"device": device.id, "targets": results}, as_json, _profile_table(results), f"{device.id}  {device.name}")
+        emit({"device": device.id, "targets": results}, as_json, tables.timed(results), f"{device.id}  {device.name}")
         return
     if model is None:
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
@@ -155,7 +133,7 @@ def profile(
             store, model, engines, precisions, threads or detect().cores, workloads,
             counts=counts, rounds=rounds, seed=seed, progress=progress,
         )  # fmt: skip
-    emit({"device": detect().id, "targets": results}, as_json, _profile_table(results))
+    emit({"device": detect().id, "targets": results}, as_json, tables.timed(results))
 
 
 @app.command()
@@ -230,12 +208,9 @@ def search(
         }
         for trial, ms in zip(trials, values_ms, strict=True)
     ]
-    table = Table("subnet", "bits", "role", "KL", "perplexity", objective[1], title=f"Study {study_name}")
-    for row in sorted(rows, key=lambda row: row["kl"])[:12]:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     cost = {"evaluations": len(trials), "tokens": sum(t.quality.tokens for t in trials),
             "seconds": time.perf_counter() - started}  # fmt: skip
-    emit({"study": study_name, "trials": rows, **cost}, as_json, table)
+    emit({"study": study_name, "trials": rows, **cost}, as_json, tables.trials(study_name, rows))
 
 
 @app.command()
@@ -282,9 +257,9 @@ def query(
                 store, study, budget, device_id, runtime_name, threads, measure, progress, allow_stale
             )
         except BudgetUnmetError as error:
-            code = fail(str(error), EXIT_UNMET, {"nearest": _answer_fields(error.nearest)})
+            code = fail(str(error), EXIT_UNMET, {"nearest": tables.answer_fields(error.nearest)})
             raise typer.Exit(code) from error
-    emit(_answer_fields(answer), as_json, _answer_table(answer))
+    emit(tables.answer_fields(answer), as_json, tables.answer(answer))
 
 
 @app.command()
@@ -350,53 +325,47 @@ def verify(
     threads: Threads = None,
     prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
     rounds: Annotated[int, typer.Option(help="Rounds that every folder is timed in.")] = 15,
+    study_name: Annotated[
+        str | None, typer.Option("--study", help="Hold limits against the milliseconds of this study's profile.")
+    ] = None,
+    database: Database = _DATABASE,
     as_json: Json = False,
 ) -> None:
-    """Compare folders with the supernet they came from and time them. Exit code 1 where parity or a budget fails."""
+    """Compare folders with the supernet they came from and time them. Exit code 1 where parity or a budget fails.
+
+    With --study limits are held against what a folder takes beside the profile's own reference, times what that took
+    in the profile: the machine may be faster or slower now, as the limits' milliseconds are those of the profile.
+    """
+    from export import read_manifest
     from export import verify as run_verify
 
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
+    limits_ms = {prefill: ttft_ms, decode: tpot_ms}
+    threads = threads or detect().cores
+    references = {}
+    if study_name is not None:
+        from nas.profiling import profiled_references
+        from nas.study import Study
+
+        wanted = {(manifest.format, manifest.precision) for manifest in map(read_manifest, [*directories, *beside])}
+        with Store(database) as store:
+            base = Study.load(store, study_name).space.base
+            limited = [workload for workload, limit_ms in limits_ms.items() if limit_ms is not None]
+            references = profiled_references(store, base, wanted, threads, limited)
     checked = run_verify(
         [*directories, *beside],
-        threads=threads or detect().cores,
+        threads=threads,
         workloads=[prefill, decode],
         prompt=prompt,
         rounds=rounds,
+        references=references,
     )
-    rows: list[dict[str, Any]] = []
-    for result in checked:
-        tpot, ttft = result.timings[decode], result.timings[prefill]
-        judged = result.directory in directories
-        rows.append(
-            {
-                "directory": str(result.directory),
-                "format": result.manifest.format,
-                "precision": result.manifest.precision,
-                "size_bytes": result.size_bytes,
-                "max_logit_difference": result.exact.max_logit_difference,
-                "mean_kl": result.exact.mean_kl,
-                "shipped_max_logit_difference": result.shipped.max_logit_difference,
-                "shipped_mean_kl": result.shipped.mean_kl,
-                "parity_holds": result.parity_holds,
-                "ttft_ms": ttft.median_ms,
-                "ttft_spread_ms": ttft.spread_ms,
-                "tpot_ms": tpot.median_ms,
-                "tpot_spread_ms": tpot.spread_ms,
-                "within_budget": not judged
-                or ((tpot_ms is None or tpot.median_ms <= tpot_ms) and (ttft_ms is None or ttft.median_ms <= ttft_ms)),
-                "generated": result.generated,
-            }
-        )
-    table = Table(
-        "folder", "precision", "MB", "max logit diff", "mean KL", "as shipped", "TTFT ms", "TPOT ms", "parity", "budget"
-    )
-    for row in rows:
-        table.add_row(
-            row["directory"], row["precision"], f"{row['size_bytes'] / 1e6:.1f}", f"{row['max_logit_difference']:.1e}",
-            f"{row['mean_kl']:.1e}", f"{row['shipped_mean_kl']:.1e}", f"{row['ttft_ms']:.1f}", f"{row['tpot_ms']:.2f}",
-            *("yes" if row[name] else "NO" for name in ("parity_holds", "within_budget")),
-        )  # fmt: skip
-    emit({"folders": rows}, as_json, table, *(f"{row['directory']}: {row['generated']!r}" for row in rows))
+    rows = [
+        tables.verification_fields(result, prefill, decode, limits_ms if result.directory in directories else {})
+        for result in checked
+    ]
+    generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]
+    emit({"folders": rows}, as_json, tables.verifications(rows), *generated)
     if not all(row["parity_holds"] and row["within_budget"] for row in rows):
         raise typer.Exit(EXIT_UNMET)
 
@@ -427,14 +396,6 @@ def report(
     emit({"report": str(output)}, as_json, f"{output}: {len(data.trials)} trials")
 
 
-def _profile_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
-    for row in rows:
-        work = f"{row['phase']} {row['tokens']}" + (f" x {row['batch_size']}" if row["batch_size"] > 1 else "")
-        table.add_row(row["target"], work, f"{row['full_ms']:.2f}", str(row["graphs"]))
-    return table
-
-
 def _device_and_threads(store: Store, device_id: str | None, threads: int | None) -> tuple[str, int]:
     """This device and all cores of the device by default; ValueError for one that the store does not know."""
     here = detect()
@@ -450,42 +411,6 @@ def _precision(value: str) -> Precision:
         if value == precision:
             return precision
     raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
-
-
-def _answer_fields(answer: Any) -> dict[str, Any]:
-    latencies = {
-        "tpot_ms" if workload.phase == "decode" else "ttft_ms": {
-            "value": latency.value_ms,
-            "low": latency.low_ms,
-            "high": latency.high_ms,
-            "measured": latency.measured_ms,
-        }
-        for workload, latency in answer.latencies.items()
-    }
-    return {
-        "subnet": answer.subnet.id,
-        "bits": answer.subnet.bits,
-        "kl": answer.quality.kl,
-        "perplexity": answer.quality.perplexity,
-        "parameters": answer.parameters,
-        "parameters_ratio": answer.parameters_ratio,
-        "size_bytes": answer.size_bytes,
-        "layers": json.loads(answer.subnet.to_json())["layers"],
-        **latencies,
-    }
-
-
-def _answer_table(answer: Any) -> Table:
-    table = Table("", "value", title=f"Subnet {answer.subnet.id}, {answer.subnet.precision}")
-    table.add_row("KL to the full model", f"{answer.quality.kl:.4f}")
-    table.add_row("perplexity (search text)", f"{answer.quality.perplexity:.2f}")
-    table.add_row("parameters", f"{answer.parameters / 1e6:.1f} M ({answer.parameters_ratio:.0%})")
-    table.add_row("weights", f"{answer.size_bytes / 1e6:.1f} MB")
-    for workload, latency in answer.latencies.items():
-        measured = "" if latency.measured_ms is None else f", measured {latency.measured_ms:.2f}"
-        predicted = f"{latency.value_ms:.2f} ms [{latency.low_ms:.2f}, {latency.high_ms:.2f}]{measured}"
-        table.add_row(f"{workload.phase} {workload.tokens}", predicted)
-    return table
 
 
 def main() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export import BUILDERS
+from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReference
+from export.artefact import Format
 from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
 from hw_profiles.measured import read_measured
 from hw_profiles.pack import PackPlan, write_pack
-from hw_profiles.profile import DECODE_STEPS, Progress, part_of, profile
-from hw_profiles.runtimes import Runtime
+from hw_profiles.profile import Progress, part_of, profile
+from hw_profiles.runtimes import Runtime, runtime
 from hw_profiles.shapes import Precision
+from hw_profiles.timing import DECODE_STEPS
 from nas.families import load_config
+from nas.latency import ProfileMissingError
 from nas.space import SearchSpace
 
 
@@ -154,3 +157,30 @@ def full_latency_ms(store: Store, target: Target, runtime_version: str, workload
     """The full model's own latency in a profile."""
     (reference,) = store.measurements(target, workload, ["reference"], full.id, runtime_version)
     return reference.latency_ms
+
+
+def profiled_references(
+    store: Store,
+    full: ModelShape,
+    wanted: Iterable[tuple[Format, Precision]],
+    threads: int,
+    workloads: Sequence[Workload],
+) -> dict[tuple[Format, Precision], ProfiledReference]:
+    """The full model as this device's profile with the installed runtimes knows it, for formats that one reads.
+
+    Raises ProfileMissingError where one of the workloads is not in it.
+    """
+    references = {}
+    for format_, precision in wanted:
+        for name in (name for name, read in FORMAT_OF_RUNTIME.items() if read == format_):
+            version, target = runtime(name).version(), Target(detect().id, name, precision, threads)
+            found = store.measurements(target, roles=["reference"], reference_id=full.id, runtime_version=version)
+            latencies_ms = {m.workload: m.latency_ms for m in found}
+            for workload in workloads:
+                if workload not in latencies_ms:
+                    raise ProfileMissingError(
+                        f"{target.key} was not profiled for {workload.phase} at {workload.tokens} tokens with {name} "
+                        f"{version}; run nas profile, or leave --study out to judge by the clock alone"
+                    )
+            references[format_, precision] = ProfiledReference(full, latencies_ms)
+    return references

@@ -15,6 +15,7 @@ from export import (
     ArtefactError,
     Manifest,
     Parity,
+    ProfiledReference,
     Verification,
     dequantize,
     export_folder,
@@ -113,6 +114,27 @@ def test_folders_are_timed_together(exported: dict[tuple[Format, Precision], Pat
     for workload in WORKLOADS:
         assert results[0].timings[workload].ratio == 1
         assert results[0].timings[workload].reference_ms == results[1].timings[workload].reference_ms
+
+
+def test_a_folder_is_timed_beside_what_its_profile_knows(exported: dict[tuple[Format, Precision], Path]) -> None:
+    """The reference is the model itself, so at a million milliseconds in the profile the folder takes about as long."""
+    folders = [exported["openvino", "int8"], exported["onnx", "int8"], exported["huggingface", "int8"]]
+    reference = ProfiledReference(tiny_models.shape(tied=True), dict.fromkeys(WORKLOADS, 1e6))
+    results = verify(
+        folders,
+        threads=1,
+        workloads=WORKLOADS,
+        prompt=PROMPT,
+        new_tokens=2,
+        rounds=3,
+        references={("openvino", "int8"): reference, ("onnx", "int8"): reference},
+    )
+    for result in results[:2]:
+        for workload in WORKLOADS:
+            timing, value_ms = result.timings[workload], result.at_profile_speed_ms(workload)
+            assert value_ms == timing.ratio * 1e6
+            assert 0.1 < timing.ratio < 10
+    assert results[2].at_profile_speed_ms(WORKLOADS[0]) is None
 
 
 def test_size_is_that_of_what_the_runtime_needs(exported: dict[tuple[Format, Precision], Path]) -> None:

@@ -76,6 +76,16 @@ def test_decode_on_an_empty_cache(tmp_path: Path) -> None:
     assert timing["full", work].median_ms == pytest.approx(4.0 + 0.5 + 1 * 0.25)
 
 
+def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
+    clock, work = Clock(), Workload("prefill", 16)
+    sessions = load(tmp_path, {"full": REFERENCE, "half": HALF, "other": REFERENCE}, clock.wait)
+    beside = {"full": "full", "half": "half", "other": "half"}
+    timings = measure(sessions, beside, [work], vocab_size=16, rounds=2, clock=clock, sleep=clock.wait)
+    assert [timings[name, work].ratio for name in sessions] == pytest.approx([1.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match=r"must be one of the sessions"):
+        measure(sessions, {"full": "full"}, [work], vocab_size=16)
+
+
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
     clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 15.0, 1.0))

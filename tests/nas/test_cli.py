@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -426,6 +426,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     missed = nas("verify", "onnx", "--rounds", "1", "--tpot-ms", "0.000001", *on_device)
     assert missed.code == 1
     assert [row["within_budget"] for row in missed.json["folders"]] == [False]
+    check_limits_at_the_profiles_speed(nas, tmp_path, on_device)
 
     reported = nas("report", "--study", "s", "--runtime", "onnxruntime", "--tpot-ms", "1000", *on_device)
     assert reported.code == 0
@@ -519,6 +520,26 @@ def check_refused_imports(nas: Nas, tmp_path: Path) -> None:
     with Store(str(tmp_path / "llm-nas.db")) as store:
         assert store.measurements() == stored
         assert len(store.devices()) == 1
+
+
+def check_limits_at_the_profiles_speed(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:
+    """Verified with its profile, an export is within a limit that by the clock it misses a thousandfold."""
+    with Store(str(tmp_path / "faster.db")) as faster, Store(str(tmp_path / "llm-nas.db")) as store:
+        for device in store.devices():
+            faster.add_device(device)
+        faster.add_measurements([replace(m, reference_ms=m.reference_ms / 1e3) for m in store.measurements()])
+        study = Study.load(store, "s")
+        Study.create(faster, "s", study.model, study.fingerprint, study.space, study.protocol)
+    verify = ("verify", "openvino", "--study", "s", "onnx", "--rounds", "3", "--tpot-ms", "0.01", *on_device)
+    for database, within in (("llm-nas.db", False), ("faster.db", True)):
+        verified = nas(*verify, "--database", database)
+        rows = verified.json["folders"]
+        assert verified.code == (0 if within else 1)
+        assert all((row["tpot_at_profile_speed_ms"] <= 0.01) == row["within_budget"] == within for row in rows)
+        assert all(row["tpot_ms"] > 0.01 for row in rows)
+    missing = nas(*verify[:4], "--threads", "1", "--context-tokens", "9", "--tpot-ms", "1", "--rounds", "1")
+    assert missing.code == 2
+    assert "was not profiled for decode at 9 tokens" in missing.sentence
 
 
 def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:

@@ -1,0 +1,164 @@
+"""What the commands print: the fields of their JSON objects, and tables for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from hw_profiles import Workload
+from hw_profiles.staleness import ProfileSummary
+
+if TYPE_CHECKING:  # they bring torch
+    from export import Verification
+    from nas.budget import Answer
+
+Fields = dict[str, Any]
+
+
+def workload_name(workload: Workload) -> str:
+    return f"{workload.phase} {workload.tokens}" + (f" x {workload.batch_size}" if workload.batch_size > 1 else "")
+
+
+def summary_fields(summary: ProfileSummary) -> Fields:
+    """One target of `nas devices`."""
+    return {
+        "device": summary.target.device_id,
+        "target": summary.target.key,
+        "graphs": summary.graphs,
+        "measurements": summary.measurements,
+        "workloads": [workload_name(workload) for workload in summary.workloads],
+        "repeat_noise": {workload_name(workload): noise for workload, noise in summary.repeat_noise.items()},
+        "runtime_version": summary.runtime_version,
+        "last": summary.last.isoformat(timespec="seconds"),
+        "stale": summary.is_stale,
+    }
+
+
+def profiled(summaries: Sequence[ProfileSummary]) -> Table:
+    table = Table("device", "target", "graphs", "workload", "repeat noise", "runtime version", "last", title="Profiled")
+    for summary in summaries:
+        fields = summary_fields(summary)
+        noises = [summary.repeat_noise.get(workload) for workload in summary.workloads]
+        table.add_row(
+            summary.target.device_id,
+            summary.target.key,
+            str(summary.graphs),
+            "\n".join(fields["workloads"]),
+            "\n".join("" if noise is None else f"{noise:.1%}" for noise in noises),
+            summary.runtime_version + ("\nSTALE" if summary.is_stale else ""),
+            fields["last"],
+        )
+    return table
+
+
+def timed(rows: Sequence[Fields]) -> Table:
+    """The targets and workloads of one `nas profile`."""
+    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
+    for row in rows:
+        workload = Workload(row["phase"], row["tokens"], row["batch_size"])
+        table.add_row(row["target"], workload_name(workload), f"{row['full_ms']:.2f}", str(row["graphs"]))
+    return table
+
+
+def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
+    """The best of a search, by the rows' `kl`."""
+    best = sorted(rows, key=lambda row: float(row["kl"]))[:count]
+    heads = ("subnet" if name == "id" else name for name in rows[0])
+    table = Table(*heads, title=f"Study {study_name}")
+    for row in best:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+def answer_fields(answer: Answer) -> Fields:
+    """What `nas query` found."""
+    latencies = {
+        "tpot_ms" if workload.phase == "decode" else "ttft_ms": {
+            "value": latency.value_ms,
+            "low": latency.low_ms,
+            "high": latency.high_ms,
+            "measured": latency.measured_ms,
+        }
+        for workload, latency in answer.latencies.items()
+    }
+    return {
+        "subnet": answer.subnet.id,
+        "bits": answer.subnet.bits,
+        "kl": answer.quality.kl,
+        "perplexity": answer.quality.perplexity,
+        "parameters": answer.parameters,
+        "parameters_ratio": answer.parameters_ratio,
+        "size_bytes": answer.size_bytes,
+        "layers": json.loads(answer.subnet.to_json())["layers"],
+        **latencies,
+    }
+
+
+def answer(found: Answer) -> Table:
+    table = Table("", "value", title=f"Subnet {found.subnet.id}, {found.subnet.precision}")
+    table.add_row("KL to the full model", f"{found.quality.kl:.4f}")
+    table.add_row("perplexity (search text)", f"{found.quality.perplexity:.2f}")
+    table.add_row("parameters", f"{found.parameters / 1e6:.1f} M ({found.parameters_ratio:.0%})")
+    table.add_row("weights", f"{found.size_bytes / 1e6:.1f} MB")
+    for workload, latency in found.latencies.items():
+        measured = "" if latency.measured_ms is None else f", measured {latency.measured_ms:.2f}"
+        predicted = f"{latency.value_ms:.2f} ms [{latency.low_ms:.2f}, {latency.high_ms:.2f}]{measured}"
+        table.add_row(workload_name(workload), predicted)
+    return table
+
+
+def verification_fields(
+    result: Verification, prefill: Workload, decode: Workload, limits_ms: Mapping[Workload, float | None]
+) -> Fields:
+    """One folder of `nas verify`; a limit holds for the latency at the profile's speed where that is known."""
+
+    def within(workload: Workload, limit_ms: float | None) -> bool:
+        at_profile_speed_ms = result.at_profile_speed_ms(workload)
+        latency_ms = result.timings[workload].median_ms if at_profile_speed_ms is None else at_profile_speed_ms
+        return limit_ms is None or latency_ms <= limit_ms
+
+    tpot, ttft = result.timings[decode], result.timings[prefill]
+    return {
+        "directory": str(result.directory),
+        "format": result.manifest.format,
+        "precision": result.manifest.precision,
+        "size_bytes": result.size_bytes,
+        "max_logit_difference": result.exact.max_logit_difference,
+        "mean_kl": result.exact.mean_kl,
+        "shipped_max_logit_difference": result.shipped.max_logit_difference,
+        "shipped_mean_kl": result.shipped.mean_kl,
+        "parity_holds": result.parity_holds,
+        "ttft_ms": ttft.median_ms,
+        "ttft_spread_ms": ttft.spread_ms,
+        "ttft_at_profile_speed_ms": result.at_profile_speed_ms(prefill),
+        "tpot_ms": tpot.median_ms,
+        "tpot_spread_ms": tpot.spread_ms,
+        "tpot_at_profile_speed_ms": result.at_profile_speed_ms(decode),
+        "within_budget": all(within(workload, limit_ms) for workload, limit_ms in limits_ms.items()),
+        "generated": result.generated,
+    }
+
+
+def verifications(rows: Sequence[Fields]) -> Table:
+    table = Table(
+        "folder", "precision", "MB", "max logit diff", "mean KL", "as shipped", "TTFT ms", "TPOT ms",
+        "at the profile's speed", "parity", "budget",
+    )  # fmt: skip
+    for row in rows:
+        at_profile_speed = [row["ttft_at_profile_speed_ms"], row["tpot_at_profile_speed_ms"]]
+        table.add_row(
+            row["directory"],
+            row["precision"],
+            f"{row['size_bytes'] / 1e6:.1f}",
+            f"{row['max_logit_difference']:.1e}",
+            f"{row['mean_kl']:.1e}",
+            f"{row['shipped_mean_kl']:.1e}",
+            f"{row['ttft_ms']:.1f}",
+            f"{row['tpot_ms']:.2f}",
+            ", ".join("" if value is None else f"{value:.2f}" for value in at_profile_speed).strip(", "),
+            *("yes" if row[name] else "NO" for name in ("parity_holds", "within_budget")),
+        )
+    return table
