@@ -30,9 +30,10 @@ PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in eight
 #: minutes.
 PROFILE_OPTIONS = {
-    "profile int8, int4": "--precision int8 --precision int4 --anchors 3 --heldout 8 --repeats 1 --rounds 4",
-    "profile fp32": "--precision fp32 --anchors 1 --heldout 4 --repeats 1 --rounds 3",
+    "profile int8, int4": "--precision int8 --precision int4 --anchors 3 --heldout 8 --repeats 1 --rounds 3",
+    "profile fp32": "--precision fp32 --anchors 1 --heldout 4 --repeats 1 --rounds 2",
 }
+WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 
 console = Console()
 
@@ -73,7 +74,7 @@ class Demo:
     def run(self) -> None:
         targets = []
         for step, options in PROFILE_OPTIONS.items():
-            arguments = [*options.split(), *self.profile_options]
+            arguments = [*options.split(), *WORKLOADS.split(), *self.profile_options]
             targets += self.nas("profile", self.model, *arguments, step=step)["targets"]
         full_tpot_ms = {
             row["target"].split("/")[1]: row["full_ms"]
@@ -92,11 +93,16 @@ class Demo:
         self.nas("export", "--study", "demo", "--subnet", answer["subnet"], "--output", str(chosen), *formats)
         self.nas("export", "--study", "demo", "--subnet", "full", "--precision", fastest, "--output", str(full),
                  *formats, step="export of the full model")  # fmt: skip
-        others = [folder / name for folder in (chosen, full) for name in FORMATS if (folder, name) != (chosen, RUNTIME)]
-        beside = [option for folder in others for option in ("--beside", str(folder))]
-        limits = ("--tpot-ms", str(budget_ms), "--prompt", PROMPT, "--rounds", "7")
-        verified = self.nas("verify", str(chosen / RUNTIME), *beside, *limits, "--study", "demo", may_miss=True)
-        rows = {Path(row["directory"]): row for row in verified["folders"]}
+        judged, full_judged = chosen / RUNTIME, full / RUNTIME
+        limit = ("--tpot-ms", str(budget_ms), "--study", "demo", "--rounds", "12")
+        verified = self.nas(
+            "verify", str(judged), "--beside", str(full_judged), *limit, "--prompt", PROMPT, may_miss=True
+        )
+        others = [str(folder / name) for folder in (chosen, full) for name in FORMATS if name != RUNTIME]
+        compared = self.nas(
+            "verify", *others, "--rounds", "4", "--prompt", PROMPT, step="verify the other formats", may_miss=True
+        )
+        rows = {Path(row["directory"]): row for row in verified["folders"] + compared["folders"]}
         with self.step("perplexity and baselines"):
             quality = self.perplexities(answer["subnet"], fastest)
         with self.step("report"):
@@ -194,7 +200,7 @@ class Demo:
         here = detect()
         with Store(str(self.output / "llm-nas.db")) as store:
             study = Study.load(store, "demo")
-            data = report_data(store, study, budget_ms, here.id, RUNTIME, here.cores, 128, 128, answer["subnet"])
+            data = report_data(store, study, budget_ms, here.id, RUNTIME, here.cores, 128, answer["subnet"])
 
         def files(which: str) -> dict[str, Any]:
             return {name: rows[self.output / which / name] for name in FORMATS}

@@ -249,8 +249,10 @@ class TorchSession:
         ).eval()
         self._cache = None
 
-    def reset(self) -> None:
+    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
         self._cache = None
+        if past_tokens:
+            self.step(np.zeros((batch_size, past_tokens), np.int64))
 
     @torch.inference_mode()
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:

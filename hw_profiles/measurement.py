@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, get_args
@@ -45,5 +46,9 @@ class Measurement:
 
     @property
     def high_ms(self) -> float:
-        """About the upper quartile: over 15 rounds, two standard errors of the median above it."""
-        return self.latency_ms * (1 + self.spread_ratio / self.ratio)
+        """Two standard errors of the median above it.
+
+        That error is 1.25 sigma / sqrt(n) for normal noise, sigma being 1.48 times half the interquartile range.
+        """
+        standard_error_ratio = 1.25 * 1.48 * self.spread_ratio / math.sqrt(self.repeats)
+        return self.latency_ms * (1 + 2 * standard_error_ratio / self.ratio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,13 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.measurement import Role
-from hw_profiles.shapes import BlockShape, ModelShape
+from hw_profiles.shapes import PHASES, BlockShape, ModelShape, Workload
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
 DENSITY_RANGE = (0.2, 0.95)
 #: How far the density of the attention may lie from that of the MLPs, so that a fit can tell the two apart.
 DENSITY_SKEW = 0.3
 _DRAWS_PER_SHAPE = 50
+#: Prompts of more tokens over all sequences, and caches of more positions, are left to the full model alone: what they
+#: cost other graphs follows from shorter ones, and timing it would take most of a profile's time.
+MOST_TOKENS_FED = 512
+MOST_TOKENS_CACHED = 2**14
+#: The workload nearest to this many tokens, batch 1, is one that every graph is timed on.
+_COMMON_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ def plan(
         raise ValueError(f"repeats are held-out shapes timed again, so at most heldout, got {repeats=} {heldout=}")
     rng = np.random.default_rng(seed)
     table = _table_shapes(full, block_choices)
-    fitted = _random_shapes(full, block_choices, anchors, {full, *table}, rng)
-    held = _random_shapes(full, block_choices, heldout, {full, *table, *fitted}, rng)
+    fitted = random_shapes(full, block_choices, anchors, {full, *table}, rng)
+    held = random_shapes(full, block_choices, heldout, {full, *table, *fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
     return [
         PlannedGraph(full, "reference"),
@@ -54,6 +61,47 @@ def plan(
         *(PlannedGraph(shape, "heldout") for shape in held),
         *(PlannedGraph(held[index], "repeat") for index in again),
     ]
+
+
+def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Workload]) -> list[tuple[Workload, ...]]:
+    """What each planned graph is timed on: two workloads a phase, one that all share and one in turn.
+
+    The full model is timed on all of them, and so are finalists; a repeat is timed on what its first was.
+    """
+    all_of_them = tuple(sorted(set(workloads)))
+    by_phase = [_shared_and_others([w for w in all_of_them if w.phase == phase]) for phase in PHASES]
+    turns: dict[ModelShape, int] = {}
+    assigned = []
+    for graph in planned:
+        if graph.role in ("reference", "finalist"):
+            assigned.append(all_of_them)
+            continue
+        turn = turns.setdefault(graph.shape, len(turns))
+        assigned.append(
+            tuple(
+                sorted(
+                    work
+                    for shared, others in by_phase
+                    for work in [*shared, *([others[turn % len(others)]] if others else [])]
+                )
+            )
+        )
+    return assigned
+
+
+def _shared_and_others(of_phase: Sequence[Workload]) -> tuple[list[Workload], list[Workload]]:
+    """The workload of one phase that all graphs share, in a list of at most one, and those that take turns."""
+    affordable = [
+        work
+        for work in of_phase
+        if work.tokens * work.batch_size <= (MOST_TOKENS_FED if work.phase == "prefill" else MOST_TOKENS_CACHED)
+    ] or list(of_phase[:1])
+
+    def distance(work: Workload) -> float:
+        return abs(math.log2((work.tokens + 1) / _COMMON_TOKENS)) + math.log2(work.batch_size)
+
+    shared = sorted(affordable, key=distance)[:1]
+    return shared, [work for work in affordable if work not in shared]
 
 
 def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list[ModelShape]:
@@ -70,10 +118,10 @@ def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list
     return [shape for shape in shapes if shape != full]
 
 
-def _random_shapes(
+def random_shapes(
     full: ModelShape, block_choices: Sequence[BlockShape], count: int, taken: set[ModelShape], rng: np.random.Generator
 ) -> list[ModelShape]:
-    """Distinct shapes whose densities cover DENSITY_RANGE evenly, in random order."""
+    """Distinct shapes, none of them `taken`, whose densities cover DENSITY_RANGE evenly, in random order."""
     low, high = DENSITY_RANGE
     shapes: list[ModelShape] = []
     for stratum in rng.permutation(count):

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
-from hw_profiles.planning import PlannedGraph
+from hw_profiles.planning import PlannedGraph, workloads_of_graphs
 from hw_profiles.runtimes import Runtime, Session
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import DECODE_STEPS, measure
@@ -28,6 +28,9 @@ Progress = Callable[[int, int, str], None]
 MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the reference not counted.
 BATCH_MEMORY_BYTES = 3 * 2**29
+#: Rounds of the reference where it is alone: its ratio to itself needs none, and the workloads that it is not timed on
+#: again with other graphs are the long ones.
+ALONE_ROUNDS = 2
 #: Longer batches put more time between a graph and its reference.
 BATCH_GRAPHS = 8
 
@@ -127,8 +130,8 @@ class _Run:
             if found.runtime_version == self.runtime.version()
         }
         groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
-        for graph in planned:
-            missing = tuple(work for work in workloads if (graph.shape.id, graph.role, work) not in stored)
+        for graph, wanted in zip(planned, workloads_of_graphs(planned, workloads), strict=True):
+            missing = tuple(work for work in wanted if (graph.shape.id, graph.role, work) not in stored)
             if missing:
                 groups.setdefault(missing, []).append(graph)
         return groups
@@ -178,12 +181,13 @@ class _Run:
     def _measurements(
         self, graphs: Sequence[PlannedGraph], sessions: dict[str, Session], workloads: Sequence[Workload], seed: int
     ) -> list[Measurement]:
+        alone = [graph.role for graph in graphs] == ["reference"]
         timings = measure(
             sessions,
             self.reference.id,
             workloads,
             vocab_size=self.reference.vocab_size,
-            rounds=self.rounds,
+            rounds=min(self.rounds, ALONE_ROUNDS) if alone else self.rounds,
             decode_steps=self.decode_steps,
             seed=seed,
         )

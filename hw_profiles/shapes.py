@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Phase = Literal["prefill", "decode"]
 Precision = Literal["fp32", "int8", "int4"]
 
+PHASES: tuple[Phase, ...] = get_args(Phase)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 
 #: Weights in quantised matrices share one fp16 scale per this many inputs (the block of GGUF's Q4_0 and Q8_0).
@@ -124,7 +125,7 @@ class Workload:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.phase not in ("prefill", "decode"):
+        if self.phase not in PHASES:
             raise ValueError(f"phase must be prefill or decode, got {self.phase!r}")
         if self.tokens < (1 if self.phase == "prefill" else 0) or self.batch_size < 1:
             raise ValueError(f"a workload needs tokens and a batch of at least 1, got {self}")

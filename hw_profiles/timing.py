@@ -1,4 +1,4 @@
-"""Latency on a machine that drifts: every graph once a round, in random order, as a ratio to a reference graph.
+"""Latency on a machine that drifts: all graphs in each round, in random order, as a ratio to a reference graph.
 
 Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to a reference timed in the same
 round does not move with the machine. The reference's own noise is in all ratios of a batch, so it is visited more
@@ -24,11 +24,14 @@ from hw_profiles.shapes import Workload
 SETTLE_S = 0.05
 #: Single-token steps of which a decode latency is the median.
 DECODE_STEPS = 6
+#: Passes over all sessions in one round: the first for every workload, the others for decode alone, whose visits are as
+#: short as they are noisy.
+PASSES = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """`ratio` is the median over rounds of own / reference; spreads are half the interquartile range over rounds."""
+    """`ratio` is the median over `repeats` passes of own / reference; spreads are half the interquartile range."""
 
     ratio: float
     spread_ratio: float
@@ -53,8 +56,9 @@ def measure(
     """Time every session on every workload, against the session named `reference`, or against each its own of them.
 
     A visit's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
-    length; a round's is that of the one visit, for the reference the geometric mean over its visits. `clock` returns
-    seconds.
+    length, whose values do not matter to its speed and which is therefore made, not computed. A pass's value is that
+    of the one visit, for the reference the geometric mean over its visits. A round has one pass for every workload and
+    PASSES - 1 more for decode. `clock` returns seconds.
     """
     reference_of = dict.fromkeys(sessions, reference) if isinstance(reference, str) else reference
     if set(reference_of) != set(sessions) or not set(reference_of.values()) <= set(sessions):
@@ -67,17 +71,19 @@ def measure(
     for name, own in Counter(reference_of.values()).items():  # of these, one is the reference itself
         visits += [name] * (math.ceil(math.sqrt(own - 1)) - 1)
     times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
+    decodes = [work for work in distinct if work.phase == "decode"]
     for round_number in range(rounds + 1):  # the first warms up and does not count
         tokens = _draw_tokens(distinct, decode_steps, vocab_size, rng)
-        round_ms: dict[tuple[str, Workload], list[float]] = {key: [] for key in times_ms}
-        for index in rng.permutation(len(visits)):
-            sleep(SETTLE_S)
-            visit_ms = _visit(sessions[visits[index]], distinct, tokens, decode_steps, clock)
-            for work, value_ms in visit_ms.items():
-                round_ms[visits[index], work].append(value_ms)
-        if round_number:
-            for key, values_ms in round_ms.items():
-                times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
+        for works in (distinct, *[decodes] * (PASSES - 1 if round_number and decodes else 0)):
+            order = [visits[index] for index in rng.permutation(len(visits))]
+            pass_ms: dict[tuple[str, Workload], list[float]] = {}
+            for name in order:
+                sleep(SETTLE_S)
+                for work, value_ms in _visit(sessions[name], works, tokens, decode_steps, clock).items():
+                    pass_ms.setdefault((name, work), []).append(value_ms)
+            if round_number:
+                for key, values_ms in pass_ms.items():
+                    times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
     return {
         (name, work): _summary(np.array(own_ms), np.array(times_ms[reference_of[name], work]))
         for (name, work), own_ms in times_ms.items()
@@ -87,10 +93,11 @@ def measure(
 def _draw_tokens(
     workloads: Sequence[Workload], decode_steps: int, vocab_size: int, rng: np.random.Generator
 ) -> dict[int, NDArray[np.int64]]:
-    """For each batch size, tokens [B, longest prompt or context + decode_steps], for all sessions of a round."""
+    """For each batch size, tokens [B, longest prompt or decode_steps], for all sessions of a round."""
     lengths: dict[int, int] = {}
     for work in workloads:
-        lengths[work.batch_size] = max(lengths.get(work.batch_size, 0), work.tokens + decode_steps)
+        fed = work.tokens if work.phase == "prefill" else decode_steps
+        lengths[work.batch_size] = max(lengths.get(work.batch_size, 0), fed)
     return {batch: rng.integers(0, vocab_size, (batch, length), np.int64) for batch, length in lengths.items()}
 
 
@@ -101,20 +108,20 @@ def _visit(
     decode_steps: int,
     clock: Callable[[], float],
 ) -> dict[Workload, float]:
-    """One value in milliseconds for each workload. A decode workload takes over the cache that its prefill filled."""
+    """One value in milliseconds for each workload. The cache that a decode workload starts from is made, not fed."""
     values_ms: dict[Workload, float] = {}
-    session.reset()
-    session.step(next(iter(tokens.values()))[:, :1])  # wakes the threads up, untimed
-    for batch_size, length in sorted({(work.batch_size, work.tokens) for work in workloads}):
-        ids = tokens[batch_size]
-        session.reset()
-        if length:
-            prefill_ms = _step_ms(session, ids[:, :length], clock)
-            if (prefill := Workload("prefill", length, batch_size)) in workloads:
-                values_ms[prefill] = prefill_ms
-        if (decode := Workload("decode", length, batch_size)) in workloads:
-            steps = range(length, length + decode_steps)
-            values_ms[decode] = float(np.median([_step_ms(session, ids[:, i : i + 1], clock) for i in steps]))
+    session.reset(new_tokens=1)
+    session.step(next(iter(tokens.values()))[:1, :1])  # wakes the threads up, untimed
+    for work in workloads:
+        ids = tokens[work.batch_size]
+        if work.phase == "prefill":
+            session.reset(work.batch_size, 0, work.tokens)
+            values_ms[work] = _step_ms(session, ids[:, : work.tokens], clock)
+        else:
+            session.reset(work.batch_size, work.tokens, decode_steps)
+            steps = [_step_ms(session, ids[:, i : i + 1], clock) for i in range(decode_steps)]
+            values_ms[work] = float(np.median(steps))
+    session.reset(new_tokens=1)  # gives back the room that a long context took
     return values_ms
 
 

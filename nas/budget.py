@@ -1,7 +1,7 @@
 """Budget queries: the best trial that a device can run within the limits, from what is stored.
 
 A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by its measurement's
-upper quartile. Which subnets are worth measuring is another question: those whose middle is within the budget.
+upper end, two standard errors above its median. Which subnets are worth measuring is another question: those whose middle is within the budget.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Budget:
 class Latency:
     """Milliseconds of one workload: predicted, with its 90 % interval, and measured where it was.
 
-    `measured_high_ms` is the measurement's upper quartile.
+    `measured_high_ms` is the measurement's upper end.
     """
 
     value_ms: float

@@ -79,10 +79,16 @@ def profile(
     runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {', '.join(RUNTIMES)}.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PRECISIONS)}.")] = None,
     threads: Threads = None,
-    prompt_tokens: Annotated[list[int], typer.Option(help="Prompt lengths; any in between can be asked for.")] = [128],  # noqa: B006
-    context_tokens: Annotated[list[int], typer.Option(help="Context lengths, likewise.")] = [128],  # noqa: B006
+    prompt_tokens: Annotated[list[int], typer.Option(help="Prompt lengths; any in between can be asked for.")] = [  # noqa: B006
+        16,
+        128,
+        512,
+    ],
+    context_tokens: Annotated[list[int], typer.Option(help="Context lengths, likewise.")] = [0, 128, 1024],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="Sequences run at once, likewise.")] = [1],  # noqa: B006
-    anchors: Annotated[int, typer.Option(help="Random graphs that the predictors are fitted on.")] = 12,
+    anchors: Annotated[
+        int, typer.Option(help="Most random graphs that the predictors are fitted on; fewer where more do not help.")
+    ] = 12,
     heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
@@ -378,7 +384,6 @@ def report(
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
     threads: Threads = None,
-    prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     database: Database = _DATABASE,
     as_json: Json = False,
@@ -391,7 +396,7 @@ def report(
     with Store(database) as store:
         study = Study.load(store, study_name)
         device_id, threads = _device_and_threads(store, device, threads)
-        data = report_data(store, study, tpot_ms, device_id, runtime_name, threads, prompt_tokens, context_tokens)
+        data = report_data(store, study, tpot_ms, device_id, runtime_name, threads, context_tokens)
     write_report(data, output)
     emit({"report": str(output)}, as_json, f"{output}: {len(data.trials)} trials")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles import Measurement, ModelShape, Store, Target, Workload
+from hw_profiles.measurement import Role
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Phase, Precision
 from hw_profiles.staleness import installed_version, usable
@@ -16,6 +19,9 @@ from nas.space import SearchSpace, Subnet
 from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, describe_workloads, mape, spearman, within
 
 Floats = NDArray[np.float64]
+
+#: Graphs of a profile that predictors are fitted on; the others judge them.
+TRAINING_ROLES: tuple[Role, ...] = ("reference", "table", "anchor")
 
 
 class ProfileMissingError(ValueError):
@@ -52,7 +58,7 @@ class LatencyModel:
         `allow_stale`, StaleProfileError where they are of several versions of the runtime or not of the installed one.
         """
         measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
-        roles = {"reference", "table", "anchor", *(["finalist"] if learn_from_finalists else [])}
+        roles = {*TRAINING_ROLES, *(["finalist"] if learn_from_finalists else [])}
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
@@ -109,10 +115,11 @@ class LatencyModel:
 
 @dataclass(frozen=True)
 class HeldoutGraph:
-    """A graph that no predictor was fitted on, and what each of them says of it, in ms."""
+    """A graph that no predictor was fitted on, timed on one workload, and what each of them says of it, in ms."""
 
     precision: Precision
     shape: ModelShape
+    workload: Workload
     measured_ms: float
     predicted_ms: float
     low_ms: float
@@ -122,10 +129,13 @@ class HeldoutGraph:
 
 @dataclass(frozen=True)
 class LatencyErrors:
-    """Over the held-out graphs of all precisions; rank correlations within each precision, then averaged."""
+    """Over the held-out graphs of all precisions and workloads of a phase.
+
+    Rank correlations are those within each precision and workload, averaged over their graphs.
+    """
 
     runtime: str
-    workload: Workload
+    phase: Phase
     samples: int
     mape: float
     within_5: float
@@ -144,47 +154,44 @@ def held_out_errors(
     runtime: str,
     threads: int,
     space: SearchSpace,
-    workload: Workload,
+    phase: Phase,
     allow_stale: bool = False,
 ) -> LatencyErrors:
     """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
-    measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
-    model = LatencyModel.fit(
-        store, device_id, runtime, threads, space, workload, learn_from_finalists=False, allow_stale=allow_stale
-    )
+    measurements = _measurements(store, device_id, runtime, threads, space, phase, allow_stale)
     graphs: list[HeldoutGraph] = []
-    noises: list[float | None] = []
-    for precision, predictor in model.predictors.items():
-        target = Target(device_id, runtime, precision, threads)
-        found = [m for m in measurements if m.target == target]
-        heldout = [m for m in found if m.role == "heldout"]
-        if heldout:
-            predicted = predictor.predict([m.shape for m in heldout], workload)
-            additive_ms = _additive(found).predict([m.shape for m in heldout])
-            columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
-            graphs += [HeldoutGraph(precision, m.shape, m.latency_ms, *map(float, rest)) for m, *rest in columns]
-            noises.append(repeat_noise([m for m in found if m.workload == workload]))
-    if not graphs:
-        raise ProfileMissingError(
-            f"{runtime} has no held-out graphs for {workload.phase}; profile with held-out graphs"
+    noises: list[float] = []
+    for workload in sorted({m.workload for m in measurements if m.role == "heldout"}):
+        model = LatencyModel.fit(
+            store, device_id, runtime, threads, space, workload, learn_from_finalists=False, allow_stale=allow_stale
         )
+        for precision, predictor in model.predictors.items():
+            found = [m for m in measurements if m.target.precision == precision]
+            heldout = [m for m in found if m.role == "heldout" and m.workload == workload]
+            if not heldout:
+                continue
+            shapes = [m.shape for m in heldout]
+            predicted = predictor.predict(shapes, workload)
+            additive_ms = _additive_ms(found, shapes, workload)
+            columns = zip(heldout, predicted.value_ms, predicted.low_ms, predicted.high_ms, additive_ms, strict=True)
+            graphs += [HeldoutGraph(precision, m.shape, workload, m.latency_ms, *map(float, r)) for m, *r in columns]
+            noise = repeat_noise([m for m in found if m.workload == workload])
+            noises += [] if noise is None else [noise]
+    if not graphs:
+        raise ProfileMissingError(f"{runtime} has no held-out graphs for {phase}; profile with held-out graphs")
     actual, predicted_ms = (np.array([getattr(g, name) for g in graphs]) for name in ("measured_ms", "predicted_ms"))
-    known_noises = [noise for noise in noises if noise is not None]
-    by_precision = [
-        [g for g in graphs if g.precision == precision] for precision in dict.fromkeys(g.precision for g in graphs)
-    ]
     return LatencyErrors(
         runtime=runtime,
-        workload=workload,
+        phase=phase,
         samples=len(graphs),
         mape=mape(predicted_ms, actual),
         within_5=within(predicted_ms, actual, 0.05),
         within_10=within(predicted_ms, actual, 0.10),
         interval_coverage=float(np.mean([g.low_ms <= g.measured_ms <= g.high_ms for g in graphs])),
-        spearman=_mean_spearman(by_precision, lambda g: g.predicted_ms),
+        spearman=_mean_spearman(graphs, lambda g: g.predicted_ms),
         additive_mape=mape(np.array([g.additive_ms for g in graphs]), actual),
-        flops_spearman=_mean_spearman(by_precision, lambda g: g.shape.flops(workload)),
-        repeat_noise=float(np.median(known_noises)) if known_noises else None,
+        flops_spearman=_mean_spearman(graphs, lambda g: g.shape.flops(g.workload)),
+        repeat_noise=float(np.median(noises)) if noises else None,
         graphs=tuple(graphs),
     )
 
@@ -211,16 +218,24 @@ def _measurements(
     return usable(found, installed_version(runtime, device_id), allow_stale)
 
 
-def _additive(found: Sequence[Measurement]) -> AdditiveTable:
-    reference = next(m for m in found if m.role == "reference")
+def _additive_ms(found: Sequence[Measurement], shapes: Sequence[ModelShape], workload: Workload) -> Floats:
+    """The additive table, which is timed whole on one workload, scaled to another as the full model is."""
     table = [m for m in found if m.role == "table"]
-    return AdditiveTable.fit(
-        reference.shape, reference.latency_ms, [m.shape for m in table], [m.latency_ms for m in table]
-    )
+    counts = Counter(m.workload for m in table)
+    shared = workload if counts[workload] == max(counts.values()) else counts.most_common(1)[0][0]
+    full_ms = {m.workload: m.latency_ms for m in found if m.role == "reference"}
+    rows = [m for m in table if m.workload == shared]
+    reference = next(m.shape for m in found if m.role == "reference")
+    fitted = AdditiveTable.fit(reference, full_ms[shared], [m.shape for m in rows], [m.latency_ms for m in rows])
+    return fitted.predict(shapes) * full_ms[workload] / full_ms[shared]
 
 
-def _mean_spearman(groups: Sequence[Sequence[HeldoutGraph]], estimate: Callable[[HeldoutGraph], float]) -> float:
+def _mean_spearman(graphs: Sequence[HeldoutGraph], estimate: Callable[[HeldoutGraph], float]) -> float:
+    groups: dict[object, list[HeldoutGraph]] = {}
+    for graph in graphs:
+        groups.setdefault((graph.precision, graph.workload), []).append(graph)
+    ranked = [group for group in groups.values() if len(group) > 2]
     values = [
-        spearman(np.array([estimate(g) for g in group]), np.array([g.measured_ms for g in group])) for group in groups
+        spearman(np.array([estimate(g) for g in group]), np.array([g.measured_ms for g in group])) for group in ranked
     ]
-    return float(np.mean(values))
+    return float(np.average(values, weights=[len(group) for group in ranked])) if ranked else math.nan

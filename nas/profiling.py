@@ -18,6 +18,7 @@ from hw_profiles.shapes import Precision
 from hw_profiles.timing import DECODE_STEPS
 from nas.families import load_config
 from nas.latency import ProfileMissingError
+from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
 
@@ -34,34 +35,77 @@ def profile_targets(
     seed: int,
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[str, Any]]:
-    """Time the same planned graphs on every engine and precision; `counts` are those of `hw_profiles.plan`."""
+    """Time planned graphs on every engine and precision, and anchors for as long as they help.
+
+    `counts` are those of `hw_profiles.plan`, of which `anchors` are the most.
+    """
     space = SearchSpace.from_config(load_config(model))
-    planned = plan(space.base, space.block_choices(), **counts, seed=seed)
     device = detect()
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
+    rows = []
     for number, (engine, target) in enumerate(targets):
-        time_graphs(
+        timed = profile_target(
             store,
             target,
             engine,
-            planned,
+            space,
             workloads,
+            counts=counts,
             rounds=rounds,
             seed=seed,
             progress=part_of(progress, number, len(targets), target.key),
         )
-    return [
-        {
-            "target": target.key,
-            "phase": workload.phase,
-            "tokens": workload.tokens,
-            "batch_size": workload.batch_size,
-            "full_ms": full_latency_ms(store, target, engine.version(), workload, space.base),
-            "graphs": len(planned),
-        }
-        for engine, target in targets
-        for workload in workloads
-    ]
+        rows += [
+            {
+                "target": target.key,
+                "phase": workload.phase,
+                "tokens": workload.tokens,
+                "batch_size": workload.batch_size,
+                "full_ms": full_latency_ms(store, target, engine.version(), workload, space.base),
+                "graphs": timed,
+            }
+            for workload in workloads
+        ]
+    return rows
+
+
+def profile_target(
+    store: Store,
+    target: Target,
+    engine: Runtime,
+    space: SearchSpace,
+    workloads: Sequence[Workload],
+    *,
+    counts: Mapping[str, int],
+    rounds: int,
+    seed: int,
+    progress: Progress = lambda done, total, what: None,
+) -> int:
+    """Time one target; returns the number of graphs timed.
+
+    A few random anchors come first; `nas.sampling` says which others follow, and when they stop to help.
+    """
+    first = {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
+    timed = plan(space.base, space.block_choices(), **first, seed=seed)
+    most = len(timed) + counts["anchors"] - first["anchors"]
+
+    def time_planned(graphs: Sequence[PlannedGraph]) -> None:
+        def of_all(done: int, total: int, what: str) -> None:
+            progress(done, most, what)
+
+        time_graphs(store, target, engine, graphs, workloads, rounds=rounds, seed=seed, progress=of_all)
+
+    time_planned(timed)
+    if len(timed) < most:
+        sampling = Sampling(store, target, engine.version(), space)
+        # chosen once: what follows must not depend on how far an interrupted run came
+        anchors = sampling.further_anchors(timed, most - len(timed), seed)
+        while anchors and sampling.may_still_help(timed):
+            timed = timed + [PlannedGraph(shape, "anchor") for shape in anchors[:ANCHORS_AT_ONCE]]
+            anchors = anchors[ANCHORS_AT_ONCE:]
+            time_planned(timed)
+    progress(len(timed), len(timed), "finished")
+    return len(timed)
 
 
 def pack_targets(

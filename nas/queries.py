@@ -8,7 +8,7 @@ from dataclasses import replace
 from export import FORMAT_OF_RUNTIME, LatencyPrediction
 from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.profile import Progress
-from hw_profiles.shapes import BLOCK_BITS, Precision
+from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
@@ -106,7 +106,6 @@ def report_data(
     device_id: str,
     runtime_name: str,
     threads: int,
-    prompt_tokens: int,
     context_tokens: int,
     chosen_id: str | None = None,
 ) -> ReportData:
@@ -114,7 +113,7 @@ def report_data(
 
     The chosen subnet is `chosen_id`, or the answer to `tpot_ms` alone.
     """
-    decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
+    decode = Workload("decode", context_tokens)
     latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode, allow_stale=True)
     trials = _trials(study)
     predicted = latency.predict([trial.subnet for trial in trials])
@@ -131,9 +130,9 @@ def report_data(
     profiled = sorted({target.runtime for target in store.targets() if target.device_id == device_id})
     errors = []
     for name in profiled:
-        for workload in (prefill, decode):
+        for phase in PHASES:
             try:
-                errors.append(held_out_errors(store, device_id, name, threads, study.space, workload, allow_stale=True))
+                errors.append(held_out_errors(store, device_id, name, threads, study.space, phase, allow_stale=True))
             except ProfileMissingError:
                 continue
     device = next((known.name for known in store.devices() if known.id == device_id), device_id)
@@ -155,16 +154,14 @@ def report_data(
         quality_spearman=quality.spearman if quality else None,
         additive_spearman=quality.additive_spearman if quality else None,
         latency=[
-            MeasuredLatency(
-                e.runtime, e.workload.phase, g.precision, g.predicted_ms, g.low_ms, g.high_ms, g.measured_ms
-            )
+            MeasuredLatency(e.runtime, e.phase, g.precision, g.predicted_ms, g.low_ms, g.high_ms, g.measured_ms)
             for e in errors
             for g in e.graphs
         ],
         latency_errors=[
             LatencyError(
                 e.runtime,
-                e.workload.phase,
+                e.phase,
                 e.mape,
                 e.within_5,
                 e.within_10,

@@ -6,6 +6,7 @@ from predictors.features import latency_features
 from predictors.intervals import conformal_quantile
 from predictors.latency import LatencyPrediction, LatencyPredictor, describe_workloads
 from predictors.metrics import coverage, mape, spearman, within
+from predictors.sampling import most_informative
 
 __all__ = [
     "AdditiveTable",
@@ -20,6 +21,7 @@ __all__ = [
     "describe_workloads",
     "latency_features",
     "mape",
+    "most_informative",
     "spearman",
     "within",
 ]

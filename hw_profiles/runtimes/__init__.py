@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 class Session(Protocol):
     """A loaded model with its KV cache. B batch, S tokens fed, P tokens already in the cache, V vocabulary."""
 
-    def reset(self) -> None:
-        """Forget the KV cache: P = 0."""
+    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
+        """Start anew: a KV cache of P = `past_tokens` positions of arbitrary values for each of B sequences.
+
+        There is room for `new_tokens` more, by default for all that `max_tokens` of `load` leaves. An empty cache fits
+        any batch size.
+        """
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Feed [B, S] tokens, after which the cache holds P + S; return the logits of the last one, [B, V]."""

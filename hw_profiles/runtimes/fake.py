@@ -67,8 +67,9 @@ class FakeSession:
         self._wait = wait
         self._history: NDArray[np.int64] | None = None
 
-    def reset(self) -> None:
-        self._history = None
+    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
+        check_room(new_tokens or 0, past_tokens, self._max_tokens)
+        self._history = np.zeros((batch_size, past_tokens), np.int64) if past_tokens else None
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         model = self._model

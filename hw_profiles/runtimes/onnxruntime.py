@@ -41,8 +41,8 @@ class OnnxRuntime:
 class OnnxSession:
     """Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, kv, P, head_dim].
 
-    GroupQueryAttention appends to the cache in place when one buffer of `max_tokens` positions is bound as both past
-    and present, taking P from the mask. Graphs that cannot (`shares_cache` is then False) copy the cache each step.
+    GroupQueryAttention appends to the cache in place when one buffer with room for what is to come is bound as both
+    past and present, taking P from the mask. Graphs that cannot copy the cache each step; `shares_cache` is then False.
     """
 
     def __init__(self, session: ort.InferenceSession, max_tokens: int) -> None:
@@ -50,20 +50,27 @@ class OnnxSession:
         self._max_tokens = max_tokens
         shapes = {node.name: node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")}
         self._cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in shapes.items()}
-        self._shared_buffers: dict[int, dict[str, ort.OrtValue]] = {}
         self._past: dict[str, ort.OrtValue] = {}
+        self._held = (0, 0)  # batch size and positions of the buffers
         self._past_tokens = 0
         self.shares_cache = self._sharing_changes_nothing()
+        self.reset()
 
-    def reset(self) -> None:
-        self._past = {}
-        self._past_tokens = 0
+    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
+        room = self._max_tokens if new_tokens is None else past_tokens + new_tokens
+        check_room(room - past_tokens, past_tokens, self._max_tokens)
+        self._past_tokens = past_tokens
+        held = (batch_size, room if self.shares_cache else past_tokens)
+        if not self.shares_cache or self._held != held:  # shared buffers that fit are kept: new ones cost page faults
+            self._past = {}  # before the next are allocated
+            self._past = self._buffers(*held)
+        self._held = held
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         batch_size, fed = token_ids.shape
         check_room(fed, self._past_tokens, self._max_tokens)
-        if not self._past_tokens:
-            self._past = self._shared_buffer(batch_size) if self.shares_cache else self._buffers(batch_size, 0)
+        if not self._past_tokens and self._held[0] != batch_size:
+            self.reset(batch_size)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids))
         binding.bind_cpu_input("attention_mask", np.ones((batch_size, self._past_tokens + fed), np.int64))
@@ -83,15 +90,9 @@ class OnnxSession:
         last: NDArray[np.float32] = logits.numpy()[:, -1]
         return last
 
-    def _shared_buffer(self, batch_size: int) -> dict[str, ort.OrtValue]:
-        """Kept from one prompt to the next: allocating inside a timed step would be timed with it."""
-        if batch_size not in self._shared_buffers:
-            self._shared_buffers[batch_size] = self._buffers(batch_size, self._max_tokens)
-        return self._shared_buffers[batch_size]
-
     def _buffers(self, batch_size: int, tokens: int) -> dict[str, ort.OrtValue]:
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch_size, heads, tokens, head_dim), np.float32))
+            name: ort.OrtValue.ortvalue_from_numpy(np.full((batch_size, heads, tokens, head_dim), 0.5, np.float32))
             for name, (heads, head_dim) in self._cache_shapes.items()
         }
 
@@ -111,8 +112,5 @@ class OnnxSession:
 
     def _three_tokens(self) -> NDArray[np.float32]:
         """Logits [2, V] after a prompt of two tokens and after one more."""
-        try:
-            steps = [self.step(np.array([ids], np.int64))[0] for ids in ([1, 2], [3])]
-        finally:
-            self.reset()
-        return np.stack(steps)
+        self.reset()
+        return np.stack([self.step(np.array([ids], np.int64))[0] for ids in ([1, 2], [3])])

@@ -32,6 +32,10 @@ def compile_properties(threads: int) -> dict[str, str]:
     }
 
 
+#: What a cache that nobody filled holds: ordinary numbers, since arithmetic on denormal ones is slow.
+_CACHE_VALUES = np.linspace(-1, 1, 64, dtype=np.float32)
+
+
 class OpenVinoRuntime:
     name = "openvino"
 
@@ -62,9 +66,17 @@ class OpenVinoSession:
         self._max_tokens = max_tokens
         self._past_tokens = 0
 
-    def reset(self) -> None:
+    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
+        check_room(new_tokens or 0, past_tokens, self._max_tokens)
         self._request.reset_state()
-        self._past_tokens = 0
+        self._past_tokens = past_tokens
+        if past_tokens:
+            for variable in self._request.query_state():
+                _, heads, _, head_dim = variable.state.shape
+                # one row for all: reading it costs what reading any other values would
+                row = np.resize(_CACHE_VALUES, (1, 1, 1, head_dim))
+                shape = (batch_size, heads, past_tokens, head_dim)
+                variable.state = ov.Tensor(np.ascontiguousarray(np.broadcast_to(row, shape)))
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         batch_size, fed = token_ids.shape

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw_profiles.planning import plan
-from hw_profiles.shapes import BlockShape, ModelShape
+from hw_profiles.planning import PlannedGraph, plan, workloads_of_graphs
+from hw_profiles.shapes import BlockShape, ModelShape, Workload
 
 FULL = ModelShape(576, 64, 49152, True, (BlockShape(9, 3, 1536),) * 30)
 ATTENTIONS = [(9, 3), (6, 2), (3, 1), (0, 0)]
@@ -98,3 +98,43 @@ def test_impossible_plans_are_refused() -> None:
         plan(FULL, CHOICES, repeats=9)
     with pytest.raises(ValueError, match="at least one block"):
         plan(FULL, [])
+
+
+def test_every_graph_shares_one_workload_a_phase_and_takes_another_in_turn() -> None:
+    prefills = [Workload("prefill", tokens) for tokens in (16, 128, 512)]
+    decodes = [Workload("decode", tokens) for tokens in (0, 128, 1024)]
+    planned = plan(FULL, CHOICES)
+    assigned = workloads_of_graphs(planned, [*decodes, *prefills])
+    assert set(assigned[0]) == {*prefills, *decodes}
+    counts: Counter[Workload] = Counter()
+    for graph, works in zip(planned[1:], assigned[1:], strict=True):
+        assert Counter(work.phase for work in works) == {"prefill": 2, "decode": 2}
+        assert {prefills[1], decodes[1]} <= set(works)
+        if graph.role != "repeat":
+            counts.update(works)
+    in_turn = [counts[work] for work in (prefills[0], prefills[2], decodes[0], decodes[2])]
+    assert max(in_turn) - min(in_turn) <= 1
+
+
+def test_repeats_are_timed_on_what_their_first_was_and_finalists_on_everything() -> None:
+    works = [Workload("decode", tokens) for tokens in (0, 16, 128, 512, 1024)]
+    planned = [*plan(FULL, CHOICES, heldout=6, repeats=6), PlannedGraph(FULL, "finalist")]
+    assigned = workloads_of_graphs(planned, works)
+    first = {g.shape: w for g, w in zip(planned, assigned, strict=True) if g.role == "heldout"}
+    assert all(first[g.shape] == w for g, w in zip(planned, assigned, strict=True) if g.role == "repeat")
+    assert assigned[-1] == tuple(works)
+    # graphs that are added to a plan change nothing for those before them
+    assert workloads_of_graphs(planned[:9], works) == assigned[:9]
+
+
+def test_long_workloads_are_for_the_full_model() -> None:
+    long = [Workload("prefill", 2048), Workload("prefill", 128, 16), Workload("decode", 4096, 16)]
+    short = [Workload("prefill", 16, 16), Workload("prefill", 512), Workload("decode", 1024, 16)]
+    reference, *others = workloads_of_graphs(plan(FULL, CHOICES), long + short)
+    assert set(reference) == {*long, *short}
+    assert {work for works in others for work in works} == set(short)
+
+
+def test_the_shortest_workload_is_taken_where_all_are_long() -> None:
+    works = [Workload("prefill", 1024), Workload("prefill", 2048)]
+    assert workloads_of_graphs(plan(FULL, CHOICES), works)[1] == (works[0],)

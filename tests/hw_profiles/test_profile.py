@@ -18,6 +18,7 @@ from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileErr
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
 from hw_profiles.store import Store
+from hw_profiles.timing import PASSES
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "fake", "int8", 1)
@@ -104,7 +105,7 @@ def test_ratios_are_those_programmed(store: Store) -> None:
         assert found.ratio == pytest.approx(milliseconds(found.shape) / milliseconds(FULL), rel=0.25)
     reference = store.measurements(roles=["reference"])
     assert [m.ratio for m in reference] == [1.0, 1.0]
-    assert [m.repeats for m in reference] == [5, 5]
+    assert {m.workload.phase: m.repeats for m in reference} == {"prefill": 5, "decode": 5 * PASSES}
 
 
 def test_files_are_gone_and_the_reference_is_built_once(store: Store) -> None:

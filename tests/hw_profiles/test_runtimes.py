@@ -72,6 +72,27 @@ def test_reset_allows_another_batch_size(session: Session) -> None:
     np.testing.assert_allclose(session.step(ids)[:1], single, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cache_can_be_made_instead_of_fed(session: Session) -> None:
+    """It holds as many positions as asked for, with the same values each time, and the next step attends to them."""
+    ids = tokens(2, 1)
+    session.reset(2, 7)
+    first = session.step(ids).copy()
+    assert np.isfinite(first).all()
+    session.reset()
+    alone = session.step(ids).copy()
+    session.reset(2, 7)
+    np.testing.assert_allclose(session.step(ids), first, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(alone, first, rtol=1e-3, atol=1e-3)
+    session.reset(2, MAX_TOKENS - 1, new_tokens=1)
+    session.step(ids)
+    with pytest.raises(ValueError, match=r"got 32 and 1 more"):
+        session.step(ids)
+    with pytest.raises(ValueError, match=r"got 30 and 3 more"):
+        session.reset(2, 30, new_tokens=3)
+    session.reset(new_tokens=1)
+    np.testing.assert_allclose(session.step(ids), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_stay_after_the_next_step(session: Session) -> None:
     first = session.step(tokens(1, 4))
     kept = first.copy()
@@ -131,8 +152,8 @@ def test_onnxruntime_shares_the_cache_where_the_graph_can(tmp_path: Path) -> Non
     assert fused.shares_cache
     ids = tokens(2, 12)
     shared = [fused.step(ids[:, :6])] + [fused.step(ids[:, i : i + 1]) for i in range(6, 12)]
-    fused.reset()
     fused.shares_cache = False
+    fused.reset()
     separate = [fused.step(ids[:, :6])] + [fused.step(ids[:, i : i + 1]) for i in range(6, 12)]
     np.testing.assert_allclose(shared, separate, rtol=1e-5, atol=1e-6)
 

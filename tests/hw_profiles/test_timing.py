@@ -11,7 +11,7 @@ import pytest
 from hw_profiles.runtimes import Session
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Workload
-from hw_profiles.timing import SETTLE_S, measure
+from hw_profiles.timing import PASSES, SETTLE_S, measure
 
 WORKLOADS = [
     Workload("prefill", 16),
@@ -65,7 +65,7 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
         assert full.median_ms == full.reference_ms == half.reference_ms == pytest.approx(value_ms)
         assert half.ratio == pytest.approx(0.5)
         assert half.median_ms == pytest.approx(value_ms / 2)
-        assert half.repeats == 3
+        assert half.repeats == (3 if work.phase == "prefill" else 3 * PASSES)
         assert half.spread_ratio == pytest.approx(0.0, abs=1e-9)
 
 
@@ -88,7 +88,7 @@ def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
 
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
-    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 15.0, 1.0))
+    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 25.0, 1.0))
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
     timing = measure(sessions, "full", WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
     for work in WORKLOADS:
@@ -105,7 +105,7 @@ def test_every_round_visits_all_in_changing_order_and_the_reference_twice(tmp_pa
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def reset(self) -> None:
+        def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
             if not visits or visits[-1] != self.name:
                 visits.append(self.name)
 
@@ -139,7 +139,7 @@ def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def reset(self) -> None:
+        def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
             pass
 
         def step(

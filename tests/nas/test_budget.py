@@ -32,7 +32,7 @@ def test_admitted_by_the_upper_bound_or_the_measurement_and_best_first() -> None
         answer(0.1, Latency(9.0, 8.0, 10.5, None)),  # its middle fits, its upper bound does not
         answer(0.3, Latency(9.0, 8.0, 10.0, None)),
         answer(0.2, Latency(9.0, 8.0, 10.5, 9.8, 9.9)),  # measured: that counts
-        answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),  # by its upper quartile
+        answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),  # by its upper end
         answer(0.4, Latency(2.0, 1.0, 3.0, None)),
     ]
     assert kls(answers, Budget(tpot_ms=10.0)) == [0.2, 0.3, 0.4]

@@ -128,7 +128,7 @@ def test_versions_of_the_runtime_are_not_mixed(store: Store) -> None:
     with pytest.raises(StaleProfileError, match=refusal):
         fit(store)
     with pytest.raises(StaleProfileError, match=refusal):
-        held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+        held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, "decode")
     allowed = LatencyModel.fit(store, DEVICE.id, "openvino", 1, SPACE, DECODE, allow_stale=True)
     int4 = [subnet for subnet in random_subnets() if subnet.bits == 4]
     assert allowed.predict(int4).value_ms == pytest.approx(before[[s.bits == 4 for s in random_subnets()]])
@@ -140,7 +140,7 @@ def test_versions_of_the_runtime_are_not_mixed(store: Store) -> None:
         expected = fit(fresh).predict(random_subnets()).value_ms
     assert fit(store).predict(random_subnets()).value_ms == pytest.approx(expected)
     assert expected != pytest.approx(before, rel=0.05)
-    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, "decode")
     assert {round(g.measured_ms / shape_ms(g.shape, g.precision, DECODE), 6) for g in errors.graphs} == {0.5}
 
 
@@ -165,7 +165,7 @@ def test_another_models_profile_is_not_used(store: Store) -> None:
 def test_errors_are_those_of_graphs_that_took_a_tenth_longer(store: Store) -> None:
     """The profile is exact but for the held-out graphs: 1.1 times, and 1.1 x 1.05 in the second timing."""
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], factors={"heldout": 1.1, "repeat": 1.1 * 1.05})
-    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, DECODE)
+    errors = held_out_errors(store, DEVICE.id, "openvino", 1, SPACE, "decode")
     assert errors.samples == len(errors.graphs) == 12  # six of each precision
     assert errors.mape == pytest.approx(1 - 1 / 1.1, rel=0.01)
     assert (errors.within_5, errors.within_10) == (0.0, 1.0)
@@ -183,6 +183,23 @@ def test_errors_are_those_of_graphs_that_took_a_tenth_longer(store: Store) -> No
         assert graph.predicted_ms == pytest.approx(shape_ms(graph.shape, graph.precision, DECODE), rel=1e-3)
 
 
+def test_each_graph_is_judged_at_its_own_workload(store: Store) -> None:
+    """Prompts of 16 and 64; the additive table, timed at 16 alone, is scaled by the full model to 64."""
+    far = Workload("prefill", 64)
+    fill_profile(store, SPACE, DEVICE, "openvino", [PREFILL, far])
+    with Store("sqlite://") as part:
+        part.add_device(DEVICE)
+        part.add_measurements([m for m in store.measurements() if m.role != "table" or m.workload == PREFILL])
+        errors = held_out_errors(part, DEVICE.id, "openvino", 1, SPACE, "prefill")
+    assert {graph.workload for graph in errors.graphs} == {PREFILL, far}
+    assert errors.samples == 24
+    assert errors.mape < 0.01
+    for graph in errors.graphs:
+        exact_ms = shape_ms(graph.shape, graph.precision, graph.workload)
+        assert graph.measured_ms == pytest.approx(exact_ms)
+        assert graph.additive_ms == pytest.approx(exact_ms, rel=1e-3)  # the formula is proportional to the prompt
+
+
 def test_errors_need_held_out_graphs(store: Store) -> None:
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE])
     with Store("sqlite://") as few:  # the same without them
@@ -190,4 +207,4 @@ def test_errors_need_held_out_graphs(store: Store) -> None:
         few.add_measurements([m for m in store.measurements() if m.role not in ("heldout", "repeat")])
         assert few.measurements()[0].runtime_version == VERSION
         with pytest.raises(ProfileMissingError, match="no held-out graphs for decode"):
-            held_out_errors(few, DEVICE.id, "openvino", 1, SPACE, DECODE)
+            held_out_errors(few, DEVICE.id, "openvino", 1, SPACE, "decode")

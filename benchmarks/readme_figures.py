@@ -1,0 +1,166 @@
+"""Write the figures of a demo run into README.md, docs/front.png and benchmarks/results/demo.json.
+
+make demo && python benchmarks/readme_figures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FORMATS = ("openvino", "onnx", "huggingface")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what make demo wrote")
+    demo = parser.parse_args().demo
+    summary = json.loads((demo / "summary.json").read_text())
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, content in figures(summary, demo).items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            sys.exit(f"README.md has no place <!-- {name} --> ... <!-- end -->")
+        text = mark.sub(lambda found, content=content: found[1] + content + found[2], text)  # type: ignore[misc]
+    readme.write_text(text)
+    (ROOT / "benchmarks/results/demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    shutil.copy(demo / "front.png", ROOT / "docs/front.png")
+
+
+def figures(summary: dict[str, Any], demo: Path) -> dict[str, str]:
+    """What belongs at each of README's marks."""
+    loose_ms = round(summary["budget"]["tpot_ms"] * 1.08, 1)
+    return {
+        "comparison": comparison(summary),
+        "budget": budget(summary["budget"]),
+        "baselines": baselines(summary),
+        "seconds": seconds(summary),
+        "latency error": latency_error(summary["latency_error"]),
+        "quality error": quality_error(summary["quality_error"]),
+        "query": f"On the demo's database, `nas query --study demo --tpot-ms {loose_ms}` prints\n\n```\n"
+        f"{query(demo, loose_ms)}\n```\n\nand with `--tpot-ms 0.5` it ends with exit code 1 and\n\n```\n"
+        f"{query(demo, 0.5)}\n```",
+    }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def comparison(summary: dict[str, Any]) -> str:
+    full, chosen, budget = summary["full"], summary["chosen"], summary["budget"]
+    predicted = chosen["predicted"]
+    rows = [
+        ("parameters", *(f"{side['parameters'] / 1e6:.1f} M" for side in (full, chosen))),
+        ("weights of the blocks", *(f"{side['bits']} bits" for side in (full, chosen))),
+        (
+            f"perplexity, WikiText-2 test (fp32 model: {full['perplexity_fp32']:.1f})",
+            *(f"{side['perplexity']:.1f}" for side in (full, chosen)),
+        ),
+        (
+            "TPOT predicted, OpenVINO",
+            "",
+            f"{predicted['tpot_ms']:.2f} ms [{predicted['low']:.2f}, {predicted['high']:.2f}]",
+        ),
+        ("TPOT budget, OpenVINO", "", f"{budget['tpot_ms']:.2f} ms"),
+        ("TPOT re-measured, OpenVINO, at the profile's speed", "", f"{budget['remeasured_tpot_ms']:.2f} ms"),
+    ]
+    for name in FORMATS:
+        both = [side["files"][name] for side in (full, chosen)]
+        rows += [
+            (f"{name}: size", *(f"{row['size_bytes'] / 1e6:.0f} MB" for row in both)),
+            (
+                f"{name}: TTFT, 128 tokens",
+                *(f"{row['ttft_ms']:.0f} ± {row['ttft_spread_ms']:.0f} ms" for row in both),
+            ),
+            (
+                f"{name}: TPOT, context 128",
+                *(f"{row['tpot_ms']:.2f} ± {row['tpot_spread_ms']:.2f} ms" for row in both),
+            ),
+            (f"{name}: largest logit difference", *(f"{row['max_logit_difference']:.0e}" for row in both)),
+            (
+                f"{name}: after “The capital of France is”",
+                *(" ".join(row["generated"].split())[:150] for row in both),
+            ),
+        ]
+    return table(("", "full model", "chosen subnet"), rows)
+
+
+def budget(budget: dict[str, Any]) -> str:
+    met = "meets" if budget["met"] else "MISSES"
+    return (
+        f"The exported OpenVINO file {met} its budget: {budget['remeasured_tpot_ms']:.2f} ms of "
+        f"{budget['tpot_ms']:.2f}, its ratio to the profile's own reference, timed beside it, times what that took in "
+        f"the profile. By the clock it took {budget['clock_tpot_ms']:.2f} ms, and "
+        f"{budget['share_of_full_in_same_run']:.0%} of the full model's time in the same interleaved run, where 85 % "
+        f"are allowed; what the clock says moves with the machine's speed, by 10 to 20 % from one hour to the next."
+    )
+
+
+def baselines(summary: dict[str, Any]) -> str:
+    perplexity, onnx = summary["perplexity_baselines"], summary["chosen"]["files"]["onnx"]
+    return (
+        f"At that TPOT a uniform FFN width ({summary['uniform_width']} in every layer) gives perplexity "
+        f"{perplexity['uniform_width_same_tpot']:.1f}, and the chosen subnet without least-squares reformation "
+        f"{perplexity['chosen_without_reformation']:.1f}. The logits of all three files equal those of the active "
+        f"supernet; for ONNX that is with fp32 activations, since onnxruntime's fast int4 path rounds activations to "
+        f"int8 (mean KL {onnx['shipped_mean_kl']:.1e} as shipped)."
+    )
+
+
+def seconds(summary: dict[str, Any]) -> str:
+    rows = [(step, f"{value:.0f}") for step, value in summary["seconds"].items()]
+    peak = f"Where the minutes went (peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB):"
+    return f"{peak}\n\n{table(('step', 'seconds'), rows)}"
+
+
+def latency_error(errors: dict[str, Any]) -> str:
+    head = (
+        "runtime, phase", "held-out graphs", "MAPE", "within ±5 %", "within ±10 %", "Spearman",
+        "additive table's MAPE", "FLOPs' Spearman", "repeat noise",
+    )  # fmt: skip
+    rows = [
+        (
+            f"{runtime}, {phase}",
+            str(error["samples"]),
+            *(f"{error[name]:.1%}" for name in ("mape",)),
+            *(f"{error[name]:.0%}" for name in ("within_5", "within_10")),
+            f"{error['spearman']:.3f}",
+            f"{error['additive_mape']:.1%}",
+            f"{error['flops_spearman']:.3f}",
+            f"{error['repeat_noise']:.1%}",
+        )
+        for runtime, phases in errors.items()
+        for phase, error in phases.items()
+    ]
+    return table(head, rows)
+
+
+def quality_error(error: dict[str, float]) -> str:
+    return (
+        "The quality predictor's rank correlation with the true KL on trials held out in turn is "
+        f"{error['spearman']:.4f}, the additive estimate's {error['additive_spearman']:.4f}."
+    )
+
+
+def query(demo: Path, tpot_ms: float) -> str:
+    """What the command prints for people, on whichever stream."""
+    call = [sys.executable, "-m", "nas", "query", "--study", "demo", "--tpot-ms", str(tpot_ms)]
+    call += ["--database", str(demo / "llm-nas.db")]
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    result = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return result.stdout.rstrip("\n") or " ".join(result.stderr.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What a busy neighbour does to a measured latency: ours, as a ratio to a reference, and the plain median's.
+
+A second process loads one core half of the time; quiet and disturbed runs take turns.
+
+    python benchmarks/timing_noise.py --json benchmarks/results/timing_noise.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from export import BUILDERS
+from hw_profiles import BlockShape, ModelShape, Workload, detect, runtime
+from hw_profiles.runtimes import Session
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, Precision
+from hw_profiles.timing import measure
+
+#: SmolLM2-135M, and the same with two thirds of its KV groups and half of its width in every layer.
+FULL = ModelShape(576, 64, 49152, True, (BlockShape(9, 3, 1536),) * 30)
+SUBNET = replace(FULL, blocks=(BlockShape(6, 2, 768 // QUANTIZATION_BLOCK_SIZE * QUANTIZATION_BLOCK_SIZE),) * 30)
+WORKLOADS = [Workload("prefill", 128), Workload("decode", 128)]
+RUNTIMES = ("onnxruntime", "openvino")
+LOAD_PERIOD_S = 0.2
+MOST_CHANGE = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5, help="quiet and disturbed runs, each so many")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", default="int8", choices=["fp32", "int8", "int4"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    turns, rounds = (2, 5) if arguments.quick else (arguments.turns, arguments.rounds)
+    rows = [row for name in RUNTIMES for row in changes(name, arguments.precision, turns, rounds)]
+    table = Table("runtime", "phase", "plain median moves by", "ratio to the reference moves by")
+    for row in rows:
+        table.add_row(row["runtime"], row["phase"], f"{row['plain']:+.1%}", f"{row['ratio']:+.1%}")
+    Console().print(table)
+    if arguments.json:
+        bars = [
+            {
+                "name": f"{row['runtime']}, {row['phase']}: change of the ratio under load",
+                "value": abs(row["ratio"]),
+                "limit": MOST_CHANGE,
+                "holds": abs(row["ratio"]) < MOST_CHANGE < abs(row["plain"]),
+            }
+            for row in rows
+        ]
+        device = detect()
+        result = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": {"name": device.name, "cores": device.cores},
+            "versions": {name: runtime(name).version() for name in RUNTIMES},
+            "turns": turns,
+            "rounds": rounds,
+            "changes": rows,
+            "bars": bars,
+        }
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def changes(name: str, precision: Precision, turns: int, rounds: int) -> list[dict[str, float | str]]:
+    """By phase, how far the median over turns of each kind of measurement moves when a neighbour is busy."""
+    engine, threads = runtime(name), detect().cores
+    plain_ms: dict[tuple[str, bool], list[float]] = {}
+    ratios: dict[tuple[str, bool], list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        sessions: dict[str, Session] = {}
+        for label, shape in (("full", FULL), ("subnet", SUBNET)):
+            folder = Path(scratch, label)
+            folder.mkdir()
+            sessions[label] = engine.load(BUILDERS[name](shape, precision, folder), threads, 256)
+        for turn in range(turns):
+            for busy in (False, True):
+                with neighbour() if busy else quiet():
+                    timings = measure(
+                        sessions, "full", WORKLOADS, vocab_size=FULL.vocab_size, rounds=rounds, seed=2 * turn + busy
+                    )
+                    alone = measure(
+                        {"subnet": sessions["subnet"]}, "subnet", WORKLOADS,
+                        vocab_size=FULL.vocab_size, rounds=rounds, seed=2 * turn + busy, sleep=lambda seconds: None,
+                    )  # fmt: skip
+                for work in WORKLOADS:
+                    ratios.setdefault((work.phase, busy), []).append(timings["subnet", work].ratio)
+                    plain_ms.setdefault((work.phase, busy), []).append(alone["subnet", work].median_ms)
+        sessions.clear()
+
+    def change(values: dict[tuple[str, bool], list[float]], phase: str) -> float:
+        return float(np.median(values[phase, True]) / np.median(values[phase, False]) - 1)
+
+    return [
+        {"runtime": name, "phase": w.phase, "plain": change(plain_ms, w.phase), "ratio": change(ratios, w.phase)}
+        for w in WORKLOADS
+    ]
+
+
+@contextmanager
+def neighbour() -> Iterator[None]:
+    """A process that computes for half of each period."""
+    process = multiprocessing.get_context("spawn").Process(target=compute_half_of_the_time, daemon=True)
+    process.start()
+    time.sleep(1.0)  # until it runs
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    time.sleep(1.0)
+    yield
+
+
+def compute_half_of_the_time() -> None:
+    while True:
+        until = time.perf_counter() + LOAD_PERIOD_S / 2
+        while time.perf_counter() < until:
+            pass
+        time.sleep(LOAD_PERIOD_S / 2)
+
+
+if __name__ == "__main__":
+    main()
