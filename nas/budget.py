@@ -1,7 +1,7 @@
 """Budget queries: the best trial that a device can run within the limits, from what is stored.
 
-A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by its measurement's
-upper end, two standard errors above its median. Which subnets are worth measuring is another question: those whose middle is within the budget.
+A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by two standard errors
+above its median. Which subnets are worth measuring is another question: those whose middle is within the budget.
 """
 
 from __future__ import annotations

@@ -148,4 +148,6 @@ def test_describe_gives_each_trial_its_own_costs() -> None:
         round(2 * layer * 4.5 / 8 + embedding * 8.5 / 8 + 5 * 64 * 4),
     ]
     assert answers[1].latencies == {DECODE: Latency(2.0, 1.0, 4.0, None), PREFILL: Latency(20.0, 10.0, 40.0, None)}
-    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, 70.0, 84.0)
+    # 15 ratios of 0.5, half of them within 0.1: a standard error of 1.25 x 1.48 x 0.1 / sqrt(15) = 0.0478
+    high_ms = pytest.approx(70.0 * (0.5 + 2 * 0.0478) / 0.5, rel=1e-3)
+    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, 70.0, high_ms)

@@ -222,7 +222,7 @@ def test_predictions_for_a_format_are_its_runtimes(store: Store, study: Study) -
 def test_report_data_holds_every_trial_and_the_answer(
     store: Store, study: Study, tpot_ms: float | None, met: bool
 ) -> None:
-    data = report_data(store, study, tpot_ms, DEVICE.id, "fake", 1, prompt_tokens=16, context_tokens=16)
+    data = report_data(store, study, tpot_ms, DEVICE.id, "fake", 1, context_tokens=16)
     trials = study.trials()
     assert [(p.subnet_id, p.bits, p.kl, p.role) for p in data.trials] == [
         (t.subnet.id, t.subnet.bits, t.quality.kl, t.role) for t in trials
