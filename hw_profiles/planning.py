@@ -38,12 +38,14 @@ def plan(
     anchors: int = 12,
     heldout: int = 8,
     repeats: int = 2,
+    with_table: bool = True,
     seed: int = 0,
 ) -> list[PlannedGraph]:
     """The graphs to time, in the order of their worth if the session is cut short.
 
     Table entries give every second layer one choice of attention or MLP, the rest of the full model being kept: blocks
     timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random.
+    A profile without table entries is cheaper, and leans on that of a similar target.
     """
     if not block_choices:
         raise ValueError("block_choices must hold at least one block, got none")
@@ -56,7 +58,7 @@ def plan(
     again = sorted(rng.permutation(heldout)[:repeats])
     return [
         PlannedGraph(full, "reference"),
-        *(PlannedGraph(shape, "table") for shape in table),
+        *(PlannedGraph(shape, "table") for shape in table if with_table),
         *(PlannedGraph(shape, "anchor") for shape in fitted),
         *(PlannedGraph(shape, "heldout") for shape in held),
         *(PlannedGraph(held[index], "repeat") for index in again),

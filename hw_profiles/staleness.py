@@ -40,7 +40,15 @@ def usable(measurements: Sequence[Measurement], installed: str | None, allow_sta
     chosen = [found for found in measurements if best[_graph(found)] is found]
     if allow_stale:
         return chosen
-    outdated = [found for found in chosen if found.role in _ALWAYS_TIMED and found.runtime_version != wanted]
+    # a profile that leans on another has no table; the anchors come after it
+    whole = {(m.target, m.workload) for m in chosen if m.role == "anchor" and m.runtime_version == wanted}
+    outdated = [
+        found
+        for found in chosen
+        if found.role in _ALWAYS_TIMED
+        and found.runtime_version != wanted
+        and (found.target, found.workload) not in whole
+    ]
     if outdated:
         raise StaleProfileError(_complaint(outdated, wanted, installed is not None))
     return [found for found in chosen if found.runtime_version == wanted]

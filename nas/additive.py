@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.space import LayerChoice, SearchSpace, Subnet
-from nas.supernet import Part
+from nas.space import LayerChoice, Part, SearchSpace, Subnet
 
 Floats = NDArray[np.float64]
 #: Milliseconds of each subnet.

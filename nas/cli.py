@@ -93,6 +93,10 @@ def profile(
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
     seed: int = 0,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option(help="Id of a profiled device, or auto: time fewer graphs, and lean on the most similar profile."),
+    ] = None,
     pack: Annotated[
         Path | None, typer.Option(help="Zip file to write the graphs to, for a device that does not run this program.")
     ] = None,
@@ -127,7 +131,7 @@ def profile(
         with progress_bar("pack") as progress:
             plan = pack_targets(
                 pack, model, names, precisions, threads, workloads,
-                counts=counts, rounds=rounds, seed=seed, progress=progress,
+                counts=counts, rounds=rounds, seed=seed, with_table=transfer_from is None, progress=progress,
             )  # fmt: skip
         result = {"pack": str(pack), "size_bytes": pack.stat().st_size, "graphs": len(plan.graphs),
                   "targets": ["/".join(target) for target in plan.targets]}  # fmt: skip
@@ -137,7 +141,7 @@ def profile(
     with Store(database) as store, progress_bar("profile") as progress:
         results = profile_targets(
             store, model, engines, precisions, threads or detect().cores, workloads,
-            counts=counts, rounds=rounds, seed=seed, progress=progress,
+            counts=counts, rounds=rounds, seed=seed, transfer_from=transfer_from, progress=progress,
         )  # fmt: skip
     emit({"device": detect().id, "targets": results}, as_json, tables.timed(results))
 

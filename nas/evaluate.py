@@ -13,8 +13,8 @@ import torch
 
 from nas.families import computing, fast_dtype
 from nas.quality import Quality
-from nas.space import Subnet
-from nas.supernet import Part, Supernet
+from nas.space import Part, Subnet
+from nas.supernet import Supernet
 
 _TOKENS_AT_ONCE = 8192
 #: Positions whose logits are in memory together; more of them leave the processor's cache and take twice as long.

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hw_profiles.shapes import BlockShape, ModelShape
+from hw_profiles.shapes import ModelShape
 from nas.gguf_model import gguf_config, load_gguf
+from nas.space import model_shape
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,6 @@ def fast_dtype() -> torch.dtype:
 def computing(dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; weights, norms and the residual stream stay fp32."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def model_shape(config: Any) -> ModelShape:
-    """The ModelShape of a Hugging Face decoder config whose layers are all alike."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        blocks=(BlockShape(heads, groups, config.intermediate_size),) * config.num_hidden_layers,
-    )
 
 
 def wrap(model: Any, tokenizer: Any, name: str) -> LoadedModel:

@@ -15,6 +15,7 @@ from hw_profiles.measurement import Role
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Phase, Precision
 from hw_profiles.staleness import installed_version, usable
+from nas.fitted import fitted_predictor
 from nas.space import SearchSpace, Subnet
 from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, describe_workloads, mape, spearman, within
 
@@ -22,6 +23,7 @@ Floats = NDArray[np.float64]
 
 #: Graphs of a profile that predictors are fitted on; the others judge them.
 TRAINING_ROLES: tuple[Role, ...] = ("reference", "table", "anchor")
+_CURVE_POINTS = 40
 
 
 class ProfileMissingError(ValueError):
@@ -58,7 +60,7 @@ class LatencyModel:
         `allow_stale`, StaleProfileError where they are of several versions of the runtime or not of the installed one.
         """
         measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
-        roles = {*TRAINING_ROLES, *(["finalist"] if learn_from_finalists else [])}
+        roles = (*TRAINING_ROLES, "finalist") if learn_from_finalists else TRAINING_ROLES
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], Measurement] = {}
         for precision in PRECISIONS:
@@ -67,15 +69,7 @@ class LatencyModel:
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
-            predictor = LatencyPredictor.fit(
-                [m.shape for m in training],
-                [m.latency_ms for m in training],
-                [m.workload for m in training],
-                precision,
-                seed=0,
-                target=f"{device_id}/{target.key}",
-                runtime_version=training[-1].runtime_version,
-            )
+            predictor = fitted_predictor(store, training, roles)
             if not predictor.provenance.covers(workload):
                 continue
             predictors[precision] = predictor
@@ -115,7 +109,10 @@ class LatencyModel:
 
 @dataclass(frozen=True)
 class HeldoutGraph:
-    """A graph that no predictor was fitted on, timed on one workload, and what each of them says of it, in ms."""
+    """A graph that no predictor was fitted on, timed on one workload, and what each of them says of it, in ms.
+
+    `additive_ms` is nan where a profile leans on another and has no table.
+    """
 
     precision: Precision
     shape: ModelShape
@@ -196,6 +193,40 @@ def held_out_errors(
     )
 
 
+@dataclass(frozen=True)
+class LatencyCurve:
+    """The full model over prompt or context tokens, at one precision and batch size: pairs of tokens and ms."""
+
+    runtime: str
+    phase: Phase
+    precision: Precision
+    batch_size: int
+    predicted: tuple[tuple[int, float], ...]
+    measured: tuple[tuple[int, float], ...]
+
+
+def latency_curves(
+    store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, phase: Phase
+) -> list[LatencyCurve]:
+    """One for each precision and batch size, stale or not; none of a precision that was timed on one workload alone."""
+    timed = _measurements(store, device_id, runtime, threads, space, phase, allow_stale=True)
+    curves = []
+    for precision in PRECISIONS:
+        full_ms = {m.workload: m.latency_ms for m in timed if m.role == "reference" and m.target.precision == precision}
+        if len(full_ms) < 2:
+            continue
+        model = LatencyModel.fit(store, device_id, runtime, threads, space, min(full_ms), allow_stale=True)
+        for batch_size in sorted({work.batch_size for work in full_ms}):
+            measured = sorted((work.tokens, ms) for work, ms in full_ms.items() if work.batch_size == batch_size)
+            least, most = measured[0][0], measured[-1][0]
+            tokens = np.unique(np.geomspace(least + 1, most + 1, _CURVE_POINTS).round().astype(int) - 1).tolist()
+            works = [Workload(phase, count, batch_size) for count in tokens]
+            values_ms = [float(model.predictors[precision].predict([space.base], work).value_ms[0]) for work in works]
+            predicted = tuple(zip(tokens, values_ms, strict=True))
+            curves.append(LatencyCurve(runtime, phase, precision, batch_size, predicted, tuple(measured)))
+    return curves
+
+
 def _profiled(store: Store) -> str:
     """For people: every target with its workloads."""
     of_targets: dict[tuple[str, str], list[Workload]] = {}
@@ -221,6 +252,8 @@ def _measurements(
 def _additive_ms(found: Sequence[Measurement], shapes: Sequence[ModelShape], workload: Workload) -> Floats:
     """The additive table, which is timed whole on one workload, scaled to another as the full model is."""
     table = [m for m in found if m.role == "table"]
+    if not table:
+        return np.full(len(shapes), np.nan)
     counts = Counter(m.workload for m in table)
     shared = workload if counts[workload] == max(counts.values()) else counts.most_common(1)[0][0]
     full_ms = {m.workload: m.latency_ms for m in found if m.role == "reference"}

@@ -17,7 +17,8 @@ from hw_profiles.runtimes import Runtime, runtime
 from hw_profiles.shapes import Precision
 from hw_profiles.timing import DECODE_STEPS
 from nas.families import load_config
-from nas.latency import ProfileMissingError
+from nas.fitted import fitted_predictor, priors
+from nas.latency import TRAINING_ROLES, ProfileMissingError
 from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
@@ -33,15 +34,21 @@ def profile_targets(
     counts: Mapping[str, int],
     rounds: int,
     seed: int,
+    transfer_from: str | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[str, Any]]:
     """Time planned graphs on every engine and precision, and anchors for as long as they help.
 
     `counts` are those of `hw_profiles.plan`, of which `anchors` are the most.
+    With `transfer_from`, the id of a device or `auto`, only the full model and random graphs are timed: predictors lean
+    on a profile of that device, or of any. Raises ProfileMissingError, before anything is timed, where there is none.
     """
     space = SearchSpace.from_config(load_config(model))
     device = detect()
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
+    if transfer_from is not None:
+        for engine, target in targets:
+            check_transfer(store, target, engine.version(), space.base, workloads, transfer_from)
     rows = []
     for number, (engine, target) in enumerate(targets):
         timed = profile_target(
@@ -53,6 +60,7 @@ def profile_targets(
             counts=counts,
             rounds=rounds,
             seed=seed,
+            leaning=transfer_from is not None,
             progress=part_of(progress, number, len(targets), target.key),
         )
         rows += [
@@ -63,6 +71,7 @@ def profile_targets(
                 "batch_size": workload.batch_size,
                 "full_ms": full_latency_ms(store, target, engine.version(), workload, space.base),
                 "graphs": timed,
+                **(transferred(store, target, engine.version(), space.base, workload) if transfer_from else {}),
             }
             for workload in workloads
         ]
@@ -79,14 +88,16 @@ def profile_target(
     counts: Mapping[str, int],
     rounds: int,
     seed: int,
+    leaning: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> int:
     """Time one target; returns the number of graphs timed.
 
     A few random anchors come first; `nas.sampling` says which others follow, and when they stop to help.
+    A target that is `leaning` on another profile has its anchors at once, and no table.
     """
-    first = {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
-    timed = plan(space.base, space.block_choices(), **first, seed=seed)
+    first = counts if leaning else {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
+    timed = plan(space.base, space.block_choices(), **first, with_table=not leaning, seed=seed)
     most = len(timed) + counts["anchors"] - first["anchors"]
 
     def time_planned(graphs: Sequence[PlannedGraph]) -> None:
@@ -108,6 +119,42 @@ def profile_target(
     return len(timed)
 
 
+def check_transfer(
+    store: Store,
+    target: Target,
+    runtime_version: str,
+    full: ModelShape,
+    workloads: Sequence[Workload],
+    transfer_from: str,
+) -> None:
+    """ProfileMissingError unless a profile of that device, or of any with `auto`, covers every workload."""
+    for workload in workloads:
+        known = priors(store, target, runtime_version, full.id, workload.phase, TRAINING_ROLES)
+        known = [p for p in known if transfer_from in ("auto", p.provenance.target.partition("/")[0])]
+        if not any(prior.provenance.covers(workload) for prior in known):
+            raise ProfileMissingError(
+                f"--transfer-from {transfer_from} needs a profile of {target.runtime} at {target.precision}, this "
+                f"model and {workload.phase} at {workload.tokens} tokens, got none; run nas profile without it, there "
+                "or here"
+            )
+
+
+def transferred(
+    store: Store, target: Target, runtime_version: str, full: ModelShape, workload: Workload
+) -> dict[str, Any]:
+    """Which profile the predictor of this phase leans on, None for its own alone, and its cross-validated error."""
+    training = [
+        m
+        for m in store.measurements(target, None, TRAINING_ROLES, full.id, runtime_version)
+        if m.workload.phase == workload.phase
+    ]
+    predictor = fitted_predictor(store, training, TRAINING_ROLES)
+    leans_on = None
+    if predictor.prior is not None:
+        leans_on = f"{predictor.prior.provenance.target} {predictor.prior.provenance.runtime_version}"
+    return {"leans_on": leans_on, "held_out_error": predictor.provenance.held_out_error}
+
+
 def pack_targets(
     path: Path,
     model: str,
@@ -119,13 +166,14 @@ def pack_targets(
     counts: Mapping[str, int],
     rounds: int,
     seed: int,
+    with_table: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> PackPlan:
     """Write what `profile_targets` would time into one zip file, for `python -m hw_profiles run` on another device."""
     space = SearchSpace.from_config(load_config(model))
     made = PackPlan(
         targets=tuple((runtime, precision) for runtime in runtimes for precision in precisions),
-        graphs=tuple(plan(space.base, space.block_choices(), **counts, seed=seed)),
+        graphs=tuple(plan(space.base, space.block_choices(), **counts, with_table=with_table, seed=seed)),
         workloads=tuple(workloads),
         rounds=rounds,
         decode_steps=DECODE_STEPS,

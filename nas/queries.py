@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from export import FORMAT_OF_RUNTIME, LatencyPrediction
 from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
-from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
-from nas.profiling import measure_finalists
-from nas.report import LatencyError, MeasuredLatency, ReportData, TrialPoint
-from nas.search import quality_report
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError, Trial
+
+if TYPE_CHECKING:  # an answer from the database waits for neither torch nor matplotlib
+    from export import LatencyPrediction
+    from nas.report import ReportData
 
 
 def answer_query(
@@ -49,6 +50,8 @@ def answer_query(
 
     best, *others = admitted(answers(), budget, hoped=measure > 0)
     while measure and not best.is_measured:
+        from nas.profiling import measure_finalists
+
         finalists = [a for a in (best, *others[: measure - 1]) if not a.is_measured]
         for precision in {answer.subnet.precision for answer in finalists}:
             target = Target(device_id, runtime_name, precision, threads)
@@ -86,6 +89,8 @@ def predictions_for(
     workloads: Sequence[Workload],
 ) -> list[LatencyPrediction]:
     """What the device's profile says of a subnet in a format; empty where its runtime has none or it is stale."""
+    from export import FORMAT_OF_RUNTIME, LatencyPrediction
+
     predictions = []
     for runtime_name, format_of_runtime in FORMAT_OF_RUNTIME.items():
         for workload in workloads if format_of_runtime == format_ else ():
@@ -113,6 +118,9 @@ def report_data(
 
     The chosen subnet is `chosen_id`, or the answer to `tpot_ms` alone.
     """
+    from nas.report import LatencyError, MeasuredLatency, ReportData, TrialPoint
+    from nas.search import quality_report
+
     decode = Workload("decode", context_tokens)
     latency = LatencyModel.fit(store, device_id, runtime_name, threads, study.space, decode, allow_stale=True)
     trials = _trials(study)
@@ -154,7 +162,16 @@ def report_data(
         quality_spearman=quality.spearman if quality else None,
         additive_spearman=quality.additive_spearman if quality else None,
         latency=[
-            MeasuredLatency(e.runtime, e.phase, g.precision, g.predicted_ms, g.low_ms, g.high_ms, g.measured_ms)
+            MeasuredLatency(
+                e.runtime,
+                e.phase,
+                g.precision,
+                g.predicted_ms,
+                g.low_ms,
+                g.high_ms,
+                g.measured_ms,
+                g.shape.parameters,
+            )
             for e in errors
             for g in e.graphs
         ],
@@ -172,6 +189,12 @@ def report_data(
                 e.samples,
             )
             for e in errors
+        ],
+        latency_curves=[
+            curve
+            for name in profiled
+            for phase in PHASES
+            for curve in latency_curves(store, device_id, name, threads, study.space, phase)
         ],
     )
 

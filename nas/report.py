@@ -13,10 +13,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nas.latency import LatencyCurve
 from nas.pareto import pareto_front
 from nas.report_plots import (
     DARK_COLOURS,
     LIGHT_COLOURS,
+    curves_figure,
+    error_figure,
     inline_svg,
     latency_figure,
     layers_figure,
@@ -50,6 +53,7 @@ class MeasuredLatency:
     low_ms: float
     high_ms: float
     measured_ms: float
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class LatencyError:
     within_5: float
     within_10: float
     spearman: float
-    additive_mape: float
+    additive_mape: float | None
     flops_spearman: float
     repeat_noise: float | None
     samples: int
@@ -109,6 +113,7 @@ class ReportData:
     """The chosen subnet's TPOT in ms and its interval: value, low, high."""
     latency: Sequence[MeasuredLatency] = ()
     latency_errors: Sequence[LatencyError] = ()
+    latency_curves: Sequence[LatencyCurve] = ()
     quality: Sequence[tuple[float, float]] = ()
     """KL of held-out trials: predicted, measured."""
     quality_spearman: float | None = None
@@ -153,6 +158,9 @@ def render(data: ReportData) -> str:
         figures["layers"] = layers_figure(data.chosen, data.full)
     if data.latency:
         figures["latency"] = latency_figure(data.latency)
+        figures["errors"] = error_figure(data.latency)
+    if data.latency_curves:
+        figures["curves"] = curves_figure(data.latency_curves)
     if data.quality:
         figures["quality"] = quality_figure(data.quality)
     return environment.get_template("report.html.jinja").render(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from hw_profiles.shapes import BLOCK_BITS
+from nas.latency import LatencyCurve
 from nas.pareto import pareto_front
 from nas.space import Subnet
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from nas.report import MeasuredLatency, ReportData, TrialPoint
 
 T = TypeVar("T")
+P = TypeVar("P", "MeasuredLatency", LatencyCurve)
 
 # The precisions' colours are Okabe and Ito's (safe for the colour-blind), brighter where the page is dark.
 LIGHT_COLOURS = {
@@ -78,6 +82,10 @@ STYLE: Any = {
 }
 LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 WIDTH_INCHES = 6.6
+#: Relative errors up to which the ground is shaded, and how strongly; the wider first.
+ERROR_BANDS = ((0.10, 0.45), (0.05, 0.9))
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (1, 1)), (0, (5, 2, 1, 2)))
+TOKENS_AT_ZERO = 32
 
 
 def pareto_figure(data: ReportData) -> Figure:
@@ -156,23 +164,27 @@ def layers_figure(subnet: Subnet, full: Subnet) -> Figure:
 
 def latency_figure(latency: Sequence[MeasuredLatency]) -> Figure:
     """Predicted against measured latency of held-out graphs: a row a runtime, a column a phase."""
-    runtimes, phases = _distinct(row.runtime for row in latency), _distinct(row.phase for row in latency)
-    precisions = _distinct(row.precision for row in latency)
-    with mpl.rc_context(STYLE):
-        columns = max(len(phases), 2)  # a single panel stays as large as one of two
-        figure = Figure(figsize=(WIDTH_INCHES * len(phases) / columns, 3.1 * len(runtimes)), layout="constrained")
-        panels = figure.subplots(len(runtimes), len(phases), squeeze=False)
-        for runtime, row in zip(runtimes, panels, strict=True):
-            for phase, axes in zip(phases, row, strict=True):
-                some = [point for point in latency if (point.runtime, point.phase) == (runtime, phase)]
-                axes.set_visible(bool(some))
-                if some:
-                    _latency_panel(axes, some, precisions)
-                    axes.set_title(f"{runtime}, {phase}")
-        handles = [Line2D([], [], linestyle="", marker="o", color=_colour(name), label=name) for name in precisions]
-        band = Patch(color=GRID, label="±10 % of measured")
-        figure.legend(handles=[*handles, band], loc="outside lower center", ncols=len(handles) + 1)
-    return figure
+    return _panels(latency, _latency_panel, [Patch(color=GRID, label="±10 % of measured")])
+
+
+def error_figure(latency: Sequence[MeasuredLatency]) -> Figure:
+    """How far the predictions of held-out graphs are off, by size of the graph: a row a runtime, a column a phase."""
+    bands = [Patch(color=GRID, alpha=alpha, label=f"±{100 * band:.0f} %") for band, alpha in ERROR_BANDS]
+    return _panels(latency, _error_panel, bands)
+
+
+def curves_figure(curves: Sequence[LatencyCurve]) -> Figure:
+    """The full model's latency over tokens, a line for each precision and batch: a row a runtime, a column a phase."""
+    batches = sorted({curve.batch_size for curve in curves})
+    styles = dict(zip(batches, itertools.cycle(LINE_STYLES)))
+
+    def draw(axes: Axes, some: Sequence[LatencyCurve], precisions: Sequence[str]) -> None:
+        _curves_panel(axes, some, styles)
+
+    handles = [Line2D([], [], linestyle="", marker="o", color=MUTED, markersize=4, label="measured")]
+    if len(batches) > 1:
+        handles += [Line2D([], [], color=MUTED, linestyle=styles[batch], label=f"batch {batch}") for batch in batches]
+    return _panels(curves, draw, handles)
 
 
 def quality_figure(quality: Sequence[tuple[float, float]]) -> Figure:
@@ -263,6 +275,33 @@ def _kept_bars(axes: Axes, sizes: Sequence[tuple[int, int]], colour: str) -> Non
     axes.tick_params(axis="x", length=0)
 
 
+def _panels(
+    rows: Sequence[P],
+    draw: Callable[[Axes, Sequence[P], Sequence[str]], None],
+    handles: Sequence[Artist],
+) -> Figure:
+    """A row of panels a runtime, a column a phase, and a legend of the precisions and of `handles`."""
+    runtimes, phases = _distinct(row.runtime for row in rows), _distinct(row.phase for row in rows)
+    precisions = _distinct(row.precision for row in rows)
+    with mpl.rc_context(STYLE):
+        columns = max(len(phases), 2)  # a single panel stays as large as one of two
+        figure = Figure(figsize=(WIDTH_INCHES * len(phases) / columns, 3.1 * len(runtimes)), layout="constrained")
+        panels = figure.subplots(len(runtimes), len(phases), squeeze=False)
+        for runtime, panels_of_runtime in zip(runtimes, panels, strict=True):
+            for phase, axes in zip(phases, panels_of_runtime, strict=True):
+                some = [row for row in rows if (row.runtime, row.phase) == (runtime, phase)]
+                axes.set_visible(bool(some))
+                if some:
+                    draw(axes, some, precisions)
+                    axes.set_title(f"{runtime}, {phase}")
+        legend: list[Artist] = [
+            Line2D([], [], linestyle="", marker="o", color=_colour(name), label=name) for name in precisions
+        ]
+        legend += handles
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 6))
+    return figure
+
+
 def _latency_panel(axes: Axes, points: Sequence[MeasuredLatency], precisions: Sequence[str]) -> None:
     _identity(axes, [value for point in points for value in (point.measured_ms, point.low_ms, point.high_ms)])
     for precision in precisions:
@@ -281,6 +320,53 @@ def _latency_panel(axes: Axes, points: Sequence[MeasuredLatency], precisions: Se
             gid=f"latency-{precision}",
         )
     axes.set(xlabel="measured, ms", ylabel="predicted, ms")
+
+
+def _error_panel(axes: Axes, points: Sequence[MeasuredLatency], precisions: Sequence[str]) -> None:
+    errors = {id(point): point.predicted_ms / point.measured_ms - 1 for point in points}
+    for band, alpha in ERROR_BANDS:
+        axes.axhspan(-band, band, color=GRID, linewidth=0, alpha=alpha)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    for precision in precisions:
+        some = [point for point in points if point.precision == precision]
+        axes.scatter(
+            [point.parameters / 1e6 for point in some],
+            [errors[id(point)] for point in some],
+            s=16,
+            color=_colour(precision),
+            edgecolor=PAPER,
+            linewidth=0.4,
+            zorder=3,
+            gid=f"errors-{precision}",
+        )
+    reach = 1.1 * max(map(abs, [*errors.values(), ERROR_BANDS[0][0]]))
+    axes.set(xlabel="parameters, millions", ylabel="predicted over measured", ylim=(-reach, reach))
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.0f} %" if value else "0"))
+
+
+def _curves_panel(axes: Axes, curves: Sequence[LatencyCurve], styles: Mapping[int, Any]) -> None:
+    # logarithmic, and yet with room for a context of 0
+    axes.set_xscale("function", functions=(lambda x: np.log2(x + TOKENS_AT_ZERO), lambda y: 2**y - TOKENS_AT_ZERO))
+    for curve in curves:
+        colour = _colour(curve.precision)
+        tokens, values_ms = zip(*curve.predicted, strict=True)
+        axes.plot(tokens, values_ms, color=colour, linewidth=1.2, linestyle=styles[curve.batch_size], gid="predicted")
+        tokens, values_ms = zip(*curve.measured, strict=True)
+        axes.scatter(
+            tokens,
+            values_ms,
+            s=16,
+            color=colour,
+            edgecolor=PAPER,
+            linewidth=0.4,
+            zorder=3,
+            gid=f"curves-{curve.precision}",
+        )
+    _log_axis(axes, "y", [ms for curve in curves for _, ms in (*curve.predicted, *curve.measured)])
+    axes.xaxis.set_major_locator(FixedLocator(sorted({tokens for curve in curves for tokens, _ in curve.measured})))
+    prompt = curves[0].phase == "prefill"
+    axes.set(xlabel="prompt tokens" if prompt else "context tokens", ylabel="TTFT, ms" if prompt else "TPOT, ms")
 
 
 def _identity(axes: Axes, values: Iterable[float]) -> None:

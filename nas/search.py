@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from nas.additive import AdditiveScores, Latency, fill_in, ladder, scored_choices
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.quality import Quality
-from nas.space import SearchSpace, Subnet
+from nas.space import PARTS, Part, SearchSpace, Subnet
 from nas.study import Study, Trial, TrialRole
-from nas.supernet import PARTS, Part
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_TRIALS
 

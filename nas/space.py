@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
-from nas.families import model_shape
+
+#: What of a layer a subnet chooses a size for.
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 _PRECISION_OF_BITS: dict[int, Precision] = {bits: precision for precision, bits in BLOCK_BITS.items()}
 #: Thin widths stand beside 0: skipping an MLP is often dear where keeping a sixteenth of it is cheap.
@@ -191,14 +195,20 @@ class SearchSpace:
         groups = layer.num_key_value_heads
         return BlockShape(groups * per_group, groups, layer.intermediate_size)
 
+    @cached_property
+    def _blocks(self) -> dict[LayerChoice, BlockShape]:
+        """A search asks for the shapes of thousands of subnets."""
+        layers = [LayerChoice(groups, width) for groups in self.group_choices for width in self.width_choices]
+        return {layer: self.block(layer) for layer in layers}
+
     def block_choices(self) -> list[BlockShape]:
         """Every distinct layer of the space, smallest first: what a device profile has to cover."""
-        return [self.block(LayerChoice(g, w)) for g in self.group_choices for w in self.width_choices]
+        return list(self._blocks.values())
 
     def model_shape(self, subnet: Subnet) -> ModelShape:
         self.validate(subnet)
         base = self.base
-        blocks = tuple(map(self.block, subnet.layers))
+        blocks = tuple(self._blocks[layer] for layer in subnet.layers)
         return ModelShape(base.hidden_size, base.head_dim, base.vocab_size, base.tie_word_embeddings, blocks)
 
     def precision(self, subnet: Subnet) -> Precision:
@@ -213,3 +223,16 @@ class SearchSpace:
         base = ModelShape.from_json(json.dumps(fields["base"]))
         choices = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
         return cls(base, *choices)
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The ModelShape of a Hugging Face decoder config whose layers are all alike."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        blocks=(BlockShape(heads, groups, config.intermediate_size),) * config.num_hidden_layers,
+    )

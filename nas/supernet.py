@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,7 @@ from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
 from nas.reformation import reform
 from nas.rounding import round_together, round_with_feedback
-from nas.space import SearchSpace, Subnet
-
-Part = Literal["attention", "mlp"]
-PARTS: tuple[Part, ...] = ("attention", "mlp")
+from nas.space import PARTS, Part, SearchSpace, Subnet
 
 #: Channels dropped at a step of the elimination.
 _CHUNK = 32

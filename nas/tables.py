@@ -56,10 +56,12 @@ def profiled(summaries: Sequence[ProfileSummary]) -> Table:
 
 def timed(rows: Sequence[Fields]) -> Table:
     """The targets and workloads of one `nas profile`."""
-    table = Table("target", "workload", "full model ms", "graphs", title="Profile")
+    leaning = ("leans on", "error") if rows and "leans_on" in rows[0] else ()
+    table = Table("target", "workload", "full model ms", "graphs", *leaning, title="Profile")
     for row in rows:
         workload = Workload(row["phase"], row["tokens"], row["batch_size"])
-        table.add_row(row["target"], workload_name(workload), f"{row['full_ms']:.2f}", str(row["graphs"]))
+        found = (row["leans_on"] or "itself", f"{row['held_out_error']:.1%}") if leaning else ()
+        table.add_row(row["target"], workload_name(workload), f"{row['full_ms']:.2f}", str(row["graphs"]), *found)
     return table
 
 

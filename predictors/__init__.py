@@ -4,7 +4,7 @@ from predictors.accuracy import QualityPrediction, QualityPredictor, QualityRepo
 from predictors.block_table import AdditiveTable
 from predictors.features import latency_features
 from predictors.intervals import conformal_quantile
-from predictors.latency import LatencyPrediction, LatencyPredictor, describe_workloads
+from predictors.latency import LatencyPrediction, LatencyPredictor, describe_workloads, training_digest
 from predictors.metrics import coverage, mape, spearman, within
 from predictors.sampling import most_informative
 
@@ -23,5 +23,6 @@ __all__ = [
     "mape",
     "most_informative",
     "spearman",
+    "training_digest",
     "within",
 ]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from predictors.boosting import ResidualBoost, fit_residual_boost
 from predictors.intervals import assign_folds, log_interval
@@ -91,6 +90,8 @@ def cross_validated(features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt
 
 def _calibrate(log_additive: FloatArray, log_kl: FloatArray) -> tuple[float, float]:
     """(a, b): the Theil-Sen line, b the median slope over all pairs, so that a few odd trials do not turn it."""
+    from scipy import stats
+
     if np.ptp(log_additive) == 0:
         return float(np.median(log_kl - log_additive)), 1.0
     slope = float(np.clip(stats.theilslopes(log_kl, log_additive).slope, 0.5, 2.0))  # b is near 1 or the data is odd

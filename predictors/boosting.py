@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import xgboost
 
 from predictors.intervals import assign_folds
 from predictors.metrics import FloatArray
+
+if TYPE_CHECKING:
+    import xgboost
 
 SHRINKAGES = (0.25, 0.5, 1.0)
 FOLDS = 10
@@ -92,9 +95,25 @@ def fit_residual_boost(
 
 
 def _fit_trees(X: FloatArray, residual: FloatArray, seed: int, weights: FloatArray | None) -> xgboost.Booster:
+    import xgboost
+
     rows = xgboost.DMatrix(X, label=residual, weight=weights, nthread=1)
     return xgboost.train({**_TREES, "seed": seed}, rows, num_boost_round=_ROUNDS)
 
 
+def write_trees(booster: xgboost.Booster) -> str:
+    """XGBoost's own JSON."""
+    return str(booster.save_raw("json").decode())
+
+
+def read_trees(text: str) -> xgboost.Booster:
+    """What `write_trees` wrote; nothing in it is executed."""
+    import xgboost
+
+    return xgboost.Booster({"nthread": 1}, model_file=bytearray(text.encode()))
+
+
 def _predict(booster: xgboost.Booster, X: FloatArray) -> FloatArray:
+    import xgboost
+
     return np.asarray(booster.predict(xgboost.DMatrix(X, nthread=1)), dtype=np.float64)

@@ -6,33 +6,40 @@ b >= 0 minimises sum(((x . b - y) / y)^2) over `STEP_COLUMNS` and, where more th
 `WORKLOAD_COLUMNS`: relative errors, since a budget is missed in per cent. Kernels are not equally efficient at every
 prompt length or batch; the curve is the mean log error left at each measured workload, interpolated between them
 linearly in log tokens and log batch.
+
+A target with few measurements of its own may lean on the predictor of another one, its prior: b is then drawn towards
+the prior's b times one factor, and the prior's curve and trees are taken over, to be corrected by its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xgboost
-from scipy.interpolate import RBFInterpolator
-from scipy.optimize import nnls
 
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from predictors.boosting import ResidualBoost, fit_residual_boost
+from predictors.boosting import FOLDS, ResidualBoost, fit_residual_boost, read_trees, write_trees
 from predictors.features import STEP_COLUMNS, WORKLOAD_COLUMNS, latency_features
-from predictors.intervals import log_interval
+from predictors.intervals import assign_folds, log_interval
+from predictors.linear import fit_relative
 from predictors.metrics import FloatArray
 
 #: One sample a coefficient and two to judge them by; also the fewest for which a 90 % interval is finite.
 MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
+#: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
+MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 2
-#: Penalty on coefficients of columns scaled to unit mean square: it only splits what the samples cannot tell apart.
-_RIDGE = 1e-6
+_FORMAT = 3
+#: Penalties on how coefficients differ from the prior's scaled ones: from much freedom to the one factor alone.
+_TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
+
+_Rows = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Provenance:
     held_out_error: float
     #: The same for the linear model alone.
     linear_held_out_error: float
+    #: `training_digest` of all that it was fitted on.
+    digest: str
 
     def covers(self, workload: Workload) -> bool:
         """Whether a workload lies between those measured, in tokens and in batch."""
@@ -91,6 +100,8 @@ class WorkloadCurve:
         """Offsets [n], constant beyond the workloads measured."""
         if len(self.workloads) == 1 or not workloads:
             return np.full(len(workloads), self.log_offsets[0])
+        from scipy.interpolate import RBFInterpolator
+
         distinct = sorted(set(workloads))
         interpolate = RBFInterpolator(_positions(self.workloads), self.log_offsets, kernel="linear", degree=0)
         offsets = dict(zip(distinct, interpolate(_positions(distinct)), strict=True))
@@ -99,7 +110,7 @@ class WorkloadCurve:
 
 @dataclass(frozen=True, eq=False)
 class LatencyPredictor:
-    """Made by `fit` or `load`; holds for models that differ only in their blocks."""
+    """Made by `fit` or `from_json`; holds for models that differ only in their blocks."""
 
     provenance: Provenance
     #: hidden_size, head_dim, vocab_size, tie_word_embeddings of the models fitted on.
@@ -109,6 +120,8 @@ class LatencyPredictor:
     coefficients: dict[str, float]
     curve: WorkloadCurve
     boost: ResidualBoost
+    #: The predictor that this one leans on; None where it stands on its own measurements.
+    prior: LatencyPredictor | None = None
 
     @classmethod
     def fit(
@@ -122,58 +135,35 @@ class LatencyPredictor:
         *,
         target: str = "",
         runtime_version: str = "",
+        priors: Sequence[LatencyPredictor] = (),
     ) -> LatencyPredictor:
         """Fit on whole models, each timed on its own workload of `workloads` or all on one.
 
         `weights` (say 1 / spread^2) are relative; all measurements of a shape stay in one fold.
+        `priors` are predictors of similar targets. The one that serves these samples best, by cross-validation, is
+        leant on where they are too few for a fit of their own, or where that lowers their held-out error by more than
+        the standard error of the gain. Those of other models, or of a narrower range of workloads, are left out.
         """
-        works = [workloads] * len(shapes) if isinstance(workloads, Workload) else list(workloads)
-        y = np.asarray(latency_ms, dtype=np.float64)
-        w = np.ones(len(shapes)) if weights is None else np.asarray(weights, dtype=np.float64)
-        if y.shape != (len(shapes),) or w.shape != y.shape or len(works) != len(shapes):
-            raise ValueError(
-                f"wanted one latency, one weight and one workload a shape, got {len(shapes)} shapes, {y.shape}, "
-                f"{w.shape} and {len(works)}"
-            )
-        if len({work.phase for work in works}) > 1:
-            raise ValueError("prefill and decode have predictors of their own, got both in one fit")
-        if not (np.isfinite(y).all() and np.isfinite(w).all() and (y > 0).all() and (w > 0).all()):
-            raise ValueError("latencies and weights must be finite and above 0: leave failed measurements out")
-        names, X = latency_features(shapes, works, precision)
-        of_shapes = X[:, [names.index(name) for name in STEP_COLUMNS]]
-        distinct = len(np.unique(of_shapes, axis=0))
-        if distinct < MINIMUM_SAMPLES:
-            raise ValueError(
-                f"{len(STEP_COLUMNS)} coefficients need at least {MINIMUM_SAMPLES} different models, got {distinct}: "
-                "measure more"
-            )
-        dimensions = _only_dimensions(shapes)
-        w = w / w.mean()
-        columns = STEP_COLUMNS + (WORKLOAD_COLUMNS if len(set(works)) > 1 else ())
-        linear = X[:, [names.index(name) for name in columns]]
-
-        def fit_linear_and_curve(train: npt.NDArray[np.bool_]) -> tuple[FloatArray, WorkloadCurve]:
-            coefficients = _fit_linear(linear[train], y[train], w[train])
-            log_errors = np.log(y[train]) - _log_linear(linear[train], coefficients)
-            return coefficients, WorkloadCurve.fit([works[i] for i in np.flatnonzero(train)], log_errors)
-
-        def fit_base(train: npt.NDArray[np.bool_]) -> FloatArray:
-            coefficients, curve = fit_linear_and_curve(train)
-            return _log_linear(linear, coefficients) + curve(works)
-
-        boost = fit_residual_boost(X, np.log(y), fit_base, seed, w, together=of_shapes)
-        coefficients, curve = fit_linear_and_curve(np.ones(len(y), dtype=np.bool_))
-        provenance = Provenance(
-            target=target,
-            runtime_version=runtime_version,
-            workloads=curve.workloads,
-            precision=precision,
-            samples=len(shapes),
-            held_out_error=float(np.abs(boost.held_out_log_errors).mean()),
-            linear_held_out_error=float(np.abs(boost.base_held_out_log_errors).mean()),
-        )
-        by_name = dict(zip(columns, coefficients.tolist(), strict=True))
-        return cls(provenance, dimensions, names, by_name, curve, boost)
+        samples = _samples(shapes, latency_ms, workloads, precision, weights)
+        usable = [prior for prior in priors if samples.lie_within(prior)]
+        least = MINIMUM_TRANSFER_SAMPLES if usable else MINIMUM_SAMPLES
+        if samples.distinct < least:
+            raise ValueError(f"a fit needs at least {least} different models, got {samples.distinct}: measure more")
+        bases = [_Base(samples)] if samples.distinct >= MINIMUM_SAMPLES else []
+        if usable:
+            transfers = [_Base(samples, prior, ridge) for prior in usable for ridge in _TRANSFER_RIDGES]
+            bases.append(min(transfers, key=lambda base: base.held_out_error(seed)))
+        digest = training_digest(
+            shapes, latency_ms, workloads, precision, seed, weights,
+            target=target, runtime_version=runtime_version, priors=priors,
+        )  # fmt: skip
+        fitted = [base.finish(seed, target, runtime_version, digest) for base in bases]
+        best = fitted[0]
+        for other in fitted[1:]:
+            gain = np.abs(best.boost.held_out_log_errors) - np.abs(other.boost.held_out_log_errors)
+            if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+                best = other
+        return best
 
     def predict(self, shapes: Sequence[ModelShape], workload: Workload, coverage: float = 0.9) -> LatencyPrediction:
         """Latencies [n] with intervals, symmetric in log space, that hold the truth with probability `coverage`.
@@ -192,14 +182,25 @@ class LatencyPredictor:
             )
         names, X = latency_features(shapes, [workload] * len(shapes), self.provenance.precision)
         linear = X[:, [names.index(name) for name in self.coefficients]]
-        log_base = _log_linear(linear, np.array(list(self.coefficients.values()))) + self.curve([workload])[0]
-        value_ms = np.exp(log_base + self.boost.log_correction(X))
+        log_linear = _log_linear(linear, np.array(list(self.coefficients.values())))
+        value_ms = np.exp(log_linear + self._log_correction(X, [workload]))
         return LatencyPrediction(value_ms, *log_interval(value_ms, self.boost.held_out_log_errors, coverage))
 
-    def save(self, path: Path) -> None:
-        """Write one JSON file, trees in XGBoost's own JSON inside; nothing in it is executed on load."""
+    def _log_correction(self, X: FloatArray, workloads: Sequence[Workload]) -> FloatArray:
+        """What curve and trees, and those of the prior, add to the log of the linear model, [n].
+
+        `workloads` holds one for all rows of X [n, f], or one each.
+        """
+        own: FloatArray = self.curve(workloads) + self.boost.log_correction(X)
+        return own if self.prior is None else own + self.prior._log_correction(X, workloads)
+
+    def to_json(self) -> str:
+        """All of it as one JSON object, trees in XGBoost's own JSON inside; nothing in it is executed on reading."""
+        return json.dumps(self._content())
+
+    def _content(self) -> dict[str, Any]:
         booster = self.boost.booster
-        content = {
+        return {
             "format": _FORMAT,
             "provenance": asdict(self.provenance),
             "dimensions": self.dimensions,
@@ -209,36 +210,42 @@ class LatencyPredictor:
             "shrinkage": self.boost.shrinkage,
             "held_out_log_errors": self.boost.held_out_log_errors.tolist(),
             "linear_held_out_log_errors": self.boost.base_held_out_log_errors.tolist(),
-            "booster": None if booster is None else json.loads(booster.save_raw("json")),
+            "booster": None if booster is None else write_trees(booster),
+            "prior": None if self.prior is None else self.prior._content(),
         }
-        Path(path).write_text(json.dumps(content))
 
     @classmethod
-    def load(cls, path: Path, *, target: str, workload: Workload, runtime_version: str) -> LatencyPredictor:
-        """Read what `save` wrote; ValueError unless it holds for this target, workload and version."""
-        content = json.loads(Path(path).read_text())
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"{path}: wanted format {_FORMAT}, got {content.get('format')}: fit the predictor again")
+    def from_json(cls, text: str, *, target: str, runtime_version: str, digest: str) -> LatencyPredictor:
+        """Read what `to_json` wrote; ValueError unless it is of this target and version and of these measurements.
+
+        `digest` is the `training_digest` of what a fit would be made on now.
+        """
+        content = json.loads(text)
+        fitted = cls._from_content(content)
+        for field, value in {"target": target, "runtime_version": runtime_version, "digest": digest}.items():
+            found = getattr(fitted.provenance, field)
+            if found != value:
+                raise ValueError(f"wanted a predictor of {field} {value!r}, got {found!r}: fit it again")
+        return fitted
+
+    @classmethod
+    def _from_content(cls, content: Any) -> LatencyPredictor:
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"wanted a predictor in format {_FORMAT}, got another: fit it again")
         found = content["provenance"]
         found["workloads"] = tuple(Workload(**fields) for fields in found["workloads"])
-        for field, value in {"target": target, "runtime_version": runtime_version}.items():
-            if found[field] != value:
-                raise ValueError(f"{path}: wanted {field} {value!r}, got {found[field]!r}: profile and fit that one")
         provenance = Provenance(**found)
-        if not provenance.covers(workload):
-            raise ValueError(
-                f"{path}: wanted workload {workload!r}, got {describe_workloads(provenance.workloads)}: profile that"
-            )
+        prior = None if content["prior"] is None else cls._from_content(content["prior"])
         names, _ = latency_features((), (), provenance.precision)
         columns = STEP_COLUMNS + (WORKLOAD_COLUMNS if len(provenance.workloads) > 1 else ())
+        if prior is not None:
+            columns = tuple(prior.coefficients)
         if tuple(content["feature_names"]) != names or tuple(content["coefficients"]) != columns:
-            raise ValueError(f"{path}: its columns are not those of this version of llm-nas: fit the predictor again")
+            raise ValueError("its columns are not those of this version of llm-nas: fit the predictor again")
         errors = np.asarray(content["held_out_log_errors"], dtype=np.float64)
         if errors.shape != (provenance.samples,):
-            raise ValueError(f"{path}: wanted {provenance.samples} held-out errors, got {errors.size}: fit it again")
-        booster = None
-        if content["booster"] is not None:
-            booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(json.dumps(content["booster"]).encode()))
+            raise ValueError(f"wanted {provenance.samples} held-out errors, got {errors.size}: fit the predictor again")
+        booster = None if content["booster"] is None else read_trees(content["booster"])
         boost = ResidualBoost(
             content["shrinkage"],
             booster,
@@ -248,7 +255,38 @@ class LatencyPredictor:
         curve = WorkloadCurve(provenance.workloads, np.asarray(content["log_offsets"], dtype=np.float64))
         hidden_size, head_dim, vocab_size, tied = content["dimensions"]
         dimensions = (hidden_size, head_dim, vocab_size, tied)
-        return cls(provenance, dimensions, names, content["coefficients"], curve, boost)
+        return cls(provenance, dimensions, names, content["coefficients"], curve, boost, prior)
+
+
+def training_digest(
+    shapes: Sequence[ModelShape],
+    latency_ms: npt.ArrayLike,
+    workloads: Workload | Sequence[Workload],
+    precision: Precision,
+    seed: int,
+    weights: npt.ArrayLike | None = None,
+    *,
+    target: str = "",
+    runtime_version: str = "",
+    priors: Sequence[LatencyPredictor] = (),
+) -> str:
+    """64 hex digits, equal if and only if `LatencyPredictor.fit` would be given the same by this version of llm-nas."""
+    samples = _samples(shapes, latency_ms, workloads, precision, weights)
+    said = {
+        "format": _FORMAT,
+        "names": samples.names,
+        "workloads": [asdict(work) for work in samples.workloads],
+        "precision": precision,
+        "dimensions": samples.dimensions,
+        "seed": seed,
+        "target": target,
+        "runtime_version": runtime_version,
+        "priors": [prior.provenance.digest for prior in priors],
+    }
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for array in (samples.X, samples.y, samples.weights):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def describe_workloads(workloads: Sequence[Workload]) -> str:
@@ -260,6 +298,129 @@ def describe_workloads(workloads: Sequence[Workload]) -> str:
 
     batch = "" if max(batches) == 1 else f" and batch {span(batches)}"
     return f"{workloads[0].phase} at {span(tokens)} tokens{batch}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Models [n] timed each on its workload, checked: `X` [n, f], `y` in ms [n], `weights` of mean 1 [n]."""
+
+    names: tuple[str, ...]
+    X: FloatArray
+    y: FloatArray
+    weights: FloatArray
+    workloads: list[Workload]
+    precision: Precision
+    dimensions: tuple[int, int, int, bool]
+
+    @property
+    def of_shapes(self) -> FloatArray:
+        """[n, 7]: equal rows are timings of one model."""
+        return self.columns(STEP_COLUMNS)
+
+    @property
+    def distinct(self) -> int:
+        return len(np.unique(self.of_shapes, axis=0))
+
+    def columns(self, names: Sequence[str]) -> FloatArray:
+        return self.X[:, [self.names.index(name) for name in names]]
+
+    def lie_within(self, prior: LatencyPredictor) -> bool:
+        """Whether the prior can say something of all of them."""
+        return prior.dimensions == self.dimensions and all(map(prior.provenance.covers, set(self.workloads)))
+
+
+def _samples(
+    shapes: Sequence[ModelShape],
+    latency_ms: npt.ArrayLike,
+    workloads: Workload | Sequence[Workload],
+    precision: Precision,
+    weights: npt.ArrayLike | None,
+) -> _Samples:
+    works = [workloads] * len(shapes) if isinstance(workloads, Workload) else list(workloads)
+    y = np.asarray(latency_ms, dtype=np.float64)
+    w = np.ones(len(shapes)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if y.shape != (len(shapes),) or w.shape != y.shape or len(works) != len(shapes):
+        raise ValueError(
+            f"wanted one latency, one weight and one workload a shape, got {len(shapes)} shapes, {y.shape}, "
+            f"{w.shape} and {len(works)}"
+        )
+    if not works:
+        raise ValueError("wanted models to fit on, got none: measure some")
+    if len({work.phase for work in works}) > 1:
+        raise ValueError("prefill and decode have predictors of their own, got both in one fit")
+    if not (np.isfinite(y).all() and np.isfinite(w).all() and (y > 0).all() and (w > 0).all()):
+        raise ValueError("latencies and weights must be finite and above 0: leave failed measurements out")
+    names, X = latency_features(shapes, works, precision)
+    return _Samples(names, X, y, w / w.mean(), works, precision, _only_dimensions(shapes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """Linear model and curve, to be fitted on any of the samples: by themselves, or leaning on a prior."""
+
+    samples: _Samples
+    prior: LatencyPredictor | None = None
+    ridge: float = 0.0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        if self.prior is not None:
+            return tuple(self.prior.coefficients)
+        return STEP_COLUMNS + (WORKLOAD_COLUMNS if len(set(self.samples.workloads)) > 1 else ())
+
+    @cached_property
+    def inherited(self) -> FloatArray:
+        """What the prior's curve and trees add to the log of every sample, [n]."""
+        if self.prior is None:
+            return np.zeros(len(self.samples.y))
+        return self.prior._log_correction(self.samples.X, self.samples.workloads)
+
+    def fit(self, train: _Rows) -> tuple[FloatArray, WorkloadCurve]:
+        """(coefficients, curve) of the rows `train`."""
+        samples = self.samples
+        linear, weights = samples.columns(self.columns)[train], samples.weights[train]
+        y = samples.y[train] / np.exp(self.inherited[train])
+        if self.prior is None:
+            coefficients = fit_relative(linear, y, weights)
+        else:
+            towards = np.array(list(self.prior.coefficients.values()))
+            towards *= np.exp(np.average(np.log(y) - _log_linear(linear, towards), weights=weights))
+            coefficients = fit_relative(linear, y, weights, towards, self.ridge)
+        log_errors = np.log(y) - _log_linear(linear, coefficients)
+        return coefficients, WorkloadCurve.fit([samples.workloads[i] for i in np.flatnonzero(train)], log_errors)
+
+    def log_estimate(self, train: _Rows) -> FloatArray:
+        """Of every sample, [n], fitted on the rows `train`."""
+        coefficients, curve = self.fit(train)
+        linear = self.samples.columns(self.columns)
+        return _log_linear(linear, coefficients) + curve(self.samples.workloads) + self.inherited
+
+    def held_out_error(self, seed: int) -> float:
+        """Mean |log error| of samples held out in turn, on the folds that the trees are judged on."""
+        fold = assign_folds(self.samples.of_shapes, FOLDS, seed)
+        log_y = np.log(self.samples.y)
+        errors = [(log_y - self.log_estimate(fold != k))[fold == k] for k in range(int(fold.max()) + 1)]
+        return float(np.abs(np.concatenate(errors)).mean())
+
+    def finish(self, seed: int, target: str, runtime_version: str, digest: str) -> LatencyPredictor:
+        """Fitted on all samples, with trees on top."""
+        samples = self.samples
+        boost = fit_residual_boost(
+            samples.X, np.log(samples.y), self.log_estimate, seed, samples.weights, together=samples.of_shapes
+        )
+        coefficients, curve = self.fit(np.ones(len(samples.y), dtype=np.bool_))
+        provenance = Provenance(
+            target=target,
+            runtime_version=runtime_version,
+            workloads=curve.workloads,
+            precision=samples.precision,
+            samples=len(samples.y),
+            held_out_error=float(np.abs(boost.held_out_log_errors).mean()),
+            linear_held_out_error=float(np.abs(boost.base_held_out_log_errors).mean()),
+            digest=digest,
+        )
+        by_name = dict(zip(self.columns, coefficients.tolist(), strict=True))
+        return LatencyPredictor(provenance, samples.dimensions, samples.names, by_name, curve, boost, self.prior)
 
 
 def _positions(workloads: Sequence[Workload]) -> FloatArray:
@@ -274,17 +435,6 @@ def _only_dimensions(shapes: Sequence[ModelShape]) -> tuple[int, int, int, bool]
             f"models must differ only in their blocks, got {len(found)} sets of dimensions {sorted(found)}"
         )
     return found.pop()
-
-
-def _fit_linear(columns: FloatArray, y: FloatArray, weights: FloatArray) -> FloatArray:
-    """b >= 0 minimising sum(w ((x . b - y) / y)^2) + ridge, a non-negative least-squares problem on rows x / y."""
-    rows = columns / y[:, None]
-    scale = np.sqrt((rows**2).mean(axis=0))
-    scale[scale == 0] = 1.0  # a column that is 0 in every sample: the ridge alone decides, for 0
-    root = np.sqrt(weights)
-    A = np.vstack([rows / scale * root[:, None], np.sqrt(_RIDGE * len(y)) * np.eye(columns.shape[1])])
-    solution, _ = nnls(A, np.concatenate([root, np.zeros(columns.shape[1])]))
-    return np.asarray(solution / scale, dtype=np.float64)
 
 
 def _log_linear(columns: FloatArray, coefficients: FloatArray) -> FloatArray:

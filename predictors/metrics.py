@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -21,6 +20,8 @@ def within(predicted: npt.ArrayLike, actual: npt.ArrayLike, tolerance: float) ->
 
 def spearman(predicted: npt.ArrayLike, actual: npt.ArrayLike) -> float:
     """Rank correlation with ties at their mean rank; nan where either side is constant and has no ranking."""
+    from scipy import stats
+
     left, right = _pair(predicted, actual)
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return float("nan")

@@ -138,3 +138,8 @@ def test_long_workloads_are_for_the_full_model() -> None:
 def test_the_shortest_workload_is_taken_where_all_are_long() -> None:
     works = [Workload("prefill", 1024), Workload("prefill", 2048)]
     assert workloads_of_graphs(plan(FULL, CHOICES), works)[1] == (works[0],)
+
+
+def test_without_a_table_the_other_graphs_are_the_same() -> None:
+    whole, leaning = plan(FULL, CHOICES), plan(FULL, CHOICES, with_table=False)
+    assert leaning == [graph for graph in whole if graph.role != "table"]

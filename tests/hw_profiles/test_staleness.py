@@ -82,6 +82,15 @@ def test_half_a_new_profile_is_refused(installed: str | None) -> None:
     assert usable(old + new, installed, allow_stale=True) == old[2:] + new
 
 
+@pytest.mark.parametrize("installed", ["2", None])
+def test_a_new_profile_without_a_table_is_usable(installed: str | None) -> None:
+    """It leans on the old one; its anchors say that it is no half profile."""
+    old, new = profiled("1", 0), [found for found in profiled("2", 1) if found.role != "table"]
+    assert usable(old + new, installed) == new
+    with pytest.raises(StaleProfileError, match="prefill at 64 tokens was profiled with openvino 1"):
+        usable(old + new + profiled("1", 0, workload=PREFILL), "2")
+
+
 def test_precisions_of_two_versions_are_refused_naming_the_older() -> None:
     found = profiled("1", 0, workload=PREFILL) + profiled("2", 1, INT4, workload=PREFILL)
     with pytest.raises(StaleProfileError) as stale:

@@ -17,14 +17,16 @@ from sqlalchemy import text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hw_profiles import Store, Workload, detect, runtime
+from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.__main__ import main as run_on_board
 from hw_profiles.measured import read_measured
 from nas.cli import main
+from nas.families import load_config
 from nas.protocol import EvaluationProtocol
+from nas.space import SearchSpace
 from nas.study import Study, Trial
 from nas.terminal import emit, progress_bar
-from tests.nas.synthetic import SyntheticEvaluator, fill_profile, tiny_space
+from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_profile, tiny_space
 
 
 @dataclass(frozen=True)
@@ -289,19 +291,29 @@ def test_control_c(nas: Nas, study: Study, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.sentence == "stopped; run the same command again to go on from here"
 
 
-def test_help_comes_without_torch() -> None:
+WITHOUT_TORCH = {
+    ("search", "--help"): "--evaluations",
+    ("devices",): "openvino/int4/1 thread",
+    ("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1"): "KL to the full model",
+    ("report", "--study", "s", "--threads", "1"): "report.html: 6 trials",
+}
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_TORCH)
+def test_what_is_stored_is_answered_without_torch(study: Study, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     code = """
 import sys
 from nas.cli import main
-sys.argv = ["nas", "search", "--help"]
 try:
     main()
 except SystemExit as exit_:
     print(exit_.code, "torch" in sys.modules)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert run.stdout.splitlines()[-1] == "0 False"
-    assert "--evaluations" in run.stdout
+    assert WITHOUT_TORCH[arguments] in run.stdout
 
 
 def test_a_models_words_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,6 +364,36 @@ def _single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_a_profile_leans_on_that_of_another_device(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+    space = SearchSpace.from_config(load_config("tiny"))
+    another = Device("Another CPU", 4, 16 * 2**30, ("sve",), "Linux", "aarch64")
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        works = [Workload("prefill", 8), Workload("decode", 8)]
+        fill_profile(store, space, another, "onnxruntime", works, ["int8"])
+    profile = ("profile", "tiny", "--runtime", "onnxruntime", "--precision", "int8", "--threads", "1", "--rounds", "1",
+               "--anchors", "5", "--heldout", "0", "--repeats", "0", "--prompt-tokens", "8", "--json")  # fmt: skip
+    leaning = (*profile, "--context-tokens", "8", "--transfer-from")
+    refused = nas(*leaning, "0123456789ab")
+    assert (refused.code, refused.json["error"]) == (
+        2,
+        "--transfer-from 0123456789ab needs a profile of onnxruntime at int8, this model and prefill at 8 tokens, "
+        "got none; run nas profile without it, there or here",
+    )
+    assert (
+        "decode at 9 tokens, got none"
+        in nas(*profile, "--context-tokens", "9", "--transfer-from", "auto").json["error"]
+    )
+    found = nas(*leaning, another.id).json["targets"]
+    assert [(row["phase"], row["graphs"]) for row in found] == [("prefill", 6), ("decode", 6)]
+    leans_on = f"{another.id}/onnxruntime/int8/1 thread {VERSION}"
+    assert {row["leans_on"] for row in found} == {leans_on}  # six graphs are too few for a fit of their own
+    assert all(0 < row["held_out_error"] < 2 for row in found)
+    for_people = nas(*(word for word in leaning if word != "--json"), "auto")
+    assert another.id in for_people.out
 
 
 @pytest.mark.usefixtures("_single_thread")

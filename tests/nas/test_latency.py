@@ -9,7 +9,7 @@ from hw_profiles import RUNTIMES, Device, Store, Target, Workload, detect
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.staleness import StaleProfileError
 from hw_profiles.store import Role
-from nas.latency import LatencyModel, ProfileMissingError, held_out_errors
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
 from nas.space import Subnet
 from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
 
@@ -208,3 +208,19 @@ def test_errors_need_held_out_graphs(store: Store) -> None:
         assert few.measurements()[0].runtime_version == VERSION
         with pytest.raises(ProfileMissingError, match="no held-out graphs for decode"):
             held_out_errors(few, DEVICE.id, "openvino", 1, SPACE, "decode")
+
+
+def test_curves_of_the_full_model_pass_through_what_was_measured(store: Store) -> None:
+    prompts = [Workload("prefill", tokens, batch) for batch in (1, 2) for tokens in (16, 64)]
+    fill_profile(store, SPACE, DEVICE, "openvino", [*prompts, DECODE])
+    assert latency_curves(store, DEVICE.id, "openvino", 1, SPACE, "decode") == []  # a single workload
+    curves = latency_curves(store, DEVICE.id, "openvino", 1, SPACE, "prefill")
+    assert [(c.precision, c.batch_size) for c in curves] == [("int8", 1), ("int8", 2), ("int4", 1), ("int4", 2)]
+    for curve in curves:
+        full_ms = [shape_ms(SPACE.base, curve.precision, Workload("prefill", t, curve.batch_size)) for t in (16, 64)]
+        assert [ms for _, ms in curve.measured] == pytest.approx(full_ms)
+        predicted = dict(curve.predicted)
+        assert min(predicted) == 16
+        assert max(predicted) == 64
+        assert [predicted[16], predicted[64]] == pytest.approx(full_ms, rel=0.05)
+        assert (np.diff(list(predicted.values())) > 0).all()

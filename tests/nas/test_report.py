@@ -10,6 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nas.latency import LatencyCurve
 from nas.report import (
     FileRow,
     LatencyError,
@@ -20,7 +21,15 @@ from nas.report import (
     number,
     write_report,
 )
-from nas.report_plots import latency_figure, layers_figure, pareto_figure, quality_figure, save_figure
+from nas.report_plots import (
+    curves_figure,
+    error_figure,
+    latency_figure,
+    layers_figure,
+    pareto_figure,
+    quality_figure,
+    save_figure,
+)
 from nas.space import LayerChoice, Subnet
 
 HOSTILE = "<script>alert('$x_1^2$')</script> & \"co\""
@@ -72,6 +81,17 @@ def random_trials(count: int, seed: int = 0) -> list[TrialPoint]:
     ]
 
 
+def curves() -> list[LatencyCurve]:
+    """Decode from an empty cache on, at two batch sizes."""
+    return [
+        LatencyCurve(
+            "openvino", "decode", precision, batch, ((0, ms), (60, ms + 1), (512, ms + 3)), ((0, ms), (512, ms + 3.1))
+        )
+        for precision, ms in (("int8", 9.0), ("int4", 7.0))
+        for batch in (1, 4)
+    ]
+
+
 @pytest.fixture
 def full() -> Subnet:
     return Subnet((LayerChoice(3, 1536),) * 4, 8)
@@ -82,7 +102,7 @@ def data(full: Subnet) -> ReportData:
     chosen = Subnet((LayerChoice(3, 0), LayerChoice(0, 768), LayerChoice(1, 1536), LayerChoice(0, 0)), 4)
     trials = [*random_trials(30), TrialPoint("f32", 32, 0.0, 17.0, 26.9, "full")]
     latency = [
-        MeasuredLatency(runtime, phase, "int8", 5.0 + i, 4.5 + i, 5.6 + i, 5.1 + i)
+        MeasuredLatency(runtime, phase, "int8", 5.0 + i, 4.5 + i, 5.6 + i, 5.1 + i, 10**6 * (40 + i))
         for runtime in ("openvino", "onnxruntime")
         for phase in ("prefill", "decode")
         for i in range(5)
@@ -101,6 +121,7 @@ def data(full: Subnet) -> ReportData:
         chosen_id=trials[7].subnet_id,
         chosen_predicted=(5.1, 5.0, 5.2),
         latency=latency,
+        latency_curves=curves(),
         latency_errors=[LatencyError("openvino", "decode", 0.031, 0.82, 0.99, 0.994, 0.077, 0.95, None, 50)],
         quality=[(0.1, 0.12), (0.4, 0.37), (1.2, 1.3)],
         quality_spearman=0.987,
@@ -129,7 +150,7 @@ def line(axes: Axes, gid: str) -> npt.NDArray[np.float64]:
 def test_page_is_whole_and_shows_every_trial_and_figure_given(data: ReportData, tmp_path: Path) -> None:
     html, parsed = page(data, tmp_path)
     assert all(html.count(f">{trial.subnet_id}<") >= 1 for trial in data.trials)
-    assert parsed.tags.count("svg") == 4
+    assert parsed.tags.count("svg") == 6
     for shown in ("5.25 ms", "5.00 to 5.20 ms", "3.1 %", "0.994", "0.987", "0.971", "83.0 MB", "134.5 M", "820"):
         assert shown in parsed.text
     assert "meet the budget, the upper end of its interval included" in parsed.text
@@ -146,7 +167,7 @@ def test_page_is_whole_and_shows_every_trial_and_figure_given(data: ReportData, 
 def test_verdict_follows_the_interval(
     data: ReportData, tmp_path: Path, predicted: tuple[float, float, float], verdict: str
 ) -> None:
-    data = replace(data, chosen_predicted=predicted, trials=(), chosen=None, latency=(), quality=())
+    data = replace(data, chosen_predicted=predicted, trials=(), chosen=None, latency=(), latency_curves=(), quality=())
     assert verdict in page(data, tmp_path)[1].text
 
 
@@ -178,12 +199,12 @@ def test_page_of_nothing_has_no_empty_sections(full: Subnet, tmp_path: Path) -> 
 
 
 def test_same_data_gives_the_same_page(data: ReportData, tmp_path: Path) -> None:
-    data = replace(data, latency=(), quality=())
+    data = replace(data, latency=(), latency_curves=(), quality=())
     assert page(data, tmp_path)[0] == page(data, tmp_path / "again")[0]
 
 
 def test_a_report_that_cannot_be_drawn_leaves_the_old_one(data: ReportData, tmp_path: Path) -> None:
-    data = replace(data, trials=(), latency=(), quality=())
+    data = replace(data, trials=(), latency=(), latency_curves=(), quality=())
     html, _ = page(data, tmp_path)
     with pytest.raises(ValueError, match="shorter"):
         write_report(replace(data, full=Subnet(data.full.layers[:3], 8)), tmp_path / "report.html")
@@ -228,6 +249,34 @@ def test_prediction_figures_draw_predicted_over_measured(data: ReportData) -> No
     ]
     assert markers(figure, "latency-").tolist() == [[row.measured_ms, row.predicted_ms] for row in data.latency]
     assert markers(quality_figure(data.quality), "quality").tolist() == [[m, p] for p, m in data.quality]
+
+
+def test_error_figure_draws_relative_errors_over_size(data: ReportData) -> None:
+    drawn = markers(error_figure(data.latency), "errors-")
+    expected = [[row.parameters / 1e6, row.predicted_ms / row.measured_ms - 1] for row in data.latency]
+    assert drawn.tolist() == expected
+    axes = error_figure([replace(data.latency[0], predicted_ms=7.65)]).axes[0]  # half too much
+    assert axes.get_ylim() == pytest.approx((-0.55, 0.55))
+
+
+def test_curves_figure_draws_lines_and_marks_what_was_measured(data: ReportData) -> None:
+    figure = curves_figure(data.latency_curves)
+    (axes,) = figure.axes
+    lines = [np.column_stack(line.get_data()).tolist() for line in axes.lines]
+    assert lines == [[list(point) for point in curve.predicted] for curve in data.latency_curves]
+    assert markers(figure, "curves-int4").tolist() == [[0, 7.0], [512, 10.1]] * 2
+    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()  # batch 1 and 4
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        "int8",
+        "int4",
+        "measured",
+        "batch 1",
+        "batch 4",
+    ]
+    left, right = axes.transData.transform([(0, 7.0), (512, 7.0)])[:, 0]
+    assert np.isfinite([left, right]).all()
+    assert left < right
 
 
 def test_figures_can_be_saved_alone(data: ReportData, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
-from predictors.latency import MINIMUM_SAMPLES, LatencyPredictor
+from predictors.latency import MINIMUM_SAMPLES, MINIMUM_TRANSFER_SAMPLES, LatencyPredictor, training_digest
 from predictors.metrics import coverage, mape, spearman
 
 DECODE = Workload("decode", 256)
@@ -118,41 +117,73 @@ def test_no_models_have_no_latencies(fit) -> None:
     assert fit(20, seed=0).predict([], DECODE).value_ms.shape == (0,)
 
 
+TARGET = {"target": "cpu/fake/int8/2", "runtime_version": "1.0"}
+
+
+def reread(fitted: LatencyPredictor) -> LatencyPredictor:
+    made = fitted.provenance
+    return LatencyPredictor.from_json(
+        fitted.to_json(), target=made.target, runtime_version=made.runtime_version, digest=made.digest
+    )
+
+
 @pytest.mark.parametrize("cache_penalty", [0.0, 0.15])  # without trees and with
-def test_a_saved_predictor_predicts_the_same(fit, sample_shapes, tmp_path: Path, cache_penalty) -> None:
+def test_a_kept_predictor_predicts_the_same(fit, sample_shapes, cache_penalty) -> None:
     fitted, test = fit(60, seed=0, cache_penalty=cache_penalty), sample_shapes(50, seed=9)
     assert (fitted.boost.booster is None) == (cache_penalty == 0)
-    fitted.save(tmp_path / "latency.json")
-    loaded = LatencyPredictor.load(
-        tmp_path / "latency.json", target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0"
-    )
-    assert loaded.provenance == fitted.provenance
-    one, other = fitted.predict(test, DECODE), loaded.predict(test, DECODE)
+    again = reread(fitted)
+    assert again.provenance == fitted.provenance
+    one, other = fitted.predict(test, DECODE), again.predict(test, DECODE)
     np.testing.assert_array_equal(one.value_ms, other.value_ms)
     np.testing.assert_array_equal(one.high_ms, other.high_ms)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("target", "gpu"), ("workload", Workload("decode", 512)), ("runtime_version", "1.1")],
-)
-def test_a_predictor_of_something_else_is_not_loaded(fit, tmp_path: Path, field, value) -> None:
-    fit(20, seed=0).save(tmp_path / "latency.json")
-    asked = {"target": "cpu/fake/int8/2", "workload": DECODE, "runtime_version": "1.0", field: value}
-    with pytest.raises(ValueError, match=f"wanted {field}"):
-        LatencyPredictor.load(tmp_path / "latency.json", **asked)
+@pytest.mark.parametrize("field", ["target", "runtime_version", "digest"])
+def test_a_predictor_of_something_else_is_not_read(fit, field) -> None:
+    fitted = fit(20, seed=0)
+    asked = {**TARGET, "digest": fitted.provenance.digest, field: "another"}
+    with pytest.raises(ValueError, match=f"wanted a predictor of {field} 'another'"):
+        LatencyPredictor.from_json(fitted.to_json(), **asked)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("format", 0, "format"), ("feature_names", ["constant"], "columns"), ("held_out_log_errors", [0.1], "held-out")],
 )
-def test_a_file_of_another_version_is_not_loaded(fit, tmp_path: Path, field, value, message) -> None:
-    path = tmp_path / "latency.json"
-    fit(20, seed=0).save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+def test_a_predictor_of_another_version_is_not_read(fit, field, value, message) -> None:
+    fitted = fit(20, seed=0)
+    text = json.dumps(json.loads(fitted.to_json()) | {field: value})
     with pytest.raises(ValueError, match=message):
-        LatencyPredictor.load(path, target="cpu/fake/int8/2", workload=DECODE, runtime_version="1.0")
+        LatencyPredictor.from_json(text, **TARGET, digest=fitted.provenance.digest)
+
+
+def test_the_digest_is_of_all_that_is_fitted_on(sample_shapes, device, fit) -> None:
+    shapes = sample_shapes(20, seed=0)
+    latency_ms = device(shapes)
+    given = {
+        "shapes": shapes,
+        "latency_ms": latency_ms,
+        "workloads": DECODE,
+        "precision": "int8",
+        "seed": 0,
+        "weights": None,
+        "priors": (),
+        **TARGET,
+    }
+    changed = {
+        "shapes": [*shapes[1:], shapes[0]],
+        "latency_ms": latency_ms * (1 + 1e-12),
+        "workloads": [DECODE] * 19 + [Workload("decode", 257)],
+        "precision": "int4",
+        "seed": 1,
+        "weights": [2.0] + [1.0] * 19,
+        "priors": [fit(20, seed=1)],
+        "target": "another",
+        "runtime_version": "1.1",
+    }
+    digests = [training_digest(**{**given, name: value}) for name, value in changed.items()]
+    assert len({training_digest(**given), *digests}) == 1 + len(changed)
+    assert LatencyPredictor.fit(**given).provenance.digest == training_digest(**given)
 
 
 MEASURED = [Workload("prefill", tokens) for tokens in (16, 64, 256, 1024)]
@@ -211,11 +242,9 @@ def test_the_curve_is_exact_where_it_was_measured_and_straight_between(surface) 
     assert curve(between)[1] == pytest.approx(ends[0] + position * (ends[1] - ends[0]))
 
 
-def test_a_saved_surface_predicts_the_same(surface, sample_shapes, tmp_path: Path) -> None:
+def test_a_kept_surface_predicts_the_same(surface, sample_shapes) -> None:
     work, test = Workload("prefill", 100), sample_shapes(20, seed=5)
-    surface.save(tmp_path / "latency.json")
-    loaded = LatencyPredictor.load(tmp_path / "latency.json", target="", workload=work, runtime_version="")
-    np.testing.assert_array_equal(loaded.predict(test, work).value_ms, surface.predict(test, work).value_ms)
+    np.testing.assert_array_equal(reread(surface).predict(test, work).value_ms, surface.predict(test, work).value_ms)
 
 
 def test_phases_are_not_mixed(sample_shapes) -> None:
@@ -256,3 +285,100 @@ def test_another_model_family_is_refused(fit, sample_shapes, device) -> None:
     shapes = [*sample_shapes(20, seed=0), other]
     with pytest.raises(ValueError, match="differ only in their blocks"):
         LatencyPredictor.fit(shapes, device(shapes), DECODE, "int8", seed=0)
+
+
+def similar_ms(shapes: list[ModelShape], device, seed: int = 0, noise: float = 0.03) -> np.ndarray:
+    """Another device: 1.7 times as slow, each KV group costing 0.02 ms more and each part kept 0.01 ms less."""
+    groups = np.array([sum(block.num_key_value_heads for block in shape.blocks) for shape in shapes])
+    parts = np.array(
+        [sum((b.num_key_value_heads > 0) + (b.intermediate_size > 0) for b in shape.blocks) for shape in shapes]
+    )
+    exact = 1.7 * device(shapes, noise=0.0, cache_penalty=0.15) + 0.02 * groups - 0.01 * parts
+    return exact * np.exp(noise * np.random.default_rng(seed).standard_normal(len(shapes)))
+
+
+def fit_similar(sample_shapes, device, count: int, seed: int, priors) -> LatencyPredictor:
+    shapes = sample_shapes(count, 50 + seed)
+    return LatencyPredictor.fit(shapes, similar_ms(shapes, device, seed), DECODE, "int8", seed, priors=priors)
+
+
+def test_ten_anchors_and_a_prior_beat_ten_anchors(fit, sample_shapes, device) -> None:
+    """Over ten draws; the prior also knows what ten anchors cannot show, that large models leave the cache."""
+    prior, test = fit(60, seed=0, cache_penalty=0.15), sample_shapes(200, seed=99)
+    actual = similar_ms(test, device, noise=0.0)
+    leaning, alone = (
+        [
+            mape(fit_similar(sample_shapes, device, 10, seed, priors).predict(test, DECODE).value_ms, actual)
+            for seed in range(10)
+        ]
+        for priors in ([prior], [])
+    )
+    assert np.mean(leaning) < 0.7 * np.mean(alone)
+    assert np.mean(leaning) < 0.03
+
+
+def test_a_prior_that_misleads_is_left_alone(sample_shapes, device) -> None:
+    """It knows a device whose cost falls with the size of the model."""
+    shapes, test = sample_shapes(60, seed=0), sample_shapes(200, seed=99)
+    misleading = LatencyPredictor.fit(shapes, 100 / device(shapes), DECODE, "int8", seed=0)
+    leaning, alone = (fit_similar(sample_shapes, device, 30, 0, priors) for priors in ([misleading], []))
+    actual = similar_ms(test, device, noise=0.0)
+    errors = [mape(fitted.predict(test, DECODE).value_ms, actual) for fitted in (leaning, alone)]
+    assert errors[0] < errors[1] + 0.005
+
+
+def test_of_several_priors_the_one_that_serves_best_is_leant_on(fit, sample_shapes, device) -> None:
+    shapes = sample_shapes(60, seed=0)
+    other = LatencyPredictor.fit(shapes, 30 + 0.1 * device(shapes), DECODE, "int8", seed=0)
+    like = fit(60, seed=0, cache_penalty=0.15)
+    for priors in ([other, like], [like, other]):
+        assert fit_similar(sample_shapes, device, 6, 0, priors).prior is like
+
+
+def test_intervals_of_a_leaning_predictor_hold_what_they_promise(fit, sample_shapes, device) -> None:
+    """Over 30 fits of 12 samples on the same prior."""
+    prior, test = fit(60, seed=0, cache_penalty=0.15), sample_shapes(200, seed=99)
+    found = []
+    for seed in range(30):
+        fitted = fit_similar(sample_shapes, device, 12, seed, [prior])
+        prediction = fitted.predict(test, DECODE)
+        found.append(coverage(prediction.low_ms, prediction.high_ms, similar_ms(test, device, seed=1000 + seed)))
+    assert 0.85 < np.mean(found) < 0.97
+
+
+def test_too_few_samples_for_an_interval_still_scale_the_prior(fit, sample_shapes, device) -> None:
+    prior, test = fit(60, seed=0, cache_penalty=0.15), sample_shapes(200, seed=99)
+    fitted = fit_similar(sample_shapes, device, MINIMUM_TRANSFER_SAMPLES, 0, [prior])
+    prediction = fitted.predict(test, DECODE)
+    assert mape(prediction.value_ms, similar_ms(test, device, noise=0.0)) < 0.1
+    assert np.isinf(prediction.high_ms).all()
+    with pytest.raises(ValueError, match=f"at least {MINIMUM_TRANSFER_SAMPLES} different models, got 2"):
+        fit_similar(sample_shapes, device, 2, 0, [prior])
+
+
+def test_priors_of_other_models_or_fewer_workloads_are_left_out(fit, sample_shapes, device) -> None:
+    other = ModelShape(960, 64, 49152, True, (BlockShape(15, 5, 2560),) * 30)
+    family = [replace(other, blocks=other.blocks[:layers]) for layers in range(10, 30)]
+    stranger = LatencyPredictor.fit(family, [float(len(s.blocks)) for s in family], DECODE, "int8", seed=0)
+    shapes = sample_shapes(8, seed=1)
+    for prior, works in (stranger, DECODE), (fit(30, seed=0), Workload("decode", 512)):
+        with pytest.raises(ValueError, match=f"at least {MINIMUM_SAMPLES} different models, got 8"):
+            LatencyPredictor.fit(shapes, device(shapes), works, "int8", seed=0, priors=[prior])
+
+
+def test_a_kept_leaning_predictor_predicts_the_same(fit, sample_shapes, device) -> None:
+    prior, test = fit(60, seed=0, cache_penalty=0.15), sample_shapes(50, seed=9)
+    assert prior.boost.booster is not None
+    fitted = fit_similar(sample_shapes, device, 8, 0, [prior])
+    again = reread(fitted)
+    assert again.prior is not None
+    assert again.prior.provenance == prior.provenance
+    np.testing.assert_array_equal(again.predict(test, DECODE).value_ms, fitted.predict(test, DECODE).value_ms)
+
+
+def test_a_prior_of_many_workloads_serves_measurements_of_one(surface, sample_shapes) -> None:
+    """Half as fast a device, of which a single prompt length was timed."""
+    work, shapes, test = MEASURED[1], sample_shapes(8, seed=70), sample_shapes(50, seed=1)
+    fitted = LatencyPredictor.fit(shapes, 2 * prefill_ms(shapes, [work] * 8), work, "int8", seed=0, priors=[surface])
+    assert fitted.prior is surface
+    assert mape(fitted.predict(test, work).value_ms, 2 * prefill_ms(test, [work] * 50)) < 0.03
