@@ -159,7 +159,7 @@ def test_a_stale_profile_is_refused_or_with_leave_answers_and_learns(
         with pytest.raises(StaleProfileError, match=r"profiled with fake 0\.9, but 1 is installed; .*--allow-stale"):
             ask(old, stale, BUDGET)
         assert predictions_for(old, SPACE, expected, "onnx", DEVICE.id, 1, [DECODE]) == []
-        assert report_data(old, stale, 3.3, DEVICE.id, "fake", 1, 16, 16).chosen is not None
+        assert report_data(old, stale, 3.3, DEVICE.id, "fake", 1, 16).chosen is not None
         answer = answer_query(old, stale, BUDGET, DEVICE.id, "fake", 1, 2, allow_stale=True)
         assert (answer.subnet, answer.is_measured) == (expected, True)
 
