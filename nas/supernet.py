@@ -165,7 +165,7 @@ class Supernet:
     def _activate_ends(self, bits: int) -> None:
         if bits == self._head_bits:
             return
-        if bits >= 16:
+        if bits == 32:
             ends = self._ends
         else:
             if bits not in self._quantized_ends:
@@ -212,7 +212,7 @@ class Supernet:
     def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         if bits >= 16:
-            return self._part_weights(layer, part, choice)
+            return {name: fake_quantize(t, bits) for name, t in self._part_weights(layer, part, choice).items()}
         key = (layer, part, choice, bits)
         if key not in self._quantized:
             self._quantized[key] = self._quantize_part(layer, part, choice, bits)

@@ -107,7 +107,7 @@ MISTAKES = {
     ("profile", "./nonesuch"): "there is no nonesuch; check the path",
     ("profile", "gpt2"): "one of the families llama, mistral, got model_type 'gpt2'",
     ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, got 'tpu'",
-    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, int8, int4, got 'int3'",
+    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
     ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
     ("profile", "gpt2", "--pack", "x"): "one of the families llama, mistral, got model_type 'gpt2'",
     ("profile", "--pack", "x", "--import", "y"): "--pack writes a file and --import reads one, got both",
