@@ -30,7 +30,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Subnet:
-    """One choice per layer and the bits of all blocks' weights: 32, 16 (bf16), 8 or 4. The full model is a Subnet too."""
+    """One choice per layer and the bits of all blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too."""
 
     layers: tuple[LayerChoice, ...]
     bits: int

@@ -212,7 +212,8 @@ class Supernet:
     def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         if bits >= 16:
-            return {name: fake_quantize(t, bits) for name, t in self._part_weights(layer, part, choice).items()}
+            weights = self._part_weights(layer, part, choice)
+            return {name: fake_quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
         key = (layer, part, choice, bits)
         if key not in self._quantized:
             self._quantized[key] = self._quantize_part(layer, part, choice, bits)
