@@ -51,7 +51,7 @@ class OpenVinoRuntime:
     def __init__(self, device: str = CPU) -> None:
         self.name = name_on("openvino", device)
         self._device = device
-        # the plugin would also emulate bf16, on CPUs that lack it
+        # only where the CPU itself multiplies bf16, not where the plugin would have to emulate it
         self.precisions: tuple[Precision, ...] = tuple(
             precision for precision in PRECISIONS if precision != "bf16" or (device == CPU and detect().has_bf16)
         )
