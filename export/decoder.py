@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -19,6 +20,8 @@ from export.quantize import QuantizedWeight, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
 
 Array = NDArray[np.float32]
+#: bf16 [out, in], which numpy does not know: the upper half of each fp32.
+HalfMatrix = NDArray[np.uint16]
 
 #: Rotary embeddings whose frequencies are fixed beforehand, whatever the length of the text.
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -38,8 +41,8 @@ class PackedMatrix:
         return rows, columns
 
 
-#: fp32 [out, in], or its quantised form.
-Matrix = Array | PackedMatrix
+#: fp32 [out, in], or its rounded forms.
+Matrix = Array | HalfMatrix | PackedMatrix
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,12 @@ def decoder_from_model(
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
-        if bits >= 16:
+        if bits == 32:
             plain: Array = weights[name].contiguous().numpy()
             return plain
+        if bits == 16:
+            half: HalfMatrix = weights[name].bfloat16().contiguous().view(torch.uint16).numpy()
+            return half
         packed = quantized[name] if quantized and name in quantized else quantize(weights[name], bits)
         return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
 
@@ -153,6 +159,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     """A decoder of this shape with random weights, for timing: latency does not depend on the numbers."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(2**22, dtype=np.float32) * np.float32(0.02)
+    halves = (values.view(np.uint32) >> 16).astype(np.uint16)
     factors = rng.uniform(0.01, 0.03, 2**18)
     scales = {bits: (factors / 2 ** (bits - 1)).astype(np.float16) for bits in (4, 8)}
     integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}
@@ -167,7 +174,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         # that shared pages would stay in the cache and flatter the timing
         start = next(starts)
         if bits >= 16:
-            return fill(values, start, rows, columns)
+            return fill(values if bits == 32 else halves, start, rows, columns)
         blocks = columns // QUANTIZATION_BLOCK_SIZE
         return PackedMatrix(fill(integers[bits], start, rows, columns), fill(scales[bits], start, rows, blocks), bits)
 

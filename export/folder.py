@@ -29,8 +29,8 @@ def export_folder(
     """Write an fp32 `model` in the manifest's format, its weights rounded to the manifest's precision.
 
     `quantized` holds the matrices that were rounded before, by name; others are rounded to the nearest here.
-    The Hugging Face folder holds the rounded weights as fp32: the same model, in the form that tools expect. `model`
-    itself is rounded for it, in place.
+    The Hugging Face folder holds the rounded weights as fp32, or bf16: the same model, in the form that tools expect.
+    `model` itself is rounded for it, in place.
     """
     precision = manifest.precision
     with whole_or_absent(directory, manifest) as unfinished:
@@ -70,5 +70,8 @@ def _rounded(model: PreTrainedModel, precision: Precision, quantized: Mapping[st
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 bits = HEAD_BITS[precision] if id(parameter) in embeddings else BLOCK_BITS[precision]
-                parameter.copy_(dequantize(quantized[name] if name in quantized else quantize(parameter, bits)))
+                if bits == 16:
+                    parameter.data = parameter.bfloat16()
+                else:
+                    parameter.copy_(dequantize(quantized[name] if name in quantized else quantize(parameter, bits)))
     return model

@@ -37,7 +37,13 @@ def write_onnx(decoder: Decoder, directory: Path) -> Path:
 
     Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, KV heads, P, head_dim]
     with i counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
+
+    Raises ValueError at bf16: ONNX Runtime's CPU provider has no kernel that multiplies bf16 matrices.
     """
+    if decoder.precision == "bf16":
+        raise ValueError(
+            "wanted a precision that ONNX Runtime has kernels for on a CPU, got bf16; take another or openvino"
+        )
     path = directory / MODEL_FILE
     with (directory / DATA_FILE).open("wb") as data:
         model = _Graph(decoder, data).model()

@@ -41,7 +41,8 @@ def write_openvino(decoder: Decoder, directory: Path) -> Path:
         raise ValueError(f"wanted as many heads per KV head in every layer, got {numbers}; export to onnx")
     path = directory / MODEL_FILE
     model = openvino_model(decoder)
-    for option, value in RUNTIME_OPTIONS.items():
+    own = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"} if decoder.precision == "bf16" else {}
+    for option, value in (RUNTIME_OPTIONS | own).items():
         model.set_rt_info(value, ["runtime_options", option])
     ov.save_model(model, path, compress_to_fp16=False)
     return path
@@ -192,9 +193,12 @@ def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
 
 
 def _constant(matrix: Matrix) -> ov.Node:
-    """fp32 [out, in]; a quantised matrix stays compressed, with the decompression that the plugins fuse."""
+    """fp32 [out, in]; a rounded matrix stays compressed, with the decompression that the plugins fuse."""
     if not isinstance(matrix, PackedMatrix):
-        return ops.constant(matrix, shared_memory=True)
+        if matrix.dtype != np.uint16:
+            return ops.constant(matrix, shared_memory=True)
+        halves = ov.Tensor(matrix, ov.Shape(matrix.shape), ov.Type.bf16)
+        return ops.convert(ops.constant(halves, shared_memory=True), "f32")
     rows, columns = matrix.shape
     blocks = columns // QUANTIZATION_BLOCK_SIZE
     shape = [rows, blocks, QUANTIZATION_BLOCK_SIZE]

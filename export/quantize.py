@@ -68,8 +68,10 @@ def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
 
 
 def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """`weight` as it will be after quantisation; 16 bits and more leave it as it is."""
-    return weight if bits >= 16 else dequantize(quantize(weight, bits))
+    """`weight` in its own type as it will be after rounding: to bf16 at 16 bits; 32 leave it as it is."""
+    if bits == 16:
+        return weight.bfloat16().to(weight.dtype)
+    return weight if bits > 16 else dequantize(quantize(weight, bits))
 
 
 def _round(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

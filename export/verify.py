@@ -48,7 +48,7 @@ class ProfiledReference:
 
 @dataclass(frozen=True)
 class Verification:
-    """`exact` is the agreement when the runtime computes with fp32 activations, where the shipped file rounds them.
+    """`exact` is the agreement when the runtime computes in fp32, where with the shipped file it does not.
 
     `timings` are beside `reference` where there was one, else beside the first folder.
     """
@@ -113,6 +113,8 @@ def verify(
         exact = shipped
         if manifest.format == "onnx" and manifest.precision != "fp32":
             exact = _agreement_with_fp32_activations(directory, threads, parity)
+        elif manifest.format == "openvino" and manifest.precision == "bf16":
+            exact = _agreement_in_fp32(directory, threads, parity)
         generated = generate(directory, manifest.format, threads, prompt, new_tokens)
         checked.append((shipped, exact, generated))
     beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
@@ -268,12 +270,14 @@ class TorchSession:
 
 
 def _generate_openvino(directory: Path, threads: int, prompt: str, new_tokens: int) -> str:
+    import openvino as ov
     import openvino_genai
 
-    from hw_profiles.runtimes.openvino import compile_properties
+    from hw_profiles.runtimes.openvino import MODEL_FILE, arithmetic, compile_properties
 
+    asked = arithmetic(ov.Core().read_model(directory / MODEL_FILE))
     # not the default paged attention: in 2026.4 it can corrupt the heap where layers differ in heads
-    properties = {**compile_properties(threads), "ATTENTION_BACKEND": "SDPA"}
+    properties = {**compile_properties(threads, asked), "ATTENTION_BACKEND": "SDPA"}
     pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **properties)
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = new_tokens
@@ -298,3 +302,13 @@ def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Pari
         onnx.save(model, Path(scratch, MODEL_FILE))
         shutil.copy(directory / DATA_FILE, scratch)
         return logit_agreement(runtime("onnxruntime").load(Path(scratch), threads, _MAX_TOKENS), parity)
+
+
+def _agreement_in_fp32(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
+    """Agreement of the same OpenVINO weights when nothing is computed in bf16."""
+    import openvino as ov
+
+    from hw_profiles.runtimes.openvino import MODEL_FILE, OpenVinoSession, compile_properties
+
+    compiled = ov.Core().compile_model(directory / MODEL_FILE, "CPU", compile_properties(threads))
+    return logit_agreement(OpenVinoSession(compiled, _MAX_TOKENS), parity)

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from hw_profiles.devices import detect
+from hw_profiles.devices import detect, pin
 from hw_profiles.measured import MeasuredFile
 from hw_profiles.pack import Pack, chosen_targets, run_pack
 from hw_profiles.profile import Progress
-from hw_profiles.runtimes import RUNTIMES, Runtime, runtime
+from hw_profiles.runtimes import Runtime, runtime
 from hw_profiles.shapes import PRECISIONS
 from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS
 
@@ -41,8 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("pack", type=Path)
     run.add_argument("--output", type=Path, required=True, help="JSON file of measurements")
-    run.add_argument("--runtime", action="append", choices=list(RUNTIMES), default=[], help="only these")
-    run.add_argument("--precision", action="append", choices=PRECISIONS, default=[], help="only these")
+    run.add_argument("--runtime", action="append", default=[], help="of the pack, only these")
+    run.add_argument("--precision", action="append", choices=PRECISIONS, default=[], help="likewise")
+    run.add_argument("--cpus", help="keep to these, such as 0-3,8; all by default")
     run.add_argument("--threads", type=_from_one_to(MAX_THREADS), help="the pack's, or all cores, by default")
     run.add_argument("--rounds", type=_from_one_to(MAX_ROUNDS), help="rounds of timing; the pack's by default")
     return parser
@@ -58,6 +59,8 @@ def _from_one_to(most: int) -> Callable[[str], int]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.cpus is not None:
+        pin(arguments.cpus)
     device = detect()
     with Pack(arguments.pack) as pack:
         plan = pack.plan

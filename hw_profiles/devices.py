@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +31,18 @@ INSTRUCTIONS = (
     "sve",
     "sve2",
 )
+#: Any of them multiplies bf16 matrices (x86, then Arm).
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+#: One CPU or several in a row, as Linux lists them. No machine has 10^5.
+_RUN = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine as a process on it sees it: `cores` are those the process may use, `memory_bytes` is all its memory."""
+    """A machine as a process on it sees it: `cores` are those the process may use, `memory_bytes` is all its memory.
+
+    `cpus` names them where they are not all that the machine has: latencies on other cores are of another device.
+    """
 
     name: str
     cores: int
@@ -40,12 +50,24 @@ class Device:
     instructions: tuple[str, ...]
     system: str
     machine: str
+    cpus: str = ""
 
     @property
     def id(self) -> str:
         """Twelve hex digits; memory counts in whole GiB, since a kernel update moves it by some MiB."""
         fields = asdict(self) | {"memory_bytes": round(self.memory_bytes / 2**30)}
+        if not self.cpus:
+            del fields["cpus"]  # as before there was such a field
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """For people: its name, and which CPUs it is confined to."""
+        return f"{self.name}, CPUs {self.cpus}" if self.cpus else self.name
+
+    @property
+    def has_bf16(self) -> bool:
+        return not set(BF16_INSTRUCTIONS).isdisjoint(self.instructions)
 
 
 @dataclass(frozen=True, order=True)
@@ -81,13 +103,35 @@ def detect(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
         instructions=tuple(flag for flag in INSTRUCTIONS if flag in flags),
         system=platform.system(),
         machine=platform.machine(),
+        cpus=affinity() if _usable_cores() < (os.cpu_count() or 1) else "",
     )
 
 
 def affinity() -> str:
     """The CPUs that this process may use, as Linux lists them: `0-3,8`. Empty where the system does not tell."""
+    return _runs(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ""
+
+
+def pin(cpus: str) -> None:
+    """Keep this process to some of its CPUs, named as `affinity` does; threads that engines start later stay there too.
+
+    Raises ValueError for a list that is none, for CPUs that the process may not use, and where the system is not Linux.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"only Linux keeps a process to some CPUs, got {platform.system()}; leave --cpus out")
+    runs = [_RUN.fullmatch(run) for run in cpus.split(",")]
+    wanted = {cpu for run in runs if run for cpu in range(int(run[1]), int(run[2] or run[1]) + 1)}
+    allowed = os.sched_getaffinity(0)
+    if not all(runs) or not wanted or not wanted <= allowed:
+        raise ValueError(f"wanted CPUs out of {_runs(allowed)}, such as 0-3,8, got {cpus!r}")
+    for thread in Path("/proc/self/task").iterdir():  # libraries start threads when they are imported
+        with suppress(ProcessLookupError):  # one that has just ended
+            os.sched_setaffinity(int(thread.name), wanted)
+
+
+def _runs(cpus: Iterable[int]) -> str:
     runs: list[list[int]] = []
-    for cpu in sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []:
+    for cpu in sorted(cpus):
         if runs and cpu == runs[-1][-1] + 1:
             runs[-1].append(cpu)
         else:

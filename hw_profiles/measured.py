@@ -11,9 +11,8 @@ from pathlib import Path
 
 from hw_profiles.devices import INSTRUCTIONS, Device, Target
 from hw_profiles.measurement import ROLES, Measurement
-from hw_profiles.runtimes import RUNTIMES
 from hw_profiles.shapes import PRECISIONS, ModelShape
-from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, same_model, workload
+from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, runtime_name, same_model, workload
 
 MAX_FILE_BYTES = 32 * 2**20
 MAX_MEASUREMENTS = 50_000
@@ -148,6 +147,7 @@ def _device(fields: Fields) -> Device:
         instructions=_instructions(fields),
         system=fields.text("system", 50),
         machine=fields.text("machine", 50),
+        cpus=fields.text("cpus", 1000),
     )
     fields.end()
     return device
@@ -176,7 +176,7 @@ def _measurement(
 ) -> Measurement:
     target = Target(
         device.id,
-        fields.choice("runtime", list(RUNTIMES)),
+        runtime_name(fields),
         fields.choice("precision", PRECISIONS),
         fields.integer("threads", 1, MAX_THREADS),
     )

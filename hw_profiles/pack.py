@@ -1,7 +1,7 @@
 """A profile to carry: the graphs and the plan in one zip file, timed on a device that cannot write them itself.
 
     plan.json                                what to time, and how
-    {runtime}/{precision}/{shape id}/{file}  what the writer of that runtime made of that shape
+    {engine}/{precision}/{shape id}/{file}   what the writer for that runtime made of that shape, for all its devices
 
 Files are stored uncompressed, since random weights do not shrink: no zip is larger unpacked than it is.
 """
@@ -26,15 +26,16 @@ from hw_profiles.measured import MAX_MEASUREMENTS
 from hw_profiles.measurement import ROLES
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.profile import Build, Progress, Results, part_of, profile
-from hw_profiles.runtimes import RUNTIMES, Runtime
+from hw_profiles.runtimes import Runtime, engine_of
 from hw_profiles.shapes import PRECISIONS, ModelShape, Precision, Workload
-from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, same_model, workload
+from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, runtime_name, same_model, workload
 
 PLAN_FILE = "plan.json"
 MAX_PLAN_BYTES = 64 * 2**20
 
 _FORMAT, _VERSION = "llm-nas pack", 1
 _REMEDY = "write the pack again with nas profile --pack"
+_MAX_TARGETS = 64
 _MAX_WORKLOADS = 64
 #: A component of a name in the zip: no separator, no drive, nothing hidden, no `..`.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -64,6 +65,11 @@ class PackPlan:
         """By id, in the order of the plan: a shape with two roles is there once."""
         return {graph.shape.id: graph.shape for graph in self.graphs}
 
+    @property
+    def files(self) -> list[tuple[str, Precision]]:
+        """The engine and precision of every set of files: targets that differ in the device alone share theirs."""
+        return list(dict.fromkeys((engine_of(runtime), precision) for runtime, precision in self.targets))
+
     def to_json(self) -> str:
         return json.dumps(
             {
@@ -87,7 +93,7 @@ class PackPlan:
         """ValueError, in one sentence, unless all of it is valid."""
         fields = Fields.parse(content, file, _REMEDY)
         fields.header(_FORMAT, _VERSION)
-        targets = [_target(row) for row in fields.objects("targets", 1, len(RUNTIMES) * len(PRECISIONS))]
+        targets = [_target(row) for row in fields.objects("targets", 1, _MAX_TARGETS)]
         workloads = [_workload(row) for row in fields.objects("workloads", 1, _MAX_WORKLOADS)]
         rows = fields.objects("graphs", 1, MAX_MEASUREMENTS // (len(targets) * len(workloads)))
         graphs = [_graph(row) for row in rows]
@@ -113,7 +119,7 @@ class PackPlan:
 
 
 def _target(fields: Fields) -> tuple[str, Precision]:
-    target = fields.choice("runtime", list(RUNTIMES)), fields.choice("precision", PRECISIONS)
+    target = runtime_name(fields), fields.choice("precision", PRECISIONS)
     fields.end()
     return target
 
@@ -143,19 +149,19 @@ def write_pack(
     if path.is_dir():
         raise ValueError(f"wanted the name of a zip file to write, got the folder {path}; give a file in it")
     shapes = plan.shapes
-    _check_room(path, sum(shape.weight_bytes(bits) for _, bits in plan.targets for shape in shapes.values()))
+    _check_room(path, sum(shape.weight_bytes(bits) for _, bits in plan.files for shape in shapes.values()))
     part = path.with_name(path.name + ".part")
-    total = len(plan.targets) * len(shapes)
+    total = len(plan.files) * len(shapes)
     try:
         with ZipFile(part, "w", ZIP_STORED) as archive:
             archive.writestr(PLAN_FILE, content)
-            jobs = ((target, shape) for target in plan.targets for shape in shapes.values())
-            for done, ((runtime, precision), shape) in enumerate(jobs):
-                progress(done, total, f"{runtime}/{precision}: writing {shape.id}")
+            jobs = ((kind, shape) for kind in plan.files for shape in shapes.values())
+            for done, ((engine, precision), shape) in enumerate(jobs):
+                progress(done, total, f"{engine}/{precision}: writing {shape.id}")
                 with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
-                    builders[runtime](shape, precision, Path(directory))
+                    builders[engine](shape, precision, Path(directory))
                     for file in sorted(Path(directory).iterdir()):
-                        archive.write(file, f"{runtime}/{precision}/{shape.id}/{file.name}")
+                        archive.write(file, f"{engine}/{precision}/{shape.id}/{file.name}")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -204,7 +210,7 @@ class Pack:
         """What `profile` takes as `build`: unpacks a graph instead of writing it."""
 
         def unpack(shape: ModelShape, precision: Precision, directory: Path) -> Path:
-            for info in self._files[runtime, precision, shape.id]:
+            for info in self._files[engine_of(runtime), precision, shape.id]:
                 with (
                     self._refusals(),
                     self._archive.open(info) as source,
@@ -216,7 +222,7 @@ class Pack:
         return unpack
 
     def _checked_files(self) -> dict[tuple[str, str, str], list[ZipInfo]]:
-        """The files of each graph, by runtime, precision and shape id."""
+        """The files of each graph, by engine, precision and shape id."""
         entries = self._archive.infolist()
         names = [info.filename for info in entries]
         if len(set(names)) < len(names):
@@ -245,19 +251,19 @@ class Pack:
     def _check_graphs(self) -> None:
         """Every graph of the plan has files of a size that fits its shape, and nothing else is there."""
         wanted = {
-            (runtime, precision, shape.id): shape for runtime, precision in self.plan.targets
+            (engine, precision, shape.id): shape for engine, precision in self.plan.files
             for shape in self.plan.shapes.values()
         }  # fmt: skip
         for found in self._files:
             if found not in wanted:
                 raise ValueError(f"{self.path} must hold the plan's graphs alone, got {'/'.join(found)}; {_REMEDY}")
-        for (runtime, bits, shape_id), shape in wanted.items():
-            size_bytes = sum(info.file_size for info in self._files.get((runtime, bits, shape_id), []))
+        for (engine, bits, shape_id), shape in wanted.items():
+            size_bytes = sum(info.file_size for info in self._files.get((engine, bits, shape_id), []))
             weight_bytes = shape.weight_bytes(next(p for p in PRECISIONS if p == bits))
             if not 0 < size_bytes <= _FILES_PER_WEIGHT_BYTE * weight_bytes + _FILES_EXTRA_BYTES:
                 raise ValueError(
                     f"{self.path} must hold files for about {weight_bytes:,} bytes of weights in "
-                    f"{runtime}/{bits}/{shape_id}, got {size_bytes:,} bytes; {_REMEDY}"
+                    f"{engine}/{bits}/{shape_id}, got {size_bytes:,} bytes; {_REMEDY}"
                 )
 
     def _unsafe(self, info: ZipInfo, wanted: str) -> ValueError:

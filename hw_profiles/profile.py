@@ -15,7 +15,7 @@ from typing import Protocol
 from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, workloads_of_graphs
-from hw_profiles.runtimes import Runtime, Session
+from hw_profiles.runtimes import Runtime, Session, check_precision
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import DECODE_STEPS, measure
 
@@ -79,6 +79,7 @@ def profile(
         raise ValueError(f"the target must be on device {device.id}, got one on {target.device_id}")
     if target.runtime != runtime.name:
         raise ValueError(f"the target must name the runtime {runtime.name}, got {target.runtime}")
+    check_precision(runtime, target.precision)
     results.add_device(device)
     run = _Run(results, target, references[0], build, runtime, rounds, decode_steps, scratch)
     pending = run.pending(planned, workloads)

@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 Phase = Literal["prefill", "decode"]
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+#: Of the weights; at bf16 the arithmetic is bf16 as well, at the others fp32 or what the runtime makes of it.
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")
 
 #: Weights in quantised matrices share one fp16 scale per this many inputs (the block of GGUF's Q4_0 and Q8_0).
 QUANTIZATION_BLOCK_SIZE = 32
 #: Bits of the decoder blocks' weights at each precision.
-BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 4}
+BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 #: Bits of the embedding and the head: never below 8, four bits there cost more quality than they save time.
-HEAD_BITS: dict[Precision, int] = {"fp32": 32, "int8": 8, "int4": 8}
+HEAD_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 8}
+#: Bytes of an activation, and of a cached key or value.
+VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 4, "int4": 4}
 
 
 @dataclass(frozen=True, order=True)
@@ -85,7 +88,7 @@ class ModelShape:
         return sum(map(self.block_parameters, self.blocks)) + self.hidden_size + self.embedding_parameters
 
     def weight_bytes(self, precision: Precision) -> int:
-        """Bytes of all weights: matrices at the precision's bits with an fp16 scale per 32, norms as fp32."""
+        """Bytes of all weights: matrices at the precision's bits below 16 with an fp16 scale per 32, norms as fp32."""
         norms = self.hidden_size * (
             1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks)
         )

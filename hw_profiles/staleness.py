@@ -9,7 +9,7 @@ from datetime import datetime
 from hw_profiles.devices import Target, detect
 from hw_profiles.measurement import Measurement
 from hw_profiles.profile import repeat_noise
-from hw_profiles.runtimes import RUNTIMES, runtime
+from hw_profiles.runtimes import RUNTIMES, engine_of, runtime
 from hw_profiles.shapes import Workload
 from hw_profiles.store import Store
 
@@ -79,10 +79,11 @@ def _complaint(outdated: Sequence[Measurement], wanted: str, is_installed: bool)
 
 def installed_version(runtime_name: str, device_id: str) -> str | None:
     """The version of a runtime on a device: None if that is not this device, or if the runtime is not installed."""
-    if device_id != detect().id or runtime_name not in RUNTIMES:
+    engine = engine_of(runtime_name)
+    if device_id != detect().id or engine not in RUNTIMES:
         return None
     try:
-        return runtime(runtime_name).version()
+        return runtime(engine).version()
     except ImportError:
         return None
 

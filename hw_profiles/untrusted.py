@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, get_args
 
+from hw_profiles.runtimes import RUNTIMES, is_runtime_name
 from hw_profiles.shapes import BlockShape, ModelShape, Phase, Workload
 
 #: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
@@ -153,6 +154,16 @@ def workload(fields: Fields) -> Workload:
     phase = fields.choice("phase", _PHASES)
     tokens = fields.integer("tokens", 1 if phase == "prefill" else 0, MAX_TOKENS)
     return Workload(phase, tokens, fields.integer("batch_size", 1, MAX_BATCH_SIZE))
+
+
+def runtime_name(fields: Fields) -> str:
+    """Takes the field `runtime`: the device that it names need not be one of this machine."""
+    name = fields.text("runtime", 50)
+    if not is_runtime_name(name):
+        raise fields.wrong(
+            "runtime", f"one of {', '.join(RUNTIMES)}, which may carry a device as in openvino:GPU", name
+        )
+    return name
 
 
 def same_model(shape: ModelShape, reference: ModelShape, fields: Fields) -> None:

@@ -11,6 +11,8 @@ import typer
 from safetensors import SafetensorError
 
 from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
+from hw_profiles.devices import pin
+from hw_profiles.runtimes import names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
 from nas import tables
@@ -28,11 +30,23 @@ from nas.terminal import (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+
+def _pin(cpus: str | None) -> None:
+    if cpus is not None:
+        pin(cpus)
+
+
 Database = Annotated[str, typer.Option(envvar="NAS_DATABASE", help="SQLite file or SQLAlchemy URL.")]
 Cache = Annotated[Path, typer.Option(envvar="NAS_CACHE", help="Folder for calibration statistics and weights.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {', '.join(RUNTIMES)}.")]
+_RUNTIMES = f"{', '.join(RUNTIMES)}, which may carry a device that nas devices lists, as in openvino:GPU."
+RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {_RUNTIMES}")]
+
+#: Takes effect when it is parsed: before any engine starts its threads, and before anything asks which device this is.
+Cpus = Annotated[
+    str | None, typer.Option("--cpus", callback=_pin, help="Keep to these, such as 0-3,8: a device of its own.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the device by default.")]
 DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
 PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
@@ -46,6 +60,8 @@ TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the 
 
 _DATABASE = "llm-nas.db"
 _CACHE = Path(".llm-nas-cache")
+#: bf16 has to be asked for: few runtimes and CPUs have it, and no search chooses it.
+_PROFILED: tuple[Precision, ...] = ("fp32", "int8", "int4")
 
 
 @app.command()
@@ -56,17 +72,17 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
     for name in RUNTIMES:
         try:
             engine = runtime(name)
-            available[name] = {"version": engine.version(), "devices": engine.devices()}
+            available[name] = {"version": engine.version(), "names": names(engine)}
         except ImportError:
             continue
     with Store(database) as store:
-        known = {device.id: device.name for device in store.devices()}
+        known = {device.id: device.title for device in store.devices()}
         summaries = [
             summarise(store, target, installed_version(target.runtime, target.device_id)) for target in store.targets()
         ]
     profiled = [tables.summary_fields(summary) for summary in summaries]
-    engines = "\n".join(f"  {n} {a['version']}: {', '.join(a['devices'])}" for n, a in available.items())
-    header = f"{here.id}  {here.name}, {here.cores} cores, {here.memory_bytes / 2**30:.0f} GiB\n{engines}"
+    engines = "\n".join(f"  {n} {a['version']}: --runtime {', '.join(a['names'])}" for n, a in available.items())
+    header = f"{here.id}  {here.title}, {here.cores} cores, {here.memory_bytes / 2**30:.0f} GiB\n{engines}"
     stale = [row["target"] for row in profiled if row["stale"]]
     advice = [f"STALE: another version of the runtime is installed now; nas profile again for {', '.join(stale)}"]
     emit({"here": {"id": here.id, **asdict(here)}, "runtimes": available, "devices": known, "profiled": profiled},
@@ -76,9 +92,13 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
 @app.command()
 def profile(
     model: Annotated[str | None, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")] = None,
-    runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {', '.join(RUNTIMES)}.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PRECISIONS)}.")] = None,
+    runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {_RUNTIMES}")] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Any of {', '.join(PRECISIONS)}; {', '.join(_PROFILED)} by default."),
+    ] = None,
     threads: Threads = None,
+    cpus: Cpus = None,
     prompt_tokens: Annotated[list[int], typer.Option(help="Prompt lengths; any in between can be asked for.")] = [  # noqa: B006
         16,
         128,
@@ -114,12 +134,12 @@ def profile(
             raise ValueError("--pack writes a file and --import reads one, got both; give one of the two")
         with Store(database) as store:
             device, results = import_measured(store, measured, model)
-        emit({"device": device.id, "targets": results}, as_json, tables.timed(results), f"{device.id}  {device.name}")
+        emit({"device": device.id, "targets": results}, as_json, tables.timed(results), f"{device.id}  {device.title}")
         return
     if model is None:
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
-    engines = [runtime(name) for name in dict.fromkeys(runtime_name or RUNTIMES)]
-    precisions = [_precision(value) for value in dict.fromkeys(precision or PRECISIONS)]
+    runtimes = list(dict.fromkeys(runtime_name or RUNTIMES))
+    precisions = [_precision(value) for value in dict.fromkeys(precision or _PROFILED)]
     prefills = [Workload("prefill", tokens, batch) for batch in batch_size for tokens in prompt_tokens]
     decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]
     workloads = list(dict.fromkeys(prefills + decodes))
@@ -127,10 +147,9 @@ def profile(
     from nas.profiling import pack_targets, profile_targets
 
     if pack is not None:
-        names = [engine.name for engine in engines]
         with progress_bar("pack") as progress:
             plan = pack_targets(
-                pack, model, names, precisions, threads, workloads,
+                pack, model, runtimes, precisions, threads, workloads,
                 counts=counts, rounds=rounds, seed=seed, with_table=transfer_from is None, progress=progress,
             )  # fmt: skip
         result = {"pack": str(pack), "size_bytes": pack.stat().st_size, "graphs": len(plan.graphs),
@@ -138,6 +157,7 @@ def profile(
         emit(result, as_json, f"{pack}: {result['size_bytes']:,} bytes; on the device, beside the folder hw_profiles:\n"
              f"python -m hw_profiles run {pack.name} --output measured.json")  # fmt: skip
         return
+    engines = [runtime(name) for name in runtimes]
     with Store(database) as store, progress_bar("profile") as progress:
         results = profile_targets(
             store, model, engines, precisions, threads or detect().cores, workloads,
@@ -156,6 +176,7 @@ def search(
     budget_ms: Annotated[float | None, typer.Option(help="Latency near which a good answer is wanted most.")] = None,
     device: DeviceId = None,
     threads: Threads = None,
+    cpus: Cpus = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     batch_size: BatchSize = 1,
@@ -235,6 +256,7 @@ def query(
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
     threads: Threads = None,
+    cpus: Cpus = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     batch_size: BatchSize = 1,
@@ -280,9 +302,12 @@ def export(
     format_: Annotated[
         list[str], typer.Option("--format", help="Of several, each gets a folder of its name in --output.")
     ] = ["openvino"],  # noqa: B006
-    precision: Annotated[str | None, typer.Option(help="fp32, int8 or int4; the subnet's own by default.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is, if it moved since the search.")] = None,
     threads: Threads = None,
+    cpus: Cpus = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     trust_remote_code: bool = False,
@@ -333,6 +358,7 @@ def verify(
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     threads: Threads = None,
+    cpus: Cpus = None,
     prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
     rounds: Annotated[int, typer.Option(help="Rounds that every folder is timed in.")] = 15,
     study_name: Annotated[
@@ -388,6 +414,7 @@ def report(
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
     threads: Threads = None,
+    cpus: Cpus = None,
     context_tokens: ContextTokens = 128,
     database: Database = _DATABASE,
     as_json: Json = False,

@@ -13,7 +13,7 @@ from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workloa
 from hw_profiles.measured import read_measured
 from hw_profiles.pack import PackPlan, write_pack
 from hw_profiles.profile import Progress, part_of, profile
-from hw_profiles.runtimes import Runtime, runtime
+from hw_profiles.runtimes import Runtime, check_precision, engine_of, runtime
 from hw_profiles.shapes import Precision
 from hw_profiles.timing import DECODE_STEPS
 from nas.families import load_config
@@ -49,6 +49,8 @@ def profile_targets(
     if transfer_from is not None:
         for engine, target in targets:
             check_transfer(store, target, engine.version(), space.base, workloads, transfer_from)
+    for engine, target in targets:  # before hours of timing, not in between
+        check_precision(engine, target.precision)
     rows = []
     for number, (engine, target) in enumerate(targets):
         timed = profile_target(
@@ -240,7 +242,7 @@ def time_graphs(
 ) -> None:
     """`hw_profiles.profile` with the files that export writes."""
     profile(
-        store, detect(), target, planned, workloads, BUILDERS[engine.name], engine,
+        store, detect(), target, planned, workloads, BUILDERS[engine_of(engine.name)], engine,
         rounds=rounds, seed=seed, progress=progress,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.profile import Progress
+from hw_profiles.runtimes import engine_of
 from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
@@ -88,12 +89,12 @@ def predictions_for(
     threads: int,
     workloads: Sequence[Workload],
 ) -> list[LatencyPrediction]:
-    """What the device's profile says of a subnet in a format; empty where its runtime has none or it is stale."""
+    """What the device's profile says of a subnet in a format; empty where its runtimes have none or it is stale."""
     from export import FORMAT_OF_RUNTIME, LatencyPrediction
 
     predictions = []
-    for runtime_name, format_of_runtime in FORMAT_OF_RUNTIME.items():
-        for workload in workloads if format_of_runtime == format_ else ():
+    for runtime_name in sorted({target.runtime for target in store.targets() if target.device_id == device_id}):
+        for workload in workloads if FORMAT_OF_RUNTIME.get(engine_of(runtime_name)) == format_ else ():
             try:
                 predicted = LatencyModel.fit(store, device_id, runtime_name, threads, space, workload).predict([subnet])
             except (ProfileMissingError, StaleProfileError):

@@ -36,6 +36,7 @@ LIGHT_COLOURS = {
     "muted": "#68707a",
     "grid": "#e2e5e9",
     "fp32": "#009e73",
+    "bf16": "#a8508a",
     "int8": "#0072b2",
     "int4": "#d55e00",
 }
@@ -45,6 +46,7 @@ DARK_COLOURS = {
     "muted": "#98a1ab",
     "grid": "#2d3339",
     "fp32": "#2cc69b",
+    "bf16": "#d98cc0",
     "int8": "#56b4e9",
     "int4": "#f0883e",
 }

@@ -34,7 +34,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Subnet:
-    """One choice per layer and the bits of all blocks' weights: 32 (fp32), 8 or 4. The full model is a Subnet too."""
+    """One choice per layer and the bits of all blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too."""
 
     layers: tuple[LayerChoice, ...]
     bits: int
@@ -138,11 +138,12 @@ class SearchSpace:
         return Subnet(tuple(LayerChoice(groups, width) for groups, width in layers), bits)
 
     def validate(self, subnet: Subnet) -> None:
-        """ValueError where depth or a size is not one of the choices, or bits are neither searched nor 32."""
+        """ValueError where depth or a size is not one of the choices, or bits below 16 are not searched."""
         if len(subnet.layers) != self.depth:
             raise ValueError(f"wanted a subnet of {self.depth} layers, got {len(subnet.layers)}")
-        if subnet.bits not in (32, *self.bits_choices):
-            raise ValueError(f"wanted bits out of {(32, *self.bits_choices)}, got {subnet.bits}")
+        allowed = (32, 16, *self.bits_choices)
+        if subnet.bits not in allowed:
+            raise ValueError(f"wanted bits out of {allowed}, got {subnet.bits}")
         for index, layer in enumerate(subnet.layers):
             if layer.num_key_value_heads not in self.group_choices or layer.intermediate_size not in self.width_choices:
                 raise ValueError(

@@ -162,7 +162,7 @@ class Supernet:
     def _activate_ends(self, bits: int) -> None:
         if bits == self._head_bits:
             return
-        if bits >= 16:
+        if bits == 32:
             ends = self._ends
         else:
             if bits not in self._quantized_ends:
@@ -209,7 +209,8 @@ class Supernet:
     def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         if bits >= 16:
-            return self._part_weights(layer, part, choice)
+            weights = self._part_weights(layer, part, choice)
+            return {name: fake_quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
         key = (layer, part, choice, bits)
         if key not in self._quantized:
             self._quantized[key] = self._quantize_part(layer, part, choice, bits)

@@ -12,7 +12,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, ModelShape, Precision, Workload, bits_per_weight
+from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, VALUE_BYTES, ModelShape, Precision, Workload, bits_per_weight
 from predictors.metrics import FloatArray
 
 #: Widths are padded to this many channels: four AVX-512 registers, a cache line of int8, a tile of most GEMM kernels.
@@ -44,7 +44,6 @@ WORKLOAD_COLUMNS = (
 # Nominal kernels of one step: norm, q, k, v, rotary, attention, output, residual; norm, gate, up, product, down,
 # residual; embedding, last norm, head. Runtimes fuse some; a layer skipped saves its share all the same.
 _ATTENTION_KERNELS, _MLP_KERNELS, _FIXED_KERNELS = 8, 6, 3
-_ACTIVATION_BYTES_PER_VALUE = 4
 
 
 def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
@@ -102,10 +101,10 @@ def latency_features(
         "layers_off_64": (width % 64 > 0).sum(axis=1),
         "layers_off_128": (width % 128 > 0).sum(axis=1),
         "weight_bytes": weight_bytes,
-        "kv_bytes": 2 * kv_groups * head_dim * cached * batch * 4,
+        "kv_bytes": 2 * kv_groups * head_dim * cached * batch * VALUE_BYTES[precision],
         "projection_flops": batch * 2 * (fed * (matrices + block_norms) + hidden * vocab),
         "attention_flops": batch * 4 * query_heads * head_dim * seen,
-        "activation_bytes": values * fed * batch * _ACTIVATION_BYTES_PER_VALUE,
+        "activation_bytes": values * fed * batch * VALUE_BYTES[precision],
         "tokens_fed": fed * batch,
         "attention_layers_fed": attention_layers * fed * batch,
         "kv_groups_fed": kv_groups * fed * batch,

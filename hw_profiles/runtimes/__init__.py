@@ -1,13 +1,23 @@
-"""The inference engines that can be timed, behind two small Protocols. An engine is imported when first asked for."""
+"""The inference engines that can be timed, behind two small Protocols. An engine is imported when first asked for.
+
+A runtime's name is its engine's, for the CPU, or carries one of the devices that the engine lists: `openvino`,
+`openvino:GPU`, `onnxruntime:CUDA`. An engine reads the same files on all of them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hw_profiles.shapes import Precision
+
+CPU = "CPU"
+_DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,31}")
 
 
 class Session(Protocol):
@@ -27,38 +37,86 @@ class Session(Protocol):
 
 class Runtime(Protocol):
     name: str
+    #: Those that it has kernels for, on the device of its name.
+    precisions: tuple[Precision, ...]
 
     def version(self) -> str: ...
 
     def devices(self) -> list[str]:
-        """What the engine itself lists."""
+        """What the engine itself lists here, `CPU` first: the devices that its name may carry."""
         ...
 
     def load(self, path: Path, threads: int, max_tokens: int) -> Session:
-        """Load a model file, or the folder that holds one, for at most `max_tokens` tokens in the KV cache."""
+        """Load a model file, or the folder that holds one, for at most `max_tokens` tokens in the KV cache.
+
+        ValueError unless the model runs on the device of the runtime's name.
+        """
         ...
 
 
-def _onnxruntime() -> Runtime:
+def _onnxruntime(device: str = CPU) -> Runtime:
     from hw_profiles.runtimes.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime()
+    return OnnxRuntime(device)
 
 
-def _openvino() -> Runtime:
+def _openvino(device: str = CPU) -> Runtime:
     from hw_profiles.runtimes.openvino import OpenVinoRuntime
 
-    return OpenVinoRuntime()
+    return OpenVinoRuntime(device)
 
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+#: Constructors: of the engine on its CPU, and, given one of its other devices, on that.
+RUNTIMES: dict[str, Callable[..., Runtime]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def runtime(name: str) -> Runtime:
-    """The engine of that name; ModuleNotFoundError where its package is not installed."""
-    if name not in RUNTIMES:
+    """The engine of that name; ModuleNotFoundError where its package is not installed.
+
+    ValueError for an engine that is not known, or a device that it does not list here.
+    """
+    engine = engine_of(name)
+    if engine not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {name!r}")
-    return RUNTIMES[name]()
+    on_cpu = RUNTIMES[engine]()
+    if name == engine:
+        return on_cpu
+    here = names(on_cpu)
+    if name not in here:
+        raise ValueError(
+            f"wanted a device that {engine} {on_cpu.version()} lists here ({', '.join(here)}), got {name}; take one of "
+            "these, or install what that device needs"
+        )
+    return RUNTIMES[engine](name.removeprefix(f"{engine}:"))
+
+
+def engine_of(name: str) -> str:
+    """`openvino` of `openvino:GPU`: what decides which files are read."""
+    return name.partition(":")[0]
+
+
+def name_on(engine: str, device: str) -> str:
+    """`openvino:GPU` for its GPU; an engine on the CPU has the plain name."""
+    return engine if device == CPU else f"{engine}:{device}"
+
+
+def names(engine: Runtime) -> list[str]:
+    """What `runtime` takes here for this engine."""
+    return [name_on(engine_of(engine.name), device) for device in engine.devices()]
+
+
+def check_precision(engine: Runtime, precision: Precision) -> None:
+    if precision not in engine.precisions:
+        raise ValueError(
+            f"wanted a precision that {engine.name} has kernels for on this device ({', '.join(engine.precisions)}), "
+            f"got {precision}; take one of these, or for bf16 openvino on a CPU with bf16 instructions"
+        )
+
+
+def is_runtime_name(name: str) -> bool:
+    """Whether some machine may have a runtime of that name: a known engine, alone or with any device but the CPU."""
+    engine, colon, device = name.partition(":")
+    return engine in RUNTIMES and (not colon or (device != CPU and _DEVICE.fullmatch(device) is not None))
 
 
 def model_file(path: Path, file_name: str) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.runtimes import check_room, model_file
+from hw_profiles.shapes import PRECISIONS
 
 MODEL_FILE = "fake.json"
 
@@ -39,6 +40,7 @@ class FakeRuntime:
     """`wait` takes seconds; a test may hand in the advance of its own clock."""
 
     name = "fake"
+    precisions = PRECISIONS
 
     def __init__(self, wait: Callable[[float], None] = time.sleep) -> None:
         self._wait = wait

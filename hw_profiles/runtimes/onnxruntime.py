@@ -1,41 +1,98 @@
-"""ONNX Runtime on the CPU: a decoder file with the KV cache as inputs and outputs, as onnxruntime-genai names them."""
+"""ONNX Runtime: a decoder file with the KV cache as inputs and outputs, as onnxruntime-genai names them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from hw_profiles.runtimes import check_room, model_file
+from hw_profiles.runtimes import CPU, check_room, model_file, name_on
+from hw_profiles.shapes import Precision
 
 MODEL_FILE = "model.onnx"
 _FATAL_ONLY = 4
 
 
+@dataclass(frozen=True)
+class Provider:
+    """One execution provider: its name in onnxruntime, where its KV cache lies, and its options for so many threads."""
+
+    name: str
+    memory: str = "cpu"
+    options: Callable[[int], dict[str, str]] = lambda threads: {}
+
+
+#: By the device in a runtime's name. Of these CPU and OpenVINO have run here; the others' rows follow their manuals.
+PROVIDERS = {
+    CPU: Provider("CPUExecutionProvider"),
+    "CUDA": Provider("CUDAExecutionProvider", "cuda"),
+    "TensorRT": Provider("TensorrtExecutionProvider", "cuda"),
+    "DirectML": Provider("DmlExecutionProvider", "dml"),
+    "OpenVINO": Provider(
+        "OpenVINOExecutionProvider",
+        options=lambda threads: {"device_type": "CPU", "precision": "FP32", "num_of_threads": str(threads)},
+    ),
+}
+
+#: Where the time goes: a provider that leaves one of these to the CPU was not timed.
+_HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention"}
+
+
 class OnnxRuntime:
-    name = "onnxruntime"
+    #: Its CPU provider has no kernels that multiply bf16 matrices, and the writer writes no such files.
+    precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
+
+    def __init__(self, device: str = CPU) -> None:
+        self.name = name_on("onnxruntime", device)
+        self._provider = PROVIDERS[device]
 
     def version(self) -> str:
         return str(ort.__version__)
 
     def devices(self) -> list[str]:
-        return [str(provider) for provider in ort.get_available_providers()]
+        listed = ort.get_available_providers()
+        return [device for device, provider in PROVIDERS.items() if provider.name in listed]
 
     def load(self, path: Path, threads: int, max_tokens: int) -> OnnxSession:
         file = model_file(path, MODEL_FILE)
+        provider = self._provider
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _FATAL_ONLY  # errors are raised, not printed as well
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            return OnnxSession(ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]), max_tokens)
+            session = ort.InferenceSession(
+                str(file), options, providers=[(provider.name, provider.options(threads))], enable_fallback=0
+            )
+            self._check_placement(session)
+            return OnnxSession(session, max_tokens, provider.memory)
         except Exception as error:  # its exceptions share no base class but Exception
             raise ValueError(
                 f"wanted a decoder with a KV cache that ONNX Runtime can run, got {file}: {error}"
             ) from error
+
+    def _check_placement(self, session: ort.InferenceSession) -> None:
+        """Providers leave what they cannot run to the CPU, which would then be timed under their name."""
+        provider = self._provider.name
+        first = session.get_providers()[0]
+        if first != provider:
+            raise ValueError(f"{provider} did not start and left the session to {first}")
+        if provider == PROVIDERS[CPU].name:
+            return
+        elsewhere = {
+            node.op_type
+            for subgraph in session.get_provider_graph_assignment_info()
+            for node in subgraph.get_nodes()
+            if subgraph.ep_name != provider and node.op_type in _HEAVY_OPERATORS
+        }
+        if elsewhere:
+            raise ValueError(f"{provider} leaves {', '.join(sorted(elsewhere))} to the CPU")
 
 
 class OnnxSession:
@@ -45,9 +102,10 @@ class OnnxSession:
     past and present, taking P from the mask. Graphs that cannot copy the cache each step; `shares_cache` is then False.
     """
 
-    def __init__(self, session: ort.InferenceSession, max_tokens: int) -> None:
+    def __init__(self, session: ort.InferenceSession, max_tokens: int, memory: str = "cpu") -> None:
         self._session = session
         self._max_tokens = max_tokens
+        self._memory = memory
         shapes = {node.name: node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")}
         self._cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in shapes.items()}
         self._past: dict[str, ort.OrtValue] = {}
@@ -81,7 +139,7 @@ class OnnxSession:
             if self.shares_cache:
                 binding.bind_ortvalue_output(present, buffer)
             else:
-                binding.bind_output(present, "cpu")
+                binding.bind_output(present, self._memory)
         self._session.run_with_iobinding(binding)
         logits, *present_buffers = binding.get_outputs()
         if not self.shares_cache:
@@ -92,7 +150,9 @@ class OnnxSession:
 
     def _buffers(self, batch_size: int, tokens: int) -> dict[str, ort.OrtValue]:
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.full((batch_size, heads, tokens, head_dim), 0.5, np.float32))
+            name: ort.OrtValue.ortvalue_from_numpy(
+                np.full((batch_size, heads, tokens, head_dim), 0.5, np.float32), self._memory
+            )
             for name, (heads, head_dim) in self._cache_shapes.items()
         }
 

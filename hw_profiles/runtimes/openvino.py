@@ -1,17 +1,22 @@
-"""OpenVINO on the CPU: a stateful decoder IR, whose KV cache lives inside the infer request."""
+"""OpenVINO: a stateful decoder IR, whose KV cache lives inside the infer request."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from hw_profiles.runtimes import check_room, model_file
+from hw_profiles.devices import detect
+from hw_profiles.runtimes import CPU, check_room, model_file, name_on
+from hw_profiles.shapes import PRECISIONS, Precision
 
 MODEL_FILE = "openvino_model.xml"
+#: OpenVINO's choice among the devices that are here; it does not list it with them.
+AUTO = "AUTO"
 
 #: Activations are quantised on the fly in groups of this many values before meeting int8 or int4 weights; "0" keeps
 #: them fp32. Quantising them is faster in prefill, but moves the logits away from the ones that the search evaluated.
@@ -21,11 +26,11 @@ DYNAMIC_QUANTIZATION_GROUP_SIZE = "0"
 _AFTER_HEAD = ("Add", "Multiply", "Divide", "Tanh", "Convert", "Transpose")
 
 
-def compile_properties(threads: int) -> dict[str, str]:
+def compile_properties(threads: int, arithmetic: str = "f32") -> dict[str, str]:
     """Plugin properties of every model timed or verified. The defaults compute in reduced precision: other tokens."""
     return {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "KV_CACHE_PRECISION": "f32",
+        "INFERENCE_PRECISION_HINT": arithmetic,
+        "KV_CACHE_PRECISION": arithmetic,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_QUANTIZATION_GROUP_SIZE,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": str(threads),
@@ -36,14 +41,26 @@ def compile_properties(threads: int) -> dict[str, str]:
 _CACHE_VALUES = np.linspace(-1, 1, 64, dtype=np.float32)
 
 
+def arithmetic(model: ov.Model) -> str:
+    """What a file asks to be computed in, by its own `runtime_options`, where the plugins do not look for it."""
+    path = ["runtime_options", "INFERENCE_PRECISION_HINT"]
+    return str(model.get_rt_info(path).value) if model.has_rt_info(path) else "f32"
+
+
 class OpenVinoRuntime:
-    name = "openvino"
+    def __init__(self, device: str = CPU) -> None:
+        self.name = name_on("openvino", device)
+        self._device = device
+        # only where the CPU itself multiplies bf16, not where the plugin would have to emulate it
+        self.precisions: tuple[Precision, ...] = tuple(
+            precision for precision in PRECISIONS if precision != "bf16" or (device == CPU and detect().has_bf16)
+        )
 
     def version(self) -> str:
         return str(ov.__version__)
 
     def devices(self) -> list[str]:
-        return [str(device) for device in ov.Core().available_devices]
+        return [*map(str, ov.Core().available_devices), AUTO]
 
     def load(self, path: Path, threads: int, max_tokens: int) -> OpenVinoSession:
         file = model_file(path, MODEL_FILE)
@@ -51,10 +68,24 @@ class OpenVinoRuntime:
         try:
             model = core.read_model(str(file))
             slice_before_head(model)
-            compiled = core.compile_model(model, "CPU", compile_properties(threads))
+            compiled = core.compile_model(model, self._device, self._properties(core, threads, arithmetic(model)))
         except RuntimeError as error:
             raise ValueError(f"wanted an IR that OpenVINO can compile, got {file}: {error}") from error
         return OpenVinoSession(compiled, max_tokens)
+
+    def _properties(self, core: ov.Core, threads: int, arithmetic: str) -> dict[str, Any]:
+        """Of `compile_properties` what the device knows; AUTO hands them on to the device that it chooses."""
+        wanted = compile_properties(threads, arithmetic)
+
+        def known(device: str) -> dict[str, str]:
+            supported = core.get_property(device, "SUPPORTED_PROPERTIES")
+            return {name: value for name, value in wanted.items() if name in supported}
+
+        if self._device != AUTO:
+            return known(self._device)
+        # by default the CPU answers until the chosen device has compiled: two devices in one measurement
+        own = {"PERFORMANCE_HINT": wanted["PERFORMANCE_HINT"], "ENABLE_STARTUP_FALLBACK": "NO"}
+        return {**own, "DEVICE_PROPERTIES": {device: known(device) for device in core.available_devices}}
 
 
 class OpenVinoSession:

@@ -39,6 +39,8 @@ def _weights(decoder: Decoder) -> tuple[Any, ...]:
 
 
 def _dense(matrix: Any) -> np.ndarray:
+    if getattr(matrix, "dtype", None) == np.uint16:
+        return (matrix.astype(np.uint32) << 16).view(np.float32)
     if isinstance(matrix, PackedMatrix):
         return np.repeat(matrix.scales.astype(np.float32), 32, axis=1) * matrix.integers
     return matrix

@@ -12,7 +12,7 @@ import export.onnx
 from export.decoder import Decoder, decoder_from_model
 from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
 from hw_profiles.runtimes import runtime
-from hw_profiles.shapes import PRECISIONS, BlockShape, Precision
+from hw_profiles.shapes import BlockShape, Precision
 
 from . import tiny_models
 from .writer_contract import FED, PROMPT, WriterContract
@@ -93,7 +93,7 @@ def _expect_torchs_tokens(model: PreTrainedModel, precision: Precision, director
     assert _genai_tokens(directory, ids.numpy(), 24) == expected
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", TestOnnx.tolerance)
 @pytest.mark.parametrize("tied", [True, False])
 def test_genai_generates_torchs_tokens(
     models: dict[bool, PreTrainedModel], tied: bool, precision: Precision, tmp_path: Path
@@ -121,3 +121,9 @@ def test_genai_config_counts_the_slots_of_the_cache(models: dict[bool, PreTraine
     assert model["decoder"]["head_size"] == tiny_models.HEAD_DIM
     assert model["context_length"] == tiny_models.MAX_POSITIONS
     assert (model["eos_token_id"], model["pad_token_id"]) == (tiny_models.EOS, tiny_models.EOS)
+
+
+def test_bf16_is_refused(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got bf16; take another or openvino"):
+        write_onnx(decoder_from_model(models[True], "bf16"), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from export.decoder import Decoder, decoder_from_model
 from export.openvino import openvino_model, write_openvino, write_openvino_tokenizer
-from hw_profiles.runtimes.openvino import compile_properties
+from hw_profiles.devices import detect
+from hw_profiles.runtimes import runtime
+from hw_profiles.runtimes.openvino import arithmetic, compile_properties
 from hw_profiles.shapes import PRECISIONS, BlockShape, Precision
 
 from . import tiny_models
-from .writer_contract import FED, WriterContract
+from .writer_contract import FED, PROMPT, WriterContract
 
 
 class TestOpenVino(WriterContract):
+    """Computing in fp32; what bf16 arithmetic does to the logits is measured further down."""
+
     runtime = "openvino"
-    tolerance = {"fp32": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
+    tolerance = {"fp32": 1e-4, "bf16": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
     graph_bytes = 300_000
     extra_bytes_per_scale = 0
 
     @staticmethod
     def write(decoder: Decoder, directory: Path) -> Path:
-        return write_openvino(decoder, directory)
+        return write_openvino(replace(decoder, precision="fp32"), directory)  # the matrices stay as they are
 
     @staticmethod
     def operators(path: Path) -> list[str]:
@@ -143,3 +148,17 @@ def test_tokenizer_models_tokenize_alike(tokenizer: PreTrainedTokenizerFast, tmp
         ids = converted.encode(text).input_ids.data[0].tolist()
         assert ids == tokenizer(text)["input_ids"]
         assert converted.decode(ids) == text
+
+
+def test_bf16_files_ask_for_bf16_arithmetic(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+    """The numbers in the file are exact (the contract), and what the arithmetic adds is little."""
+    if not detect().has_bf16:
+        pytest.skip("this CPU has no bf16 instructions")
+    write_openvino(decoder_from_model(models[True], "bf16"), tmp_path)
+    assert arithmetic(ov.Core().read_model(tmp_path / "openvino_model.xml")) == "bf16"
+    session = runtime("openvino").load(tmp_path, threads=1, max_tokens=tiny_models.MAX_POSITIONS)
+    ids = tiny_models.tokens(FED)
+    found = tiny_models.session_logits(session, ids, PROMPT)
+    expected = tiny_models.torch_logits(tiny_models.rounded(models[True], "bf16"), ids)[:, PROMPT - 1 :]
+    assert np.abs(found - expected).max() > 1e-3
+    assert tiny_models.mean_kl(expected, found) < 5e-3

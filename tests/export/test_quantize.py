@@ -147,9 +147,13 @@ def test_half_precision_and_non_contiguous_weights() -> None:
     assert torch.equal(fake_quantize(transposed, 8), fake_quantize(transposed.contiguous(), 8))
 
 
-def test_16_bits_and_more_leave_weights_alone() -> None:
+def test_16_bits_are_bf16_and_32_leave_weights_alone() -> None:
     weight = _weights("normal")
-    assert torch.equal(fake_quantize(weight, 16), weight)
+    kept = (weight.view(torch.int32) & -(2**16)).view(torch.float32)  # the upper half: rounded towards 0
+    away = ((weight.view(torch.int32) & -(2**16)) + 2**16).view(torch.float32)
+    nearest = torch.where((weight - kept).abs() < (away - weight).abs(), kept, away)
+    assert torch.equal(fake_quantize(weight, 16), nearest)
+    assert not torch.equal(nearest, weight)
     assert torch.equal(fake_quantize(weight, 32), weight)
 
 

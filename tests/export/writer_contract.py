@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from export import BUILDERS
 from export.decoder import Decoder, decoder_from_model, random_decoder
 from hw_profiles.runtimes import Session, runtime
-from hw_profiles.shapes import PRECISIONS, BlockShape, ModelShape, Precision
+from hw_profiles.shapes import BlockShape, ModelShape, Precision
 
 from . import tiny_models
 
@@ -27,6 +27,12 @@ class WriterContract:
     #: Bytes that the file adds to each fp16 scale, and at most those of the graph of a few layers without its weights.
     extra_bytes_per_scale: int
     graph_bytes: int
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Every precision that the writer knows, in tests that name none."""
+        named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+        if "precision" in metafunc.fixturenames and "precision" not in named:
+            metafunc.parametrize("precision", self.tolerance)
 
     @staticmethod
     def write(decoder: Decoder, directory: Path) -> Path:
@@ -50,7 +56,6 @@ class WriterContract:
         self.write(decoder_from_model(model, precision), directory)
         return runtime(self.runtime).load(directory, threads=1, max_tokens=tiny_models.MAX_POSITIONS)
 
-    @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("tied", [True, False])
     def test_logits_are_those_of_torch(
         self, models: dict[bool, PreTrainedModel], sessions: Sessions, tied: bool, precision: Precision
@@ -129,7 +134,6 @@ class WriterContract:
     def test_parts_skipped_at_either_end(self, blocks: tuple[BlockShape, ...], tmp_path: Path) -> None:
         self._expect_parity(tiny_models.heterogeneous(blocks=blocks), tmp_path)
 
-    @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("tied", [True, False])
     def test_size_on_disk(self, tied: bool, precision: Precision, tmp_path: Path) -> None:
         """No matrix is stored twice, least of all an embedding that is the head as well."""
@@ -137,7 +141,7 @@ class WriterContract:
         self.write(replace(random_decoder(shape, precision), max_position_embeddings=16), tmp_path)
         size = sum(path.stat().st_size for path in tmp_path.iterdir())
         norms = 5 * shape.hidden_size
-        scales = 0 if precision == "fp32" else (shape.parameters - norms) // 32
+        scales = 0 if precision in ("fp32", "bf16") else (shape.parameters - norms) // 32
         wanted = shape.weight_bytes(precision) + scales * self.extra_bytes_per_scale
         assert wanted <= size <= wanted * 1.02 + self.graph_bytes
 

@@ -30,7 +30,7 @@ from hw_profiles.measurement import Measurement
 from hw_profiles.pack import PLAN_FILE, Pack, PackPlan, run_pack, write_pack
 from hw_profiles.planning import PlannedGraph, plan
 from hw_profiles.profile import profile
-from hw_profiles.runtimes import RUNTIMES
+from hw_profiles.runtimes import RUNTIMES, name_on
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
 from hw_profiles.store import Store
@@ -147,6 +147,32 @@ def test_options_take_part_of_a_pack(tmp_path: Path, run: Run) -> None:
     assert "wanted any runtime at fp32, got a pack with fake/int8, fake/int4; ask for one of these" in err
 
 
+class _TwoDevices(FakeRuntime):
+    def __init__(self, device: str = "CPU") -> None:
+        super().__init__()
+        self.name = name_on("fake", device)
+
+    def devices(self) -> list[str]:
+        return ["CPU", "GPU"]
+
+
+def test_devices_of_a_runtime_share_its_files(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = replace(PLAN, targets=(("fake", "int8"), ("fake:GPU", "int8")), rounds=1)
+    write_pack(tmp_path / "both.zip", both, {"fake": Builder()})
+    with ZipFile(tmp_path / "both.zip") as archive:
+        assert {name.rpartition("/")[0] for name in archive.namelist()} == {
+            "",
+            *(f"fake/int8/{graph.shape.id}" for graph in PLANNED),
+        }
+    code, err = run("both.zip", "--output", "m.json")
+    assert code == 2
+    assert "wanted a device that fake 1 lists here (fake), got fake:GPU; take one of these" in err
+    monkeypatch.setitem(RUNTIMES, "fake", _TwoDevices)
+    assert run("both.zip", "--output", "m.json")[0] == 0
+    found = read_measured(tmp_path / "m.json").measurements
+    assert Counter(m.target.runtime for m in found) == {"fake": len(EXPECTED), "fake:GPU": len(EXPECTED)}
+
+
 def test_an_interrupted_run_goes_on_where_it_was(pack: Path, run: Run, tmp_path: Path) -> None:
     def stop_in_the_second_batch(done: int, total: int, what: str) -> None:
         if done:
@@ -236,7 +262,7 @@ MISTAKES = {
     ("pack.zip",): "the following arguments are required: --output; see",
     ("pack.zip", "--output", "m.json", "--threads", "0"): "must be a whole number from 1 to 4096, got '0'",
     ("pack.zip", "--output", "m.json", "--rounds", "many"): "must be a whole number from 1 to 1000, got 'many'",
-    ("pack.zip", "--output", "m.json", "--runtime", "tvm"): "invalid choice: 'tvm'",
+    ("pack.zip", "--output", "m.json", "--runtime", "tvm"): "wanted tvm at any precision, got a pack with fake/int8",
     ("pack.zip", "--output", "m.json", "--runtime", "openvino"): "wanted openvino at any precision, got a pack with",
     ("pack.zip", "--output", "nonesuch/m.json"): "No such file or directory: nonesuch/m.json.part",
     ("pack.zip", "--output", "pack.zip"): "pack.zip must be JSON, got something else",

@@ -262,3 +262,7 @@ def test_arguments_that_do_not_fit_together(store: Store) -> None:
         profile(store, DEVICE, replace(TARGET, device_id="x"), PLANNED, WORKLOADS, Builder(), FakeRuntime())
     with pytest.raises(ValueError, match="must name the runtime fake, got openvino"):
         profile(store, DEVICE, replace(TARGET, runtime="openvino"), PLANNED, WORKLOADS, Builder(), FakeRuntime())
+    int4 = FakeRuntime()
+    int4.precisions = ("int4",)
+    with pytest.raises(ValueError, match=r"that fake has kernels for on this device \(int4\), got int8; take one"):
+        profile(store, DEVICE, TARGET, PLANNED, WORKLOADS, Builder(), int4)

@@ -5,29 +5,42 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
+import openvino as ov
 import pytest
+from onnx import TensorProto, helper
 
-from hw_profiles.runtimes import RUNTIMES, Runtime, Session, runtime
+from hw_profiles.runtimes import CPU, RUNTIMES, Runtime, Session, engine_of, is_runtime_name, names, runtime
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
+from hw_profiles.runtimes.onnxruntime import PROVIDERS, OnnxRuntime, Provider
 
 from . import tiny_graphs
 
 MAX_TOKENS = 32
 Write = Callable[[Path], Path]
 
+WRITERS: dict[str, Write] = {
+    "onnxruntime": tiny_graphs.write_onnx,
+    "onnxruntime:OpenVINO": tiny_graphs.write_onnx_without_fused_attention,  # the provider has no GroupQueryAttention
+    "openvino": tiny_graphs.write_openvino,
+}
+LISTED_HERE = [name for engine in RUNTIMES for name in names(runtime(engine))]
+#: Which of these is here, the contract runs on.
+RARE = ["openvino:GPU", "openvino:NPU", *(f"onnxruntime:{device}" for device in PROVIDERS if device != CPU)]
 CASES: dict[str, tuple[Callable[[], Runtime], Write]] = {
-    "onnxruntime": (RUNTIMES["onnxruntime"], tiny_graphs.write_onnx),
+    **{name: (partial(runtime, name), WRITERS.get(name, WRITERS[engine_of(name)])) for name in LISTED_HERE},
     "onnxruntime, Concat": (RUNTIMES["onnxruntime"], tiny_graphs.write_onnx_without_fused_attention),
-    "openvino": (RUNTIMES["openvino"], tiny_graphs.write_openvino),
     "fake": (FakeRuntime, FakeModel(base_ms=0.0, vocab_size=tiny_graphs.VOCAB_SIZE).write),
 }
 
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[Runtime, Write]:
+    """Every device that an installed engine lists."""
     make, write = CASES[request.param]
     return make(), write
 
@@ -129,8 +142,11 @@ def test_a_corrupt_file_is_named(case: tuple[Runtime, Write], tmp_path: Path, co
 
 
 def test_version_and_devices(case: tuple[Runtime, Write]) -> None:
-    assert case[0].version()[0].isdigit()
-    assert any("CPU" in device for device in case[0].devices())
+    engine, _ = case
+    assert engine.version()[0].isdigit()
+    assert engine.devices()[0] == CPU
+    assert engine.name in names(engine)
+    assert {"fp32", "int8", "int4"} <= set(engine.precisions)
 
 
 def test_unknown_runtime_lists_the_known() -> None:
@@ -162,8 +178,6 @@ def test_onnxruntime_shares_the_cache_where_the_graph_can(tmp_path: Path) -> Non
 
 
 def test_openvino_head_sees_only_the_last_token() -> None:
-    import openvino as ov
-
     from hw_profiles.runtimes.openvino import OpenVinoSession, compile_properties, slice_before_head
 
     whole, sliced = tiny_graphs.openvino_model(), tiny_graphs.openvino_model()
@@ -183,8 +197,6 @@ def test_openvino_without_its_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_openvino_computes_in_fp32_with_the_threads_asked_for() -> None:
-    import openvino as ov
-
     from hw_profiles.runtimes.openvino import compile_properties
 
     compiled = ov.Core().compile_model(tiny_graphs.openvino_model(), "CPU", compile_properties(threads=1))
@@ -200,3 +212,54 @@ def test_fake_takes_the_time_it_was_given(tmp_path: Path) -> None:
     session.step(tokens(2, 4))
     session.step(tokens(2, 1))
     np.testing.assert_allclose(waited_s, [(3 + 2 * 4 * 2) / 1e3, (3 + 2 * (2 + 4)) / 1e3])
+
+
+@pytest.mark.parametrize("name", ["openvino:XPU", "openvino:CPU", "onnxruntime:", "onnxruntime:openvino", *RARE])
+def test_a_device_that_is_not_here_is_named(name: str) -> None:
+    if name not in LISTED_HERE:
+        engine = engine_of(name)
+        here = ", ".join(names(runtime(engine)))
+        with pytest.raises(
+            ValueError, match=rf"that {engine} \S+ lists here \({here}\), got {name}; take one of these"
+        ):
+            runtime(name)
+        if name in RARE:
+            pytest.skip(f"{name} is not here: the contract did not run on it")
+
+
+def test_names_that_some_machine_may_have() -> None:
+    possible = ("openvino", "openvino:GPU.1", "onnxruntime:TensorRT")
+    impossible = ("", "tvm", "tvm:GPU", "openvino:", "openvino:CPU", "openvino:GPU:0", "openvino:../GPU", ":GPU")
+    assert all(map(is_runtime_name, possible))
+    assert not any(map(is_runtime_name, impossible))
+
+
+def test_onnxruntime_refuses_a_provider_that_leaves_the_work_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Azure's runs no operator of ours: the session is made all the same, on the CPU, and computes the right logits."""
+    monkeypatch.setitem(PROVIDERS, "Azure", Provider("AzureExecutionProvider"))
+    if "Azure" not in OnnxRuntime().devices():
+        pytest.skip("this build of onnxruntime has no AzureExecutionProvider")
+    path = tiny_graphs.write_onnx(tmp_path)
+    with pytest.raises(ValueError, match=r"Azure\w+ leaves GroupQueryAttention, MatMul to the CPU"):
+        runtime("onnxruntime:Azure").load(path, 1, MAX_TOKENS)
+
+
+def test_onnxruntimes_cpu_multiplies_no_bf16_matrices() -> None:
+    """Why its `precisions` lack bf16; once this fails, they need not."""
+    a, b, c = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [4, 4]) for name in "abc")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "bf16", [a, b], [c])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.NotImplemented, match="MatMul"):
+        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_openvinos_auto_hands_the_properties_on(tmp_path: Path) -> None:
+    request = runtime("openvino:AUTO").load(tiny_graphs.write_openvino(tmp_path), 1, MAX_TOKENS)._request
+    (chosen,) = request.get_compiled_model().get_property("EXECUTION_DEVICES")
+    properties = request.get_compiled_model().get_property("DEVICE_PROPERTIES")[chosen]
+    assert properties["INFERENCE_PRECISION_HINT"] == ov.Type.f32
+    if chosen == "CPU":
+        assert properties["KV_CACHE_PRECISION"] == ov.Type.f32
+        assert properties["INFERENCE_NUM_THREADS"] == 1

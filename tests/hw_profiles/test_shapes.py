@@ -32,6 +32,7 @@ def test_weight_and_cache_bytes() -> None:
     assert TINY.weight_bytes("fp32") == 4 * TINY.parameters
     norms = 4 * (1 + 2 + 1)
     matrices, embedding = TINY.parameters - norms - 56, 56
+    assert TINY.weight_bytes("bf16") == 2 * (matrices + embedding) + 4 * norms
     assert TINY.weight_bytes("int4") == round(matrices * 4.5 / 8 + embedding * 8.5 / 8 + norms * 4)
     assert TINY.kv_cache_bytes(tokens=10, batch_size=2) == 2 * 1 * 3 * 10 * 2 * 4
     assert bits_per_weight(8) == 8.5

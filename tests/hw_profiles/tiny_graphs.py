@@ -87,6 +87,7 @@ def write_onnx_without_fused_attention(directory: Path) -> Path:
     constants: dict[str, NDArray[np.generic]] = {
         "last": np.array([-1], np.int64),
         "head_axis": np.array([1], np.int64),
+        "mask_axes": np.array([1, 2], np.int64),
         "embedding": _weights(rng, VOCAB_SIZE, HEAD_DIM),
         "head": _weights(rng, HEAD_DIM, VOCAB_SIZE),
     }
@@ -97,7 +98,11 @@ def write_onnx_without_fused_attention(directory: Path) -> Path:
         helper.make_node("Concat", ["past_key_values.0.value", "hidden"], ["present.0.value"], axis=2),
         helper.make_node("Transpose", ["present.0.key"], ["keys"], perm=[0, 1, 3, 2]),
         helper.make_node("MatMul", ["hidden", "keys"], ["scores"]),
-        helper.make_node("Softmax", ["scores"], ["odds"], axis=-1),
+        helper.make_node("Cast", ["attention_mask"], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("Log", ["kept"], ["log_kept"]),
+        helper.make_node("Unsqueeze", ["log_kept", "mask_axes"], ["mask"]),
+        helper.make_node("Add", ["scores", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["odds"], axis=-1),
         helper.make_node("MatMul", ["odds", "present.0.value"], ["attention"]),
         helper.make_node("Squeeze", ["attention", "head_axis"], ["mixed"]),
         helper.make_node("Gather", ["mixed", "last"], ["last_hidden"], axis=1),

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.__main__ import main as run_on_board
+from hw_profiles.devices import affinity
 from hw_profiles.measured import read_measured
 from nas.cli import main
 from nas.families import load_config
@@ -109,7 +111,9 @@ MISTAKES = {
     ("profile", "./nonesuch"): "there is no nonesuch; check the path",
     ("profile", "gpt2"): "one of the families llama, mistral, got model_type 'gpt2'",
     ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, got 'tpu'",
-    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, int8, int4, got 'int3'",
+    ("profile", "gpt2", "--runtime", "openvino:XPU"): "lists here (openvino, ",
+    ("profile", "gpt2", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
+    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
     ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
     ("profile", "gpt2", "--pack", "x"): "one of the families llama, mistral, got model_type 'gpt2'",
     ("profile", "--pack", "x", "--import", "y"): "--pack writes a file and --import reads one, got both",
@@ -476,7 +480,55 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     html = (tmp_path / "report.html").read_text()
     assert all(trial["id"] in html for trial in trials)
 
+    check_bf16(nas, on_device)
     check_damaged_folders(nas, tmp_path, on_device)
+
+
+@pytest.mark.usefixtures("_single_thread")
+def test_other_devices_and_bf16_are_profiled_alike(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+    tokens = ("--prompt-tokens", "8", "--context-tokens", "8", "--threads", "1")
+    profile = ("profile", "tiny", "--anchors", "1", "--heldout", "1", "--repeats", "0", "--rounds", "1", *tokens)
+    asked = [("openvino:AUTO", "int4")]
+    if detect().has_bf16:
+        asked.append(("openvino", "bf16"))
+    for name, precision in asked:
+        timed = nas(*profile, "--runtime", name, "--precision", precision, "--json")
+        assert timed.code == 0
+        assert {row["target"] for row in timed.json["targets"]} == {f"{name}/{precision}/1 thread"}
+    found = nas("devices", "--json").json
+    assert {row["target"] for row in found["profiled"]} == {f"{name}/{precision}/1 thread" for name, precision in asked}
+    assert not any(row["stale"] for row in found["profiled"])
+    assert {"openvino", "openvino:AUTO"} <= set(found["runtimes"]["openvino"]["names"])
+    assert "--runtime openvino, openvino:AUTO" in nas("devices").out
+    refused = nas(*profile, "--precision", "bf16")  # by default with onnxruntime first
+    assert refused.code == 2
+    assert (
+        "onnxruntime has kernels for on this device (fp32, int8, int4), got bf16; take one of these" in refused.sentence
+    )
+
+
+@pytest.fixture
+def _restored_affinity() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    yield
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), before)
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs Linux and two CPUs")
+@pytest.mark.usefixtures("_restored_affinity")
+def test_some_cpus_of_a_machine_are_a_device_of_their_own(nas: Nas, study: Study) -> None:
+    query = ("query", "--study", "s", "--threads", "1", "--max-size-mb", "1")
+    everywhere, cpu = detect().id, str(min(os.sched_getaffinity(0)))
+    assert nas(*query).code == 0
+    refused = nas(*query, "--cpus", cpu)
+    assert refused.code == 2
+    assert "was not profiled" in refused.sentence
+    assert affinity() == cpu
+    assert detect().id != everywhere
+    assert nas(*query, "--device", everywhere).code == 0
 
 
 @pytest.mark.usefixtures("_single_thread")
@@ -583,6 +635,18 @@ def check_limits_at_the_profiles_speed(nas: Nas, tmp_path: Path, on_device: tupl
     missing = nas(*verify[:4], "--threads", "1", "--context-tokens", "9", "--tpot-ms", "1", "--rounds", "1")
     assert missing.code == 2
     assert "was not profiled for decode at 9 tokens" in missing.sentence
+
+
+def check_bf16(nas: Nas, on_device: tuple[str, ...]) -> None:
+    """Files of the full model hold its weights as bf16, for which ONNX Runtime has no kernels."""
+    export = ("export", "--study", "s", "--subnet", "full", "--precision", "bf16", "--output")
+    assert nas(*export, "half", "--format", "openvino", "--format", "huggingface", *on_device).code == 0
+    verified = nas("verify", "half/openvino", "half/huggingface", "--rounds", "1", *on_device)
+    assert verified.code == 0
+    assert [row["precision"] for row in verified.json["folders"]] == ["bf16", "bf16"]
+    refused = nas(*export, "none", "--format", "onnx", *on_device)
+    assert refused.code == 2
+    assert "got bf16; take another or openvino" in refused.json["error"]
 
 
 def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:

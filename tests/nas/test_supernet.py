@@ -82,6 +82,21 @@ def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits):
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_active_weights_at_16_bits_are_bf16(tiny, windows, tied):
+    supernet = _supernet(tiny(tied=tied), windows)
+    subnet = Subnet(SUBNET.layers, 16)
+    model = supernet.extract(subnet)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(parameter.bfloat16())
+    with torch.no_grad():
+        wanted = model(windows).logits
+    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(_logits(supernet, windows, SUBNET), wanted, rtol=1e-5, atol=1e-5)
+    assert supernet.quantized(subnet) == {}
+
+
 def test_parts_keep_whole_groups_and_the_best_weights_for_them(tiny, windows, tmp_path):
     loaded = tiny()
     original = copy.deepcopy(loaded.model)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hw_profiles.shapes import PRECISIONS, BlockShape, ModelShape, Precision, Workload
+from hw_profiles.shapes import PRECISIONS, VALUE_BYTES, BlockShape, ModelShape, Precision, Workload
 from predictors.features import STEP_COLUMNS, WORKLOAD_COLUMNS, block_array, latency_features
 
 WORKLOADS = [Workload("decode", 256), Workload("decode", 0, 4), Workload("prefill", 128, 2)]
@@ -25,7 +25,9 @@ def test_bytes_and_flops_agree_with_the_shapes_own(sample_shapes, workload, prec
         found["projection_flops"] + found["attention_flops"], [s.flops(workload) for s in shapes]
     )
     cached = workload.tokens + (workload.phase == "decode")
-    np.testing.assert_array_equal(found["kv_bytes"], [s.kv_cache_bytes(cached, workload.batch_size) for s in shapes])
+    np.testing.assert_array_equal(
+        found["kv_bytes"], [s.kv_cache_bytes(cached, workload.batch_size, VALUE_BYTES[precision]) for s in shapes]
+    )
 
 
 def test_counts_by_hand() -> None:
