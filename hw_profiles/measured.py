@@ -12,6 +12,7 @@ from pathlib import Path
 from hw_profiles.devices import INSTRUCTIONS, Device, Target
 from hw_profiles.measurement import ROLES, Measurement
 from hw_profiles.shapes import PRECISIONS, ModelShape
+from hw_profiles.timing import PASSES
 from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, runtime_name, same_model, workload
 
 MAX_FILE_BYTES = 32 * 2**20
@@ -192,7 +193,7 @@ def _measurement(
         reference_id=reference.id,
         ratio=fields.number("ratio", 1 / _MAX_RATIO, _MAX_RATIO),
         spread_ratio=fields.number("spread_ratio", 0, _MAX_RATIO),
-        repeats=fields.integer("repeats", 1, MAX_ROUNDS),
+        repeats=fields.integer("repeats", 1, PASSES * MAX_ROUNDS),
         reference_ms=fields.number("reference_ms", 1e-6, _MAX_MS),
         runtime_version=fields.text("runtime_version", 100),
         affinity=fields.text("affinity", 1000),

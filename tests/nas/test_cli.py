@@ -625,7 +625,7 @@ def check_limits_at_the_profiles_speed(nas: Nas, tmp_path: Path, on_device: tupl
         faster.add_measurements([replace(m, reference_ms=m.reference_ms / 1e3) for m in store.measurements()])
         study = Study.load(store, "s")
         Study.create(faster, "s", study.model, study.fingerprint, study.space, study.protocol)
-    verify = ("verify", "openvino", "--study", "s", "onnx", "--rounds", "3", "--tpot-ms", "0.01", *on_device)
+    verify = ("verify", "onnx", "--study", "s", "--rounds", "3", "--tpot-ms", "0.01", *on_device)
     for database, within in (("llm-nas.db", False), ("faster.db", True)):
         verified = nas(*verify, "--database", database)
         assert verified.code == (0 if within else 1), verified
