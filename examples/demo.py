@@ -74,7 +74,7 @@ class Demo:
     def run(self) -> None:
         targets = []
         for step, options in PROFILE_OPTIONS.items():
-            arguments = [*options.split(), *WORKLOADS.split(), *self.profile_options]
+            arguments = [*options.split(), *WORKLOADS.split(), "--memory-graphs", "0", *self.profile_options]
             targets += self.nas("profile", self.model, *arguments, step=step)["targets"]
         full_tpot_ms = {
             row["target"].split("/")[1]: row["full_ms"]

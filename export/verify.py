@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from export.artefact import ArtefactError, Format, Manifest, Parity, model_bytes, read_manifest
 from export.builders import BUILDERS, FORMAT_OF_RUNTIME
+from hw_profiles.memory import Footprint, measure_memory
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import DECODE_STEPS, Timing, measure
@@ -61,6 +62,8 @@ class Verification:
     timings: dict[Workload, Timing]
     generated: str
     reference: ProfiledReference | None = None
+    #: Of a process that did nothing but load the folder and run the workload; empty where it was not measured.
+    footprints: Mapping[Workload, Footprint] = field(default_factory=dict)
 
     def at_profile_speed_ms(self, workload: Workload) -> float | None:
         """What the folder takes on a machine that is as fast as when it was profiled; None where no profile knows.
@@ -70,6 +73,11 @@ class Verification:
         if self.reference is None or workload not in self.reference.latencies_ms:
             return None
         return self.timings[workload].ratio * self.reference.latencies_ms[workload]
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """Of a process that runs all of the workloads; None where it was not measured."""
+        return max((footprint.peak_bytes for footprint in self.footprints.values()), default=None)
 
     @property
     def parity_holds(self) -> bool:
@@ -89,11 +97,14 @@ def verify(
     rounds: int = 15,
     seed: int = 0,
     references: Mapping[tuple[Format, Precision], ProfiledReference] = MappingProxyType({}),
+    memory_of: Collection[Path] = (),
 ) -> list[Verification]:
     """Check each folder, then time them all interleaved, so that their latencies compare.
 
-    Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion.
-    Raises ArtefactError for a folder that is damaged or that its runtime cannot load.
+    Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion;
+    those in `memory_of` run in processes of their own as well, for their peak memory.
+    Raises ArtefactError for a folder that is damaged or that its runtime cannot load, and ValueError for one in
+    `memory_of` that torch runs, whose own memory would hide that of the model.
     """
     manifests = [read_manifest(directory) for directory in directories]
     max_tokens = max(_MAX_TOKENS, *(workload.tokens + DECODE_STEPS for workload in workloads))
@@ -117,6 +128,10 @@ def verify(
             exact = _agreement_in_fp32(directory, threads, parity)
         generated = generate(directory, manifest.format, threads, prompt, new_tokens)
         checked.append((shipped, exact, generated))
+    footprints = {
+        directory: _footprints(directory, manifest, threads, workloads) if directory in memory_of else {}
+        for directory, manifest in zip(directories, manifests, strict=True)
+    }
     beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         reference_of = _load_references(sessions, manifests, beside, threads, max_tokens, Path(scratch))
@@ -138,11 +153,24 @@ def verify(
             timings={workload: timings[str(directory), workload] for workload in workloads},
             generated=generated,
             reference=reference,
+            footprints=footprints[directory],
         )
         for directory, manifest, reference, (shipped, exact, generated) in zip(
             directories, manifests, beside, checked, strict=True
         )
     ]
+
+
+def _footprints(
+    directory: Path, manifest: Manifest, threads: int, workloads: Sequence[Workload]
+) -> dict[Workload, Footprint]:
+    if manifest.format not in _RUNTIME_OF_FORMAT:
+        raise ValueError(
+            f"memory is measured of {' and '.join(_RUNTIME_OF_FORMAT)} folders, got {directory}, which is "
+            f"{manifest.format}; verify it without a limit of memory"
+        )
+    name, vocab_size = _RUNTIME_OF_FORMAT[manifest.format], manifest.shape.vocab_size
+    return {work: measure_memory(name, directory, threads, work, vocab_size) for work in workloads}
 
 
 def _load_references(

@@ -52,3 +52,23 @@ class Measurement:
         """
         standard_error_ratio = 1.25 * 1.48 * self.spread_ratio / math.sqrt(self.repeats)
         return self.latency_ms * (1 + 2 * standard_error_ratio / self.ratio)
+
+
+@dataclass(frozen=True)
+class MemoryMeasurement:
+    """One graph on one workload in a process of its own: what was resident at most, loading included.
+
+    `baseline_bytes` is what that process held before: the interpreter with the runtime imported, and no model.
+    """
+
+    target: Target
+    shape: ModelShape
+    workload: Workload
+    role: Role
+    reference_id: str
+    peak_bytes: int
+    baseline_bytes: int
+    runtime_version: str
+    #: Energy of one step, a prompt or one token of every sequence; None where the machine does not tell.
+    step_joules: float | None = None
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -17,14 +17,24 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Connection, Engine, ForeignKey, UniqueConstraint, create_engine, event, inspect, select
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Engine,
+    ForeignKey,
+    UniqueConstraint,
+    create_engine,
+    event,
+    inspect,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
 
 from hw_profiles.devices import Device, Target
-from hw_profiles.measurement import Measurement, Role
+from hw_profiles.measurement import Measurement, MemoryMeasurement, Role
 from hw_profiles.schema import BUSY_TIMEOUT_MS, VERSIONS, Schema, SchemaError, lock_for_writing
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
 
@@ -45,17 +55,20 @@ class _Device(_Base):
     description: Mapped[str]
 
 
-class _Measurement(_Base):
-    __tablename__ = "measurements"
-    __table_args__ = (
-        UniqueConstraint(
-            *("device_id", "runtime", "precision", "threads"),
-            *("reference_id", "shape_id", "phase", "tokens", "batch_size", "role", "runtime_version"),
-        ),
-    )
+class _OfOneGraph:
+    """One graph on one workload of one target, there once for each role and version of the runtime."""
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[UniqueConstraint]:  # noqa: N805
+        return (
+            UniqueConstraint(
+                *("device_id", "runtime", "precision", "threads"),
+                *("reference_id", "shape_id", "phase", "tokens", "batch_size", "role", "runtime_version"),
+            ),
+        )
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    device_id: Mapped[str] = mapped_column(ForeignKey(_Device.id))
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
     runtime: Mapped[str]
     precision: Mapped[str]
     threads: Mapped[int]
@@ -66,13 +79,26 @@ class _Measurement(_Base):
     tokens: Mapped[int]
     batch_size: Mapped[int]
     role: Mapped[str]
+    runtime_version: Mapped[str]
+    created_at: Mapped[str]
+
+
+class _Measurement(_OfOneGraph, _Base):
+    __tablename__ = "measurements"
+
     ratio: Mapped[float]
     spread_ratio: Mapped[float]
     repeats: Mapped[int]
     reference_ms: Mapped[float]
-    runtime_version: Mapped[str]
     affinity: Mapped[str]
-    created_at: Mapped[str]
+
+
+class _MemoryMeasurement(_OfOneGraph, _Base):
+    __tablename__ = "memory_measurements"
+
+    peak_bytes: Mapped[int] = mapped_column(BigInteger)
+    baseline_bytes: Mapped[int] = mapped_column(BigInteger)
+    step_joules: Mapped[float | None]
 
 
 def _version_2(connection: Connection) -> None:
@@ -113,7 +139,37 @@ def _version_2(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE measurements_2 RENAME TO measurements")
 
 
-SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2])
+def _version_3(connection: Connection) -> None:
+    """Adds the measurements of memory and energy."""
+    number = "SERIAL" if connection.dialect.name == "postgresql" else "INTEGER"
+    key = "device_id, runtime, precision, threads, reference_id, shape_id, phase, tokens, batch_size, role"
+    connection.exec_driver_sql(
+        f"""
+        CREATE TABLE memory_measurements (
+            id {number} NOT NULL PRIMARY KEY,
+            device_id VARCHAR NOT NULL REFERENCES devices (id),
+            runtime VARCHAR NOT NULL,
+            precision VARCHAR NOT NULL,
+            threads INTEGER NOT NULL,
+            reference_id VARCHAR NOT NULL,
+            shape_id VARCHAR NOT NULL,
+            shape VARCHAR NOT NULL,
+            phase VARCHAR NOT NULL,
+            tokens INTEGER NOT NULL,
+            batch_size INTEGER NOT NULL,
+            role VARCHAR NOT NULL,
+            peak_bytes BIGINT NOT NULL,
+            baseline_bytes BIGINT NOT NULL,
+            step_joules DOUBLE PRECISION,
+            runtime_version VARCHAR NOT NULL,
+            created_at VARCHAR NOT NULL,
+            UNIQUE ({key}, runtime_version)
+        )
+        """
+    )
+
+
+SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2, _version_3])
 
 
 class Store:
@@ -162,6 +218,14 @@ class Store:
             lock_for_writing(session.connection())
             self._insert_new(session, _Measurement, [_to_row(measurement) for measurement in measurements])
 
+    def add_memory_measurements(self, measurements: Sequence[MemoryMeasurement]) -> None:
+        """As `add_measurements`."""
+        if not measurements:
+            return
+        with self.transaction() as session:
+            lock_for_writing(session.connection())
+            self._insert_new(session, _MemoryMeasurement, [_to_memory_row(measurement) for measurement in measurements])
+
     def measurements(
         self,
         target: Target | None = None,
@@ -191,6 +255,13 @@ class Store:
             for measurement in found
             if roles is None or measurement.role in roles
         ]
+
+    def memory_measurements(self, target: Target, *, reference_id: str) -> list[MemoryMeasurement]:
+        """In the order they were added, of all versions of the runtime; `reference_id` as in `measurements`."""
+        query = select(_MemoryMeasurement).order_by(_MemoryMeasurement.id)
+        query = query.filter_by(**asdict(target), reference_id=reference_id)
+        with self.transaction() as session:
+            return [_from_memory_row(row) for row in session.scalars(query)]
 
     def targets(self) -> list[Target]:
         """The targets with at least one measurement."""
@@ -313,6 +384,24 @@ def _device(description: str) -> Device:
 
 
 def _to_row(measurement: Measurement) -> dict[str, Any]:
+    return _key_columns(measurement) | {
+        "ratio": measurement.ratio,
+        "spread_ratio": measurement.spread_ratio,
+        "repeats": measurement.repeats,
+        "reference_ms": measurement.reference_ms,
+        "affinity": measurement.affinity,
+    }
+
+
+def _to_memory_row(measurement: MemoryMeasurement) -> dict[str, Any]:
+    return _key_columns(measurement) | {
+        "peak_bytes": measurement.peak_bytes,
+        "baseline_bytes": measurement.baseline_bytes,
+        "step_joules": measurement.step_joules,
+    }
+
+
+def _key_columns(measurement: Measurement | MemoryMeasurement) -> dict[str, Any]:
     return {
         **asdict(measurement.target),
         **asdict(measurement.workload),
@@ -320,12 +409,7 @@ def _to_row(measurement: Measurement) -> dict[str, Any]:
         "shape_id": measurement.shape.id,
         "shape": measurement.shape.to_json(),
         "role": measurement.role,
-        "ratio": measurement.ratio,
-        "spread_ratio": measurement.spread_ratio,
-        "repeats": measurement.repeats,
-        "reference_ms": measurement.reference_ms,
         "runtime_version": measurement.runtime_version,
-        "affinity": measurement.affinity,
         "created_at": measurement.created_at.isoformat(),
     }
 
@@ -335,19 +419,34 @@ _parse_shape = functools.lru_cache(maxsize=4096)(ModelShape.from_json)
 
 def _from_row(row: _Measurement) -> Measurement:
     return Measurement(
-        target=Target(row.device_id, row.runtime, cast(Precision, row.precision), row.threads),
-        shape=_parse_shape(row.shape),
-        workload=Workload(cast(Phase, row.phase), row.tokens, row.batch_size),
-        role=cast(Role, row.role),
-        reference_id=row.reference_id,
         ratio=row.ratio,
         spread_ratio=row.spread_ratio,
         repeats=row.repeats,
         reference_ms=row.reference_ms,
-        runtime_version=row.runtime_version,
         affinity=row.affinity,
-        created_at=datetime.fromisoformat(row.created_at),
+        **_key_fields(row),
     )
+
+
+def _from_memory_row(row: _MemoryMeasurement) -> MemoryMeasurement:
+    return MemoryMeasurement(
+        peak_bytes=row.peak_bytes,
+        baseline_bytes=row.baseline_bytes,
+        step_joules=row.step_joules,
+        **_key_fields(row),
+    )
+
+
+def _key_fields(row: _OfOneGraph) -> dict[str, Any]:
+    return {
+        "target": Target(row.device_id, row.runtime, cast(Precision, row.precision), row.threads),
+        "shape": _parse_shape(row.shape),
+        "workload": Workload(cast(Phase, row.phase), row.tokens, row.batch_size),
+        "role": cast(Role, row.role),
+        "reference_id": row.reference_id,
+        "runtime_version": row.runtime_version,
+        "created_at": datetime.fromisoformat(row.created_at),
+    }
 
 
 _ReferenceKey = tuple[Target, Workload, str, str]

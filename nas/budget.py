@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hw_profiles import Workload
 from nas.latency import LatencyModel
+from nas.memory import Memory
 from nas.quality import Quality
 from nas.space import Subnet
 from nas.study import Trial
@@ -27,15 +28,26 @@ class Budget:
     prompt_tokens: int = 128
     context_tokens: int = 128
     batch_size: int = 1
+    #: Of a process that runs both the prompt and the context.
+    max_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        limits = (self.tpot_ms, self.ttft_ms, self.max_size_bytes, self.max_parameters_ratio)
+        limits = (self.tpot_ms, self.ttft_ms, self.max_size_bytes, self.max_parameters_ratio, self.max_memory_bytes)
         if all(limit is None for limit in limits):
             raise ValueError(
-                "a query needs a budget; give --tpot-ms, --ttft-ms, --max-size-mb or --max-parameters-ratio"
+                "a query needs a budget; give --tpot-ms, --ttft-ms, --memory-mb, --max-size-mb or "
+                "--max-parameters-ratio"
             )
         if any(limit is not None and limit <= 0 for limit in limits):
             raise ValueError(f"budgets must be above 0, got {self}")
+
+    @property
+    def memory_workloads(self) -> tuple[Workload, Workload]:
+        """What a process does whose memory is asked for: read the prompt, and fill the context."""
+        return (
+            Workload("prefill", self.prompt_tokens, self.batch_size),
+            Workload("decode", self.context_tokens, self.batch_size),
+        )
 
     @property
     def latency_limits(self) -> dict[Workload, float]:
@@ -81,6 +93,8 @@ class Answer:
     size_bytes: int
     parameters: int
     parameters_ratio: float
+    #: None where it was not profiled.
+    memory: Memory | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -99,6 +113,10 @@ class Answer:
             ratios.append(self.size_bytes / budget.max_size_bytes)
         if budget.max_parameters_ratio is not None:
             ratios.append(self.parameters_ratio / budget.max_parameters_ratio)
+        if budget.max_memory_bytes is not None:
+            if self.memory is None:
+                raise ValueError(f"a limit of memory needs a profile of memory, got none for {self.subnet.id}")
+            ratios.append(self.memory.high_bytes / budget.max_memory_bytes)
         return max(ratios)
 
 
@@ -110,8 +128,13 @@ class BudgetUnmetError(ValueError):
         self.nearest = nearest
 
 
-def describe(trials: Sequence[Trial], models: Mapping[Workload, LatencyModel], space_parameters: int) -> list[Answer]:
-    """Every trial with its latencies on the models' device."""
+def describe(
+    trials: Sequence[Trial],
+    models: Mapping[Workload, LatencyModel],
+    space_parameters: int,
+    memories: Sequence[Memory] | None = None,
+) -> list[Answer]:
+    """Every trial with its latencies on the models' device and, where that is known, its memory."""
     subnets = [trial.subnet for trial in trials]
     predictions = {workload: model.predict(subnets) for workload, model in models.items()}
     answers = []
@@ -125,7 +148,8 @@ def describe(trials: Sequence[Trial], models: Mapping[Workload, LatencyModel], s
             latencies[workload] = Latency(float(p.value_ms[i]), float(p.low_ms[i]), float(p.high_ms[i]), *measured)
         size_bytes = shape.weight_bytes(trial.subnet.precision)
         ratio = shape.parameters / space_parameters
-        answers.append(Answer(trial.subnet, trial.quality, latencies, size_bytes, shape.parameters, ratio))
+        memory = None if memories is None else memories[i]
+        answers.append(Answer(trial.subnet, trial.quality, latencies, size_bytes, shape.parameters, ratio, memory))
     return answers
 
 
@@ -137,9 +161,11 @@ def admitted(answers: Sequence[Answer], budget: Budget, hoped: bool = False) -> 
     within = [answer for answer in answers if answer.excess(budget, hoped) <= 1]
     if not within:
         nearest = min(answers, key=lambda answer: answer.excess(budget, hoped))
-        costs = ", ".join(f"{w.phase} {latency.admitted_ms:.2f} ms" for w, latency in nearest.latencies.items())
+        costs = [f"{w.phase} {latency.admitted_ms:.2f} ms" for w, latency in nearest.latencies.items()]
+        if nearest.memory is not None:
+            costs.append(f"{nearest.memory.high_bytes / 1e6:.0f} MB of memory")
         raise BudgetUnmetError(
-            f"no subnet of the study meets the budget; the nearest, {nearest.subnet.id}, has {costs}, "
+            f"no subnet of the study meets the budget; the nearest, {nearest.subnet.id}, has {', '.join(costs)}, "
             f"{nearest.size_bytes / 1e6:.0f} MB and {nearest.parameters_ratio:.0%} of the parameters",
             nearest,
         )

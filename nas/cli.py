@@ -57,6 +57,10 @@ AllowStale = Annotated[
     bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
 ]
 TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(help="Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes."),
+]
 
 _DATABASE = "llm-nas.db"
 _CACHE = Path(".llm-nas-cache")
@@ -112,6 +116,9 @@ def profile(
     heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
+    memory_graphs: Annotated[
+        int, typer.Option(help="Graphs run in processes of their own for their memory, a quarter held out; 0 for none.")
+    ] = 8,
     seed: int = 0,
     transfer_from: Annotated[
         str | None,
@@ -144,7 +151,7 @@ def profile(
     decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]
     workloads = list(dict.fromkeys(prefills + decodes))
     counts = {"anchors": anchors, "heldout": heldout, "repeats": repeats}
-    from nas.profiling import pack_targets, profile_targets
+    from nas.profiling import pack_targets, profile_memories, profile_targets
 
     if pack is not None:
         with progress_bar("pack") as progress:
@@ -158,12 +165,17 @@ def profile(
              f"python -m hw_profiles run {pack.name} --output measured.json")  # fmt: skip
         return
     engines = [runtime(name) for name in runtimes]
-    with Store(database) as store, progress_bar("profile") as progress:
-        results = profile_targets(
-            store, model, engines, precisions, threads or detect().cores, workloads,
-            counts=counts, rounds=rounds, seed=seed, transfer_from=transfer_from, progress=progress,
-        )  # fmt: skip
-    emit({"device": detect().id, "targets": results}, as_json, tables.timed(results))
+    with Store(database) as store:
+        asked = (store, model, engines, precisions, threads or detect().cores, workloads)
+        with progress_bar("profile") as progress:
+            results = profile_targets(
+                *asked, counts=counts, rounds=rounds, seed=seed, transfer_from=transfer_from, progress=progress
+            )
+        with progress_bar("memory") as progress:
+            profiles = profile_memories(*asked, counts=counts, seed=seed, graphs=memory_graphs, progress=progress)
+    memories = [tables.memory_fields(profile) for profile in profiles]
+    shown = [tables.timed(results), *([tables.memory(memories)] if memories else [])]
+    emit({"device": detect().id, "targets": results, "memory": memories}, as_json, *shown)
 
 
 @app.command()
@@ -249,6 +261,7 @@ def query(
     study_name: StudyName,
     tpot_ms: TpotLimit = None,
     ttft_ms: TtftLimit = None,
+    memory_mb: MemoryLimit = None,
     max_size_mb: Annotated[
         float | None, typer.Option(help="Limit of the weights' size on disk, in 10^6 bytes.")
     ] = None,
@@ -278,6 +291,7 @@ def query(
         prompt_tokens,
         context_tokens,
         batch_size,
+        None if memory_mb is None else round(memory_mb * 1e6),
     )
     with Store(database) as store, progress_bar("query") as progress:
         study = Study.load(store, study_name)
@@ -355,6 +369,7 @@ def verify(
     beside: Annotated[list[Path], typer.Option(help="Folders timed in the same run but not judged.")] = [],  # noqa: B006
     tpot_ms: TpotLimit = None,
     ttft_ms: TtftLimit = None,
+    memory_mb: MemoryLimit = None,
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     threads: Threads = None,
@@ -395,9 +410,13 @@ def verify(
         prompt=prompt,
         rounds=rounds,
         references=references,
+        memory_of=directories if memory_mb is not None else (),
     )
+    max_memory_bytes = None if memory_mb is None else round(memory_mb * 1e6)
     rows = [
-        tables.verification_fields(result, prefill, decode, limits_ms if result.directory in directories else {})
+        tables.verification_fields(result, prefill, decode, limits_ms, max_memory_bytes)
+        if result.directory in directories
+        else tables.verification_fields(result, prefill, decode, {}, None)
         for result in checked
     ]
     generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]

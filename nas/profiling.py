@@ -11,6 +11,7 @@ from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReference
 from export.artefact import Format
 from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
 from hw_profiles.measured import read_measured
+from hw_profiles.memory import can_measure_memory, profile_memory
 from hw_profiles.pack import PackPlan, write_pack
 from hw_profiles.profile import Progress, part_of, profile
 from hw_profiles.runtimes import Runtime, check_precision, engine_of, runtime
@@ -19,6 +20,7 @@ from hw_profiles.timing import DECODE_STEPS
 from nas.families import load_config
 from nas.fitted import fitted_predictor, priors
 from nas.latency import TRAINING_ROLES, ProfileMissingError
+from nas.memory import MemoryProfile, memory_profile
 from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
@@ -155,6 +157,39 @@ def transferred(
     if predictor.prior is not None:
         leans_on = f"{predictor.prior.provenance.target} {predictor.prior.provenance.runtime_version}"
     return {"leans_on": leans_on, "held_out_error": predictor.provenance.held_out_error}
+
+
+def profile_memories(
+    store: Store,
+    model: str,
+    engines: Sequence[Runtime],
+    precisions: Sequence[Precision],
+    threads: int,
+    workloads: Sequence[Workload],
+    *,
+    counts: Mapping[str, int],
+    seed: int,
+    graphs: int,
+    progress: Progress = lambda done, total, what: None,
+) -> list[MemoryProfile]:
+    """Measure the memory of about `graphs` of the graphs that `profile_targets` times, on every engine and precision.
+
+    Empty where the system cannot tell it, or for 0 graphs.
+    """
+    if not graphs or not can_measure_memory():
+        return []
+    space = SearchSpace.from_config(load_config(model))
+    planned = plan(space.base, space.block_choices(), **counts, seed=seed)
+    device = detect()
+    store.add_device(device)
+    targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
+    for number, (engine, target) in enumerate(targets):
+        profile_memory(
+            store, target, engine.version(), planned, workloads, BUILDERS[engine.name],
+            graphs=graphs, progress=part_of(progress, number, len(targets), target.key),
+        )  # fmt: skip
+    found = (memory_profile(store, target, space.base) for _, target in targets)
+    return [profile for profile in found if profile is not None]
 
 
 def pack_targets(

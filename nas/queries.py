@@ -13,6 +13,7 @@ from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
+from nas.memory import Memory, MemoryModel
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError, Trial
 
@@ -36,9 +37,20 @@ def answer_query(
 
     With `measure` one that was timed and met the budget: of those that are predicted to meet it by the middle, the
     best are timed, `measure` at a time, until no untimed one is better than the best that met it.
-    Raises BudgetUnmetError where there is none, and what `LatencyModel.fit` raises.
+    Raises BudgetUnmetError where there is none, what `LatencyModel.fit` raises and, where memory is limited, what
+    `MemoryModel.fit` and `.predict` raise.
     """
     workloads = list(budget.latency_limits) or [Workload("decode", budget.context_tokens, budget.batch_size)]
+    trials = _trials(study)
+    memories: list[Memory] | None = None
+    try:
+        memory = MemoryModel.fit(
+            store, device_id, runtime_name, threads, study.space, budget.memory_workloads, allow_stale
+        )
+        memories = memory.predict([trial.subnet for trial in trials])
+    except (ProfileMissingError, StaleProfileError):
+        if budget.max_memory_bytes is not None:
+            raise
 
     def answers() -> list[Answer]:
         models = {
@@ -47,7 +59,7 @@ def answer_query(
             )
             for workload in workloads
         }
-        return describe(_trials(study), models, study.space.base.parameters)
+        return describe(trials, models, study.space.base.parameters, memories)
 
     best, *others = admitted(answers(), budget, hoped=measure > 0)
     while measure and not best.is_measured:

@@ -14,6 +14,7 @@ from hw_profiles.staleness import ProfileSummary
 if TYPE_CHECKING:  # they bring torch
     from export import Verification
     from nas.budget import Answer
+    from nas.memory import MemoryProfile
 
 Fields = dict[str, Any]
 
@@ -65,6 +66,32 @@ def timed(rows: Sequence[Fields]) -> Table:
     return table
 
 
+def memory_fields(found: MemoryProfile) -> Fields:
+    """What `nas profile` measured of the memory of one target; energy only where the machine tells it."""
+    return {
+        "target": found.target.key,
+        "measurements": found.measurements,
+        "without_model_bytes": found.baseline_bytes,
+        "full_bytes": {workload_name(work): size for work, size in found.full_bytes.items()},
+        "full_step_joules": {workload_name(work): joules for work, joules in found.full_step_joules.items()},
+        "held_out": len(found.held_out),
+        "mape": found.mape,
+    }
+
+
+def memory(rows: Sequence[Fields]) -> Table:
+    table = Table("target", "workload", "full model MB", "without a model", "held-out error", title="Peak memory")
+    for row in rows:
+        table.add_row(
+            row["target"],
+            "\n".join(row["full_bytes"]),
+            "\n".join(f"{size / 1e6:.0f}" for size in row["full_bytes"].values()),
+            f"{row['without_model_bytes'] / 1e6:.0f}",
+            "" if row["mape"] is None else f"{row['mape']:.1%}",
+        )
+    return table
+
+
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
     """The best of a search, by the rows' `kl`."""
     best = sorted(rows, key=lambda row: float(row["kl"]))[:count]
@@ -86,6 +113,7 @@ def answer_fields(answer: Answer) -> Fields:
         }
         for workload, latency in answer.latencies.items()
     }
+    memory = answer.memory
     return {
         "subnet": answer.subnet.id,
         "bits": answer.subnet.bits,
@@ -94,6 +122,14 @@ def answer_fields(answer: Answer) -> Fields:
         "parameters": answer.parameters,
         "parameters_ratio": answer.parameters_ratio,
         "size_bytes": answer.size_bytes,
+        "memory_bytes": None
+        if memory is None
+        else {
+            "value": memory.value_bytes,
+            "low": memory.low_bytes,
+            "high": memory.high_bytes,
+            "without_model": memory.baseline_bytes,
+        },
         "layers": json.loads(answer.subnet.to_json())["layers"],
         **latencies,
     }
@@ -109,11 +145,19 @@ def answer(found: Answer) -> Table:
         measured = "" if latency.measured_ms is None else f", measured {latency.measured_ms:.2f}"
         predicted = f"{latency.value_ms:.2f} ms [{latency.low_ms:.2f}, {latency.high_ms:.2f}]{measured}"
         table.add_row(workload_name(workload), predicted)
+    if (memory := found.memory) is not None:
+        sizes = (memory.value_bytes, memory.low_bytes, memory.high_bytes, memory.baseline_bytes)
+        value, low, high, baseline = (f"{size / 1e6:.0f}" for size in sizes)
+        table.add_row("peak memory", f"{value} MB [{low}, {high}], {baseline} of it without a model")
     return table
 
 
 def verification_fields(
-    result: Verification, prefill: Workload, decode: Workload, limits_ms: Mapping[Workload, float | None]
+    result: Verification,
+    prefill: Workload,
+    decode: Workload,
+    limits_ms: Mapping[Workload, float | None],
+    max_memory_bytes: int | None,
 ) -> Fields:
     """One folder of `nas verify`; a limit holds for the latency at the profile's speed where that is known."""
 
@@ -123,6 +167,8 @@ def verification_fields(
         return limit_ms is None or latency_ms <= limit_ms
 
     tpot, ttft = result.timings[decode], result.timings[prefill]
+    peak_bytes = result.peak_memory_bytes
+    fits = max_memory_bytes is None or (peak_bytes is not None and peak_bytes <= max_memory_bytes)
     return {
         "directory": str(result.directory),
         "format": result.manifest.format,
@@ -139,7 +185,8 @@ def verification_fields(
         "tpot_ms": tpot.median_ms,
         "tpot_spread_ms": tpot.spread_ms,
         "tpot_at_profile_speed_ms": result.at_profile_speed_ms(decode),
-        "within_budget": all(within(workload, limit_ms) for workload, limit_ms in limits_ms.items()),
+        "peak_memory_bytes": peak_bytes,
+        "within_budget": fits and all(within(workload, limit_ms) for workload, limit_ms in limits_ms.items()),
         "generated": result.generated,
     }
 
@@ -147,7 +194,7 @@ def verification_fields(
 def verifications(rows: Sequence[Fields]) -> Table:
     table = Table(
         "folder", "precision", "MB", "max logit diff", "mean KL", "as shipped", "TTFT ms", "TPOT ms",
-        "at the profile's speed", "parity", "budget",
+        "at the profile's speed", "peak MB", "parity", "budget",
     )  # fmt: skip
     for row in rows:
         at_profile_speed = [row["ttft_at_profile_speed_ms"], row["tpot_at_profile_speed_ms"]]
@@ -161,6 +208,7 @@ def verifications(rows: Sequence[Fields]) -> Table:
             f"{row['ttft_ms']:.1f}",
             f"{row['tpot_ms']:.2f}",
             ", ".join("" if value is None else f"{value:.2f}" for value in at_profile_speed).strip(", "),
+            "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f}",
             *("yes" if row[name] else "NO" for name in ("parity_holds", "within_budget")),
         )
     return table

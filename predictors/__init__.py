@@ -1,10 +1,11 @@
-"""Arrays in, predictions with intervals out: latency from shapes, quality from trials. Knows nothing of supernets."""
+"""Arrays in, predictions with intervals out: latency, memory, quality. Knows nothing of supernets."""
 
 from predictors.accuracy import QualityPrediction, QualityPredictor, QualityReport, cross_validated
 from predictors.block_table import AdditiveTable
 from predictors.features import latency_features
 from predictors.intervals import conformal_quantile
 from predictors.latency import LatencyPrediction, LatencyPredictor, describe_workloads, training_digest
+from predictors.memory import MemoryPrediction, MemoryPredictor
 from predictors.metrics import coverage, mape, spearman, within
 from predictors.sampling import most_informative
 
@@ -12,6 +13,8 @@ __all__ = [
     "AdditiveTable",
     "LatencyPrediction",
     "LatencyPredictor",
+    "MemoryPrediction",
+    "MemoryPredictor",
     "QualityPrediction",
     "QualityPredictor",
     "QualityReport",

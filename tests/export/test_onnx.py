@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import export.onnx
 from export.decoder import Decoder, decoder_from_model
 from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
-from hw_profiles.runtimes import runtime
+from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import BlockShape, Precision
 
 from . import tiny_models
@@ -27,12 +27,17 @@ class TestOnnx(WriterContract):
     tolerance = {"fp32": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
     graph_bytes = 12_000
     extra_bytes_per_scale = 2  # scales are fp32: MatMulNBits wants them in the activations' type
+    reserves_cache = True
 
     @staticmethod
     def write(decoder: Decoder, directory: Path) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export.onnx, "ACCURACY_LEVEL", 0)
             return write_onnx(decoder, directory)
+
+    @staticmethod
+    def cache_bytes(session: Session) -> int:
+        return sum(buffer.numpy().nbytes for buffer in session._past.values())  # type: ignore[attr-defined]
 
     @staticmethod
     def operators(path: Path) -> list[str]:

@@ -27,6 +27,8 @@ class WriterContract:
     #: Bytes that the file adds to each fp16 scale, and at most those of the graph of a few layers without its weights.
     extra_bytes_per_scale: int
     graph_bytes: int
+    #: Whether the cache has room for all tokens from the first on.
+    reserves_cache: bool
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Every precision that the writer knows, in tests that name none."""
@@ -144,6 +146,17 @@ class WriterContract:
         scales = 0 if precision in ("fp32", "bf16") else (shape.parameters - norms) // 32
         wanted = shape.weight_bytes(precision) + scales * self.extra_bytes_per_scale
         assert wanted <= size <= wanted * 1.02 + self.graph_bytes
+
+    def test_the_cache_holds_what_the_shape_says(self, models: dict[bool, PreTrainedModel], sessions: Sessions) -> None:
+        session = sessions(models[True], "int4")
+        tiny_models.session_logits(session, tiny_models.tokens(9, batch=2), 4)
+        positions = tiny_models.MAX_POSITIONS if self.reserves_cache else 9
+        assert self.cache_bytes(session) == tiny_models.shape(tied=True).kv_cache_bytes(positions, batch_size=2)
+
+    @staticmethod
+    def cache_bytes(session: Session) -> int:
+        """Of what the runtime itself says that it holds."""
+        raise NotImplementedError
 
     def test_the_profiler_builds_the_same_graph(self, tmp_path: Path) -> None:
         path = BUILDERS[self.runtime](tiny_models.shape(tied=True), "int4", tmp_path)

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Connection, inspect, text
 
 from hw_profiles.devices import Device, Target
+from hw_profiles.measurement import MemoryMeasurement
 from hw_profiles.schema import BUSY_TIMEOUT_MS, lock_for_writing
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 from hw_profiles.store import SCHEMA, Measurement, Store, StoreError, _version_2
@@ -35,6 +36,11 @@ FULL = shape(64)
 
 def measurement(width: int, ratio: float = 0.5, reference_ms: float = 10.0, **changes: object) -> Measurement:
     made = Measurement(TARGET, shape(width), DECODE, "anchor", FULL.id, ratio, 0.01, 9, reference_ms, "2026.4")
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def memory(width: int, peak_bytes: int = 10**8, **changes: object) -> MemoryMeasurement:
+    made = MemoryMeasurement(TARGET, shape(width), DECODE, "anchor", FULL.id, peak_bytes, 10**7, "2026.4")
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -121,6 +127,26 @@ def test_versions_of_a_runtime_are_kept_apart(store: Store) -> None:
     assert store.measurements(runtime_version="2026.6") == []
 
 
+def test_memory_goes_in_and_out_once_for_each_version(store: Store, database_url: str) -> None:
+    """More than 4 GiB, which 32 bits do not hold; energy where it is known."""
+    stored = [
+        memory(8, 5 * 2**30, step_joules=1 / 3),
+        memory(8, workload=Workload("prefill", 128)),
+        memory(8, runtime_version="2026.5"),
+        memory(8, role="heldout"),
+    ]
+    store.add_memory_measurements(stored[:2])
+    store.add_memory_measurements([memory(8, 1), *stored[2:]])  # the first is there already
+    others = [memory(8, reference_id=shape(8).id), memory(8, target=replace(TARGET, threads=1))]
+    store.add_memory_measurements(others)
+    with Store(database_url) as again:
+        assert again.memory_measurements(TARGET, reference_id=FULL.id) == stored
+        assert again.memory_measurements(others[1].target, reference_id=FULL.id) == others[1:]
+        assert again.measurements() == []
+    with pytest.raises(StoreError, match="call add_device before"):
+        store.add_memory_measurements([memory(16, target=replace(TARGET, device_id="unknown"))])
+
+
 def test_a_failing_transaction_stores_nothing(store: Store) -> None:
     stranger = measurement(16, target=replace(TARGET, device_id="unknown"))
     with pytest.raises(StoreError, match="call add_device before"):
@@ -129,7 +155,7 @@ def test_a_failing_transaction_stores_nothing(store: Store) -> None:
 
 
 WRITER = """
-from tests.hw_profiles.test_store import DEVICE, Store, measurement
+from tests.hw_profiles.test_store import DEVICE, Store, measurement, memory
 wait()
 with Store({url!r}) as store:
     store.add_device(DEVICE)
@@ -137,6 +163,7 @@ with Store({url!r}) as store:
         shared = [measurement(1000 + i), measurement(2000 + i)]
         own = [measurement(1 + 4 * i + {number})]
         store.add_measurements(own + (shared if {number} % 2 else shared[::-1]))
+        store.add_memory_measurements([memory(1000 + i), memory({number})][:: 1 if {number} % 2 else -1])
 """
 
 
@@ -145,7 +172,10 @@ def test_four_processes_create_and_write_at_once(database_url: str) -> None:
     assert run_at_once([WRITER.format(url=database_url, number=number) for number in range(4)]) == [(0, "")] * 4
     with Store(database_url) as store:
         widths = [m.shape.blocks[0].intermediate_size for m in store.measurements()]
+        memories = store.memory_measurements(TARGET, reference_id=FULL.id)
     assert sorted(widths) == [*range(1, 101), *range(1000, 1025), *range(2000, 2025)]
+    assert {m.shape for m in memories} == {shape(width) for width in (*range(4), *range(1000, 1025))}
+    assert len(memories) == 4 + 25
 
 
 VERSION_1 = """
@@ -169,7 +199,7 @@ def old_database(url: str, stored: Sequence[Measurement]) -> None:
     with Store(url) as template:
         engine = template.engine
         with engine.begin() as connection:
-            for table in ("measurements", "devices", "schema_version"):
+            for table in ("memory_measurements", "measurements", "devices", "schema_version"):
                 connection.execute(text(f"DROP TABLE {table}"))
             id_type = "SERIAL" if engine.dialect.name == "postgresql" else "INTEGER"
             for statement in VERSION_1.format(id_type=id_type).split(";"):
@@ -195,14 +225,15 @@ def old_database(url: str, stored: Sequence[Measurement]) -> None:
                 connection.execute(text(f"INSERT INTO measurements ({columns}) VALUES (:{', :'.join(values)})"), values)
 
 
-def layout(store: Store) -> tuple[object, ...]:
+def layout(store: Store) -> dict[str, object]:
     found = inspect(store.engine)
-    columns = [(c["name"], c["type"].python_type.__name__, c["nullable"]) for c in found.get_columns("measurements")]
-    keys = {tuple(key["column_names"]) for key in found.get_unique_constraints("measurements")}
-    foreign = {(tuple(key["constrained_columns"]), key["referred_table"]) for key in
-               found.get_foreign_keys("measurements")}  # fmt: skip
-    primary = found.get_pk_constraint("measurements")["constrained_columns"]
-    return sorted(columns), keys, foreign, primary, sorted(found.get_table_names())
+    tables = {}
+    for name in found.get_table_names():
+        columns = [(c["name"], c["type"].python_type.__name__, c["nullable"]) for c in found.get_columns(name)]
+        keys = {tuple(key["column_names"]) for key in found.get_unique_constraints(name)}
+        foreign = {(tuple(key["constrained_columns"]), key["referred_table"]) for key in found.get_foreign_keys(name)}
+        tables[name] = sorted(columns), keys, foreign, found.get_pk_constraint(name)["constrained_columns"]
+    return tables
 
 
 def test_a_database_of_version_1_is_migrated(database_url: str) -> None:
@@ -215,6 +246,9 @@ def test_a_database_of_version_1_is_migrated(database_url: str) -> None:
         assert store.measurements() == [replace(m, typical_reference_ms=10.0) for m in stored]
         assert {m.affinity for m in store.measurements()} == {""}
         assert layout(store) == new_layout
+        assert set(new_layout) == {"schema_version", "devices", "measurements", "memory_measurements"}
+        store.add_memory_measurements([memory(8, 5 * 2**30)])
+        assert store.memory_measurements(TARGET, reference_id=FULL.id)[0].peak_bytes == 5 * 2**30
         upgraded = measurement(8, runtime_version="2026.5", affinity="0-1")
         store.add_measurements([measurement(8, ratio=0.9), upgraded])  # the first is there already
         assert [m.ratio for m in store.measurements()] == [1 / 8, 1 / 12, 1 / 4, 0.5]
@@ -295,7 +329,7 @@ def test_a_newer_schema(database_url: str, store: Store) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99"))
     with pytest.raises(
-        StoreError, match=r"the tables of hw_profiles have schema version 99, wanted at most 2; use the"
+        StoreError, match=r"the tables of hw_profiles have schema version 99, wanted at most 3; use the"
     ):
         Store(database_url)
 

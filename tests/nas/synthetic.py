@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
-from hw_profiles.measurement import Role
+from hw_profiles.measurement import MemoryMeasurement, Role
+from hw_profiles.memory import memory_plan
 from hw_profiles.shapes import Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
@@ -162,5 +163,50 @@ def fill_profile(
                 )
                 for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
                 for work in workloads
+            ]
+        )
+
+
+BASELINE_BYTES = 60_000_000
+
+
+def shape_peak_bytes(shape: ModelShape, precision: Precision, workload: Workload) -> int:
+    """Peak of a process in a synthetic profile, linear in what predictors.memory counts."""
+    cached = workload.tokens + (workload.phase == "decode")
+    return BASELINE_BYTES + 1000 * (3 * shape.weight_bytes(precision) + 2 * shape.kv_cache_bytes(cached))
+
+
+def fill_memory(
+    store: Store,
+    space: SearchSpace,
+    device: Device,
+    runtime: str,
+    workloads: Sequence[Workload],
+    precisions: Sequence[Precision] = ("int8", "int4"),
+    factors: Mapping[Role, float] | None = None,
+    version: str | None = None,
+    graphs: int = 8,
+) -> None:
+    """What `nas profile` with one thread would store of `shape_peak_bytes`, times `factors` of their role."""
+    store.add_device(device)
+    version = version or installed_version(runtime, device.id) or VERSION
+    planned = plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
+    for precision in precisions:
+        target = Target(device.id, runtime, precision, 1)
+        store.add_memory_measurements(
+            [
+                MemoryMeasurement(
+                    target,
+                    graph.shape,
+                    work,
+                    graph.role,
+                    space.base.id,
+                    round(shape_peak_bytes(graph.shape, precision, work) * (factors or {}).get(graph.role, 1.0)),
+                    BASELINE_BYTES,
+                    version,
+                    0.5 if work.phase == "decode" else None,
+                )
+                for graph, works in memory_plan(planned, workloads, graphs)
+                for work in works
             ]
         )

@@ -6,6 +6,7 @@ import pytest
 
 from hw_profiles import Measurement, Target, Workload
 from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, describe
+from nas.memory import Memory
 from nas.quality import Quality
 from nas.space import LayerChoice, Subnet
 from nas.study import Trial
@@ -67,6 +68,20 @@ def test_every_limit_counts() -> None:
     assert kls(answers, Budget(tpot_ms=2.0, ttft_ms=2.0, max_size_bytes=100, max_parameters_ratio=0.1)) == [0.5]
 
 
+def test_memory_is_held_against_its_upper_bound() -> None:
+    fast = answer(0.1, Latency(1.0, 1.0, 1.0))
+    answers = [replace(fast, memory=Memory(90, 80, high_bytes, 50)) for high_bytes in (99, 100, 101)]
+    budget = Budget(max_memory_bytes=100)
+    assert admitted(answers, budget) == admitted(answers, budget, hoped=True) == answers[:2]
+    assert answers[2].excess(budget) == pytest.approx(1.01)
+    with pytest.raises(ValueError, match="needs a profile of memory"):
+        fast.excess(budget)
+    assert Budget(tpot_ms=1.0, prompt_tokens=64, context_tokens=512, batch_size=2).memory_workloads == (
+        Workload("prefill", 64, 2),
+        Workload("decode", 512, 2),
+    )
+
+
 def test_unmet_names_the_one_whose_worst_excess_is_least() -> None:
     answers = [
         answer(0.1, Latency(4.0, 4.0, 4.0, None), size_bytes=2_000_000),  # 2 x the latency, 1 x the size
@@ -93,7 +108,7 @@ def test_a_budget_needs_a_limit(limits: dict[str, int]) -> None:
         Budget(**limits)
 
 
-@pytest.mark.parametrize("limit", ["tpot_ms", "ttft_ms", "max_size_bytes", "max_parameters_ratio"])
+@pytest.mark.parametrize("limit", ["tpot_ms", "ttft_ms", "max_size_bytes", "max_parameters_ratio", "max_memory_bytes"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_limits_are_above_zero(limit: str, value: int) -> None:
     with pytest.raises(ValueError, match="above 0"):

@@ -28,7 +28,7 @@ from nas.protocol import EvaluationProtocol
 from nas.space import SearchSpace
 from nas.study import Study, Trial
 from nas.terminal import emit, progress_bar
-from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_profile, tiny_space
+from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_memory, fill_profile, tiny_space
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ MISTAKES = {
     ("search", "gpt2", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
     ("query", "--study", "s"): "a query needs a budget; give --tpot-ms",
     ("query", "--study", "s", "--tpot-ms", "-1"): "budgets must be above 0",
+    ("query", "--study", "s", "--memory-mb", "9", "--threads", "1"): "the memory of openvino with 1 threads was not "
+    "measured for prefill at 128 tokens and decode at 128 tokens of this model",
     (
         "query",
         "--study",
@@ -205,6 +207,22 @@ def test_query_answers_within_the_budget(nas: Nas, study: Study) -> None:
     for_people = nas("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1")
     assert (for_people.code, for_people.err) == (0, "")
     assert f"Subnet {best.subnet.id}, {best.subnet.precision}" in for_people.out
+
+
+def test_query_tells_memory_where_it_is_profiled(nas: Nas, study: Study, tmp_path: Path) -> None:
+    query = ("query", "--study", "s", "--max-size-mb", "0.14", "--threads", "1")
+    assert nas(*query, "--json").json["memory_bytes"] is None
+    assert "peak memory" not in nas(*query).out
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        workloads = [Workload("decode", 128), Workload("prefill", 128)]
+        fill_memory(store, study.space, detect(), "openvino", workloads)
+    memory = nas(*query, "--json").json["memory_bytes"]
+    assert memory["without_model"] < memory["low"] <= memory["value"] <= memory["high"]
+    assert f"{memory['value'] / 1e6:.0f} MB [" in nas(*query).out
+    limit = ("--memory-mb", str(memory["value"] * 0.6 / 1e6))
+    unmet = nas(*query, *limit, "--json")
+    assert unmet.code == 1
+    assert unmet.json["nearest"]["memory_bytes"]["high"] > memory["value"] * 0.6
 
 
 def test_a_budget_out_of_reach_names_the_nearest(nas: Nas, study: Study) -> None:
@@ -415,13 +433,21 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     for engine, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
         options = [word for precision in precisions for word in ("--precision", precision)]
         lengths = ("--context-tokens", "20", "--prompt-tokens", "20")
-        profile = ("profile", "tiny", "--runtime", engine, *options, *counts, *lengths, *on_device)
+        memory = ("--memory-graphs", "5" if engine == "onnxruntime" else "0")
+        profile = ("profile", "tiny", "--runtime", engine, *options, *counts, *memory, *lengths, *on_device)
         profiled = nas(*profile)
         assert profiled.code == 0
         targets = profiled.json["targets"]
         assert [row["target"] for row in targets] == [f"{engine}/{p}/1 thread" for p in precisions for _ in range(4)]
         assert {row["graphs"] for row in targets} == {1 + 6 + 3 + 2 + 1}
         assert all(row["full_ms"] > 0 for row in targets)
+        memories = profiled.json["memory"]
+        assert [row["target"] for row in memories] == [f"{engine}/{p}/1 thread" for p in precisions if memory[1] != "0"]
+        for row in memories:
+            assert row["measurements"] == 4 + 3 * 2 + 1 * 2
+            assert set(row["full_bytes"]) == {"prefill 8", "prefill 20", "decode 8", "decode 20"}
+            assert all(row["without_model_bytes"] < size < 1e9 for size in row["full_bytes"].values())
+            assert 0 <= row["mape"] < 0.5
     assert nas(*profile).json == profiled.json  # all of it was stored
 
     search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
@@ -445,6 +471,8 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     answer = answered.json
     assert answer["parameters_ratio"] <= ratio
     assert answer["tpot_ms"]["measured"] > 0
+    memory = answer["memory_bytes"]
+    assert 10e6 < memory["without_model"] < memory["value"] <= memory["high"] < 1e9
     assert answer["subnet"] in {trial["id"] for trial in trials[2:]}
 
     # the profile holds 8 and 20 tokens, so it knows those between
@@ -469,6 +497,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     rows = verified.json["folders"]
     assert [row["format"] for row in rows] == folders
     assert all(row["parity_holds"] and row["within_budget"] and row["generated"] for row in rows)
+    check_limits_of_memory(nas, memory["value"], on_device)
     missed = nas("verify", "onnx", "--rounds", "1", "--tpot-ms", "0.000001", *on_device)
     assert missed.code == 1
     assert [row["within_budget"] for row in missed.json["folders"]] == [False]
@@ -615,6 +644,21 @@ def check_refused_imports(nas: Nas, tmp_path: Path) -> None:
     with Store(str(tmp_path / "llm-nas.db")) as store:
         assert store.measurements() == stored
         assert len(store.devices()) == 1
+
+
+def check_limits_of_memory(nas: Nas, predicted_bytes: int, on_device: tuple[str, ...]) -> None:
+    """The exported folder takes about what was predicted of it, and is within that or not."""
+    verify = ("verify", "onnx", "--beside", "huggingface", "--rounds", "1", *on_device)
+    for limit_mb, within in ((predicted_bytes * 1.5 / 1e6, True), (predicted_bytes * 0.5 / 1e6, False)):
+        verified = nas(*verify, "--memory-mb", str(limit_mb))
+        assert verified.code == (0 if within else 1)
+        judged, beside = verified.json["folders"]
+        assert judged["peak_memory_bytes"] == pytest.approx(predicted_bytes, rel=0.2)
+        assert (judged["within_budget"], beside["within_budget"]) == (within, True)
+        assert beside["peak_memory_bytes"] is None
+    refused = nas("verify", "huggingface", "--memory-mb", "1", "--rounds", "1", *on_device)
+    assert refused.code == 2
+    assert "got huggingface, which is huggingface; verify it without a limit of memory" in refused.json["error"]
 
 
 def check_limits_at_the_profiles_speed(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:

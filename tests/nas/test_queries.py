@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +12,19 @@ from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Precision
 from hw_profiles.staleness import StaleProfileError
 from hw_profiles.timing import measure
-from nas.budget import Budget, BudgetUnmetError
+from nas.budget import Answer, Budget, BudgetUnmetError
+from nas.latency import ProfileMissingError
 from nas.queries import answer_query, find_subnet, predictions_for, report_data
 from nas.space import Subnet
 from nas.study import Study, StudyError, Trial
-from tests.nas.synthetic import SyntheticEvaluator, fill_profile, shape_ms, tiny_space
+from tests.nas.synthetic import (
+    SyntheticEvaluator,
+    fill_memory,
+    fill_profile,
+    shape_ms,
+    shape_peak_bytes,
+    tiny_space,
+)
 
 DEVICE = detect()
 SPACE = tiny_space(4)
@@ -107,6 +116,35 @@ def test_prefill_and_size_limits(store: Store, study: Study, device: FakeDevice)
     ]
     assert 0 < len(fitting) < TRIALS
     assert ask(store, study, budget) == min(fitting, key=lambda trial: trial.quality.kl).subnet
+
+
+def test_a_limit_of_memory(store: Store, study: Study, device: FakeDevice) -> None:
+    """Of a process that reads the prompt and fills the context; told without a limit as soon as it is profiled."""
+
+    def peak_bytes(subnet: Subnet) -> int:
+        return max(shape_peak_bytes(SPACE.model_shape(subnet), subnet.precision, work) for work in (DECODE, PREFILL))
+
+    def answer(budget: Budget) -> Answer:
+        return answer_query(store, study, budget, DEVICE.id, "fake", 1, 0)
+
+    budget = replace(BUDGET, tpot_ms=None, max_memory_bytes=320_000_000)
+    with pytest.raises(ProfileMissingError, match="memory of fake with 1 threads was not measured"):
+        answer(budget)
+    assert answer(BUDGET).memory is None
+    fill_memory(store, SPACE, DEVICE, "fake", [DECODE, PREFILL], version=FakeRuntime().version())
+    fitting = [trial for trial in study.trials() if peak_bytes(trial.subnet) <= 320_000_000]
+    assert 3 <= len(fitting) < TRIALS - 3
+    assert min(abs(peak_bytes(trial.subnet) / 320e6 - 1) for trial in study.trials()) > 0.002
+    found = answer(budget)
+    assert found.subnet == min(fitting, key=lambda trial: trial.quality.kl).subnet
+    assert found.memory is not None
+    assert found.memory.value_bytes == pytest.approx(peak_bytes(found.subnet), rel=1e-3)
+    timed = answer(BUDGET)
+    assert timed.memory is not None
+    assert timed.memory.value_bytes == pytest.approx(peak_bytes(timed.subnet), rel=1e-3)
+    with pytest.raises(BudgetUnmetError, match=r"the nearest, .* MB of memory") as unmet:
+        answer(replace(budget, max_memory_bytes=1000))
+    assert unmet.value.nearest.subnet == min(study.trials(), key=lambda trial: peak_bytes(trial.subnet)).subnet
 
 
 @pytest.mark.parametrize("measure_count", [1, 2, 4])

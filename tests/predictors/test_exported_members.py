@@ -10,6 +10,7 @@ def test_all_names_are_exactly_the_exports() -> None:
         "intervals",
         "latency",
         "linear",
+        "memory",
         "metrics",
         "sampling",
     }
