@@ -219,10 +219,11 @@ def test_query_tells_memory_where_it_is_profiled(nas: Nas, study: Study, tmp_pat
     memory = nas(*query, "--json").json["memory_bytes"]
     assert memory["without_model"] < memory["low"] <= memory["value"] <= memory["high"]
     assert f"{memory['value'] / 1e6:.0f} MB [" in nas(*query).out
-    limit = ("--memory-mb", str(memory["value"] * 0.6 / 1e6))
-    unmet = nas(*query, *limit, "--json")
+    assert nas(*query, "--memory-mb", str(memory["high"] / 1e6), "--json").json["memory_bytes"] == memory
+    unmet = nas(*query, "--memory-mb", "1", "--json")
     assert unmet.code == 1
-    assert unmet.json["nearest"]["memory_bytes"]["high"] > memory["value"] * 0.6
+    assert "MB of memory" in unmet.sentence
+    assert unmet.json["nearest"]["memory_bytes"]["high"] > 1e6
 
 
 def test_a_budget_out_of_reach_names_the_nearest(nas: Nas, study: Study) -> None:
@@ -429,26 +430,21 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     save_tiny_llama(tmp_path / "tiny")
     on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
 
-    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
+    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1", "--memory-graphs", "0")
     for engine, precisions in (("onnxruntime", ("int8", "int4")), ("openvino", ("int8",))):
         options = [word for precision in precisions for word in ("--precision", precision)]
         lengths = ("--context-tokens", "20", "--prompt-tokens", "20")
-        memory = ("--memory-graphs", "5" if engine == "onnxruntime" else "0")
-        profile = ("profile", "tiny", "--runtime", engine, *options, *counts, *memory, *lengths, *on_device)
+        profile = ("profile", "tiny", "--runtime", engine, *options, *counts, *lengths, *on_device)
         profiled = nas(*profile)
         assert profiled.code == 0
         targets = profiled.json["targets"]
         assert [row["target"] for row in targets] == [f"{engine}/{p}/1 thread" for p in precisions for _ in range(4)]
         assert {row["graphs"] for row in targets} == {1 + 6 + 3 + 2 + 1}
         assert all(row["full_ms"] > 0 for row in targets)
-        memories = profiled.json["memory"]
-        assert [row["target"] for row in memories] == [f"{engine}/{p}/1 thread" for p in precisions if memory[1] != "0"]
-        for row in memories:
-            assert row["measurements"] == 4 + 3 * 2 + 1 * 2
-            assert set(row["full_bytes"]) == {"prefill 8", "prefill 20", "decode 8", "decode 20"}
-            assert all(row["without_model_bytes"] < size < 1e9 for size in row["full_bytes"].values())
-            assert 0 <= row["mape"] < 0.5
+        assert profiled.json["memory"] == []
     assert nas(*profile).json == profiled.json  # all of it was stored
+
+    full_bytes = check_memory_is_profiled(nas, counts, on_device)
 
     search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
     with monkeypatch.context() as upgraded:
@@ -471,8 +467,10 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     answer = answered.json
     assert answer["parameters_ratio"] <= ratio
     assert answer["tpot_ms"]["measured"] > 0
-    memory = answer["memory_bytes"]
-    assert 10e6 < memory["without_model"] < memory["value"] <= memory["high"] < 1e9
+    assert answer["memory_bytes"] is None  # of int4 it was not profiled
+    limited = nas("query", "--study", "s", "--runtime", "onnxruntime", "--memory-mb", "999", *on_device)
+    assert limited.code == 2
+    assert "memory of precision int4 was not measured (only of int8)" in limited.sentence
     assert answer["subnet"] in {trial["id"] for trial in trials[2:]}
 
     # the profile holds 8 and 20 tokens, so it knows those between
@@ -497,7 +495,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     rows = verified.json["folders"]
     assert [row["format"] for row in rows] == folders
     assert all(row["parity_holds"] and row["within_budget"] and row["generated"] for row in rows)
-    check_limits_of_memory(nas, memory["value"], on_device)
+    check_limits_of_memory(nas, full_bytes, on_device)
     missed = nas("verify", "onnx", "--rounds", "1", "--tpot-ms", "0.000001", *on_device)
     assert missed.code == 1
     assert [row["within_budget"] for row in missed.json["folders"]] == [False]
@@ -646,14 +644,30 @@ def check_refused_imports(nas: Nas, tmp_path: Path) -> None:
         assert len(store.devices()) == 1
 
 
-def check_limits_of_memory(nas: Nas, predicted_bytes: int, on_device: tuple[str, ...]) -> None:
-    """The exported folder takes about what was predicted of it, and is within that or not."""
+def check_memory_is_profiled(nas: Nas, counts: tuple[str, ...], on_device: tuple[str, ...]) -> int:
+    """In processes of their own, on top of what is timed already. Returns what the full model takes."""
+    target = ("--runtime", "onnxruntime", "--precision", "int8")
+    profile = ("profile", "tiny", *target, *counts, "--memory-graphs", "5", "--prompt-tokens", "20", *on_device)
+    profiled = nas(*profile)
+    assert profiled.code == 0
+    (row,) = profiled.json["memory"]
+    assert (row["target"], row["measurements"]) == ("onnxruntime/int8/1 thread", 3 + 3 * 2 + 1 * 2)
+    assert set(row["full_bytes"]) == {"prefill 8", "prefill 20", "decode 8"}
+    full_bytes = row["full_bytes"].values()
+    assert all(10e6 < row["without_model_bytes"] < size < 1e9 for size in full_bytes)
+    assert 0 <= row["mape"] < 0.5
+    assert nas(*profile).json["memory"] == [row]  # all of it was stored
+    return int(max(full_bytes))
+
+
+def check_limits_of_memory(nas: Nas, full_bytes: int, on_device: tuple[str, ...]) -> None:
+    """The exported folder takes about what the full model does, which without its weights is far more than half."""
     verify = ("verify", "onnx", "--beside", "huggingface", "--rounds", "1", *on_device)
-    for limit_mb, within in ((predicted_bytes * 1.5 / 1e6, True), (predicted_bytes * 0.5 / 1e6, False)):
+    for limit_mb, within in ((full_bytes * 1.5 / 1e6, True), (full_bytes * 0.5 / 1e6, False)):
         verified = nas(*verify, "--memory-mb", str(limit_mb))
         assert verified.code == (0 if within else 1)
         judged, beside = verified.json["folders"]
-        assert judged["peak_memory_bytes"] == pytest.approx(predicted_bytes, rel=0.2)
+        assert judged["peak_memory_bytes"] == pytest.approx(full_bytes, rel=0.2)
         assert (judged["within_budget"], beside["within_budget"]) == (within, True)
         assert beside["peak_memory_bytes"] is None
     refused = nas("verify", "huggingface", "--memory-mb", "1", "--rounds", "1", *on_device)
