@@ -87,15 +87,19 @@ class ModelShape:
     def parameters(self) -> int:
         return sum(map(self.block_parameters, self.blocks)) + self.hidden_size + self.embedding_parameters
 
-    def weight_bytes(self, precision: Precision) -> int:
-        """Bytes of all weights: matrices at the precision's bits below 16 with an fp16 scale per 32, norms as fp32."""
+    def weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
+        """Bytes of all weights: matrices at the precision's bits, below 16 with a scale per 32, norms as fp32.
+
+        Of the exported weights within 1 KiB, given the format's `scale_bytes`; ONNX adds tables of the positions and
+        starts each tensor at a page.
+        """
         norms = self.hidden_size * (
             1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks)
         )
         block_weights = self.parameters - self.embedding_parameters - norms
         return round(
-            block_weights * bits_per_weight(BLOCK_BITS[precision]) / 8
-            + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision]) / 8
+            block_weights * bits_per_weight(BLOCK_BITS[precision], scale_bytes) / 8
+            + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
             + norms * 4
         )
 
@@ -114,9 +118,9 @@ class ModelShape:
         return workload.batch_size * per_sequence
 
 
-def bits_per_weight(bits: int) -> float:
-    """Storage of one matrix weight, its share of the fp16 scale included."""
-    return bits if bits >= 16 else bits + 16 / QUANTIZATION_BLOCK_SIZE
+def bits_per_weight(bits: int, scale_bytes: int = 2) -> float:
+    """Storage of one matrix weight, its share of the scale included."""
+    return bits if bits >= 16 else bits + 8 * scale_bytes / QUANTIZATION_BLOCK_SIZE
 
 
 @dataclass(frozen=True, order=True)

@@ -133,8 +133,12 @@ def describe(
     models: Mapping[Workload, LatencyModel],
     space_parameters: int,
     memories: Sequence[Memory] | None = None,
+    scale_bytes: int = 2,
 ) -> list[Answer]:
-    """Every trial with its latencies on the models' device and, where that is known, its memory."""
+    """Every trial with its latencies on the models' device and, where that is known, its memory.
+
+    `scale_bytes` is what a scale takes in the files that the device runs.
+    """
     subnets = [trial.subnet for trial in trials]
     predictions = {workload: model.predict(subnets) for workload, model in models.items()}
     answers = []
@@ -146,7 +150,7 @@ def describe(
             timed = models[workload].measurement(trial.subnet)
             measured = (None, None) if timed is None else (timed.latency_ms, timed.high_ms)
             latencies[workload] = Latency(float(p.value_ms[i]), float(p.low_ms[i]), float(p.high_ms[i]), *measured)
-        size_bytes = shape.weight_bytes(trial.subnet.precision)
+        size_bytes = shape.weight_bytes(trial.subnet.precision, scale_bytes)
         ratio = shape.parameters / space_parameters
         memory = None if memories is None else memories[i]
         answers.append(Answer(trial.subnet, trial.quality, latencies, size_bytes, shape.parameters, ratio, memory))

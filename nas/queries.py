@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.profile import Progress
-from hw_profiles.runtimes import engine_of
+from hw_profiles.runtimes import SCALE_BYTES, engine_of
 from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
@@ -59,7 +59,8 @@ def answer_query(
             )
             for workload in workloads
         }
-        return describe(trials, models, study.space.base.parameters, memories)
+        scale_bytes = SCALE_BYTES.get(engine_of(runtime_name), 2)
+        return describe(trials, models, study.space.base.parameters, memories, scale_bytes)
 
     best, *others = admitted(answers(), budget, hoped=measure > 0)
     while measure and not best.is_measured:

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from transformers import GenerationConfig, PreTrainedModel
 
 import export.onnx
-from export.decoder import Decoder, decoder_from_model
+from export.decoder import Decoder, decoder_from_model, random_decoder
 from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import BlockShape, Precision
@@ -26,7 +27,6 @@ class TestOnnx(WriterContract):
     runtime = "onnxruntime"
     tolerance = {"fp32": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
     graph_bytes = 12_000
-    extra_bytes_per_scale = 2  # scales are fp32: MatMulNBits wants them in the activations' type
     reserves_cache = True
 
     @staticmethod
@@ -34,6 +34,12 @@ class TestOnnx(WriterContract):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export.onnx, "ACCURACY_LEVEL", 0)
             return write_onnx(decoder, directory)
+
+    @staticmethod
+    def weight_bytes(directory: Path) -> int:
+        model = onnx.load(directory / MODEL_FILE)
+        tensors = [tensor for tensor in model.graph.initializer if tensor.name not in ("cos_cache", "sin_cache")]
+        return sum(numpy_helper.to_array(tensor).nbytes for tensor in tensors)
 
     @staticmethod
     def cache_bytes(session: Session) -> int:
@@ -66,6 +72,16 @@ def test_shipped_files_round_activations_a_little(
     assert kl < 0.02
     if precision == "int4":  # rounding the activations costs far less than rounding the weights did
         assert kl < 0.1 * tiny_models.mean_kl(unrounded, expected)
+
+
+def test_the_data_file_holds_the_tensors_and_gaps_before_pages(tmp_path: Path) -> None:
+    decoder = random_decoder(tiny_models.shape(tied=True), "int8")
+    path = write_onnx(decoder, tmp_path)
+    tensors = [t for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data]
+    sizes = [int(entry.value) for t in tensors for entry in t.external_data if entry.key == "length"]
+    tables = decoder.max_position_embeddings * tiny_models.HEAD_DIM * 4
+    assert sorted(sizes)[-3:].count(tables // 2) == 2
+    assert 0 <= (tmp_path / DATA_FILE).stat().st_size - sum(sizes) < 4096 * len(sizes)
 
 
 def test_two_files_and_one_buffer_for_past_and_present(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:

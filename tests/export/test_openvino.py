@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from export.decoder import Decoder, decoder_from_model
-from export.openvino import openvino_model, write_openvino, write_openvino_tokenizer
+from export.openvino import MODEL_FILE, openvino_model, write_openvino, write_openvino_tokenizer
 from hw_profiles.devices import detect
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.runtimes.openvino import arithmetic, compile_properties
@@ -26,12 +26,15 @@ class TestOpenVino(WriterContract):
     runtime = "openvino"
     tolerance = {"fp32": 1e-4, "bf16": 1e-4, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
     graph_bytes = 300_000
-    extra_bytes_per_scale = 0
     reserves_cache = False
 
     @staticmethod
     def write(decoder: Decoder, directory: Path) -> Path:
         return write_openvino(replace(decoder, precision="fp32"), directory)  # the matrices stay as they are
+
+    @staticmethod
+    def weight_bytes(directory: Path) -> int:
+        return (directory / MODEL_FILE).with_suffix(".bin").stat().st_size
 
     @staticmethod
     def cache_bytes(session: Session) -> int:
