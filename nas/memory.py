@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,12 +19,17 @@ from predictors.memory import MINIMUM_SAMPLES
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak of a process, with its 90 % interval, and what it holds without a model."""
+    """Predicted peak of a process, with its 90 % interval, and what it holds without a model.
+
+    `step_joules` is the energy of a step of each workload, never predicted: there if this very subnet was measured on
+    a machine that tells it.
+    """
 
     value_bytes: int
     low_bytes: int
     high_bytes: int
     baseline_bytes: int
+    step_joules: Mapping[Workload, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class MemoryModel:
     workloads: tuple[Workload, ...]
     predictors: dict[Precision, MemoryPredictor]
     baseline_bytes: int
+    step_joules: dict[tuple[Precision, ModelShape], dict[Workload, float]]
 
     @classmethod
     def fit(
@@ -67,7 +73,11 @@ class MemoryModel:
                 f"the memory of {runtime} with {threads} threads was not measured for {wanted} of this model, or "
                 "for too few graphs; run nas profile for these lengths with --memory-graphs 8"
             )
-        return cls(space, tuple(workloads), predictors, _baseline_bytes(measured))
+        step_joules: dict[tuple[Precision, ModelShape], dict[Workload, float]] = {}
+        for m in measured:
+            if m.step_joules is not None and m.workload in workloads:
+                step_joules.setdefault((m.target.precision, m.shape), {})[m.workload] = m.step_joules
+        return cls(space, tuple(workloads), predictors, _baseline_bytes(measured), step_joules)
 
     def predict(self, subnets: Sequence[Subnet]) -> list[Memory]:
         """One entry a subnet: the largest of the workloads.
@@ -89,7 +99,10 @@ class MemoryModel:
                 of_one = np.column_stack([found.value_bytes, found.low_bytes, found.high_bytes])
                 peaks[rows] = np.maximum(peaks[rows], of_one)
         return [
-            Memory(round(value), round(low), round(high), self.baseline_bytes) for value, low, high in peaks.tolist()
+            Memory(value, low, high, self.baseline_bytes, self.step_joules.get((subnet.precision, shape), {}))
+            for subnet, shape, (value, low, high) in zip(
+                subnets, shapes, peaks.round().astype(int).tolist(), strict=True
+            )
         ]
 
 

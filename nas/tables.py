@@ -73,7 +73,7 @@ def memory_fields(found: MemoryProfile) -> Fields:
         "measurements": found.measurements,
         "without_model_bytes": found.baseline_bytes,
         "full_bytes": {workload_name(work): size for work, size in found.full_bytes.items()},
-        "full_step_joules": {workload_name(work): joules for work, joules in found.full_step_joules.items()},
+        "full_joules_per_token": _joules_per_token(found.full_step_joules),
         "held_out": len(found.held_out),
         "mape": found.mape,
     }
@@ -132,7 +132,14 @@ def answer_fields(answer: Answer) -> Fields:
         },
         "layers": json.loads(answer.subnet.to_json())["layers"],
         **latencies,
+        **({"joules_per_token": _joules_per_token(memory.step_joules)} if memory and memory.step_joules else {}),
     }
+
+
+def _joules_per_token(step_joules: Mapping[Workload, float]) -> dict[str, float]:
+    """A step feeds every sequence one token, or its whole prompt."""
+    fed = {work: work.batch_size * (work.tokens if work.phase == "prefill" else 1) for work in step_joules}
+    return {workload_name(work): joules / fed[work] for work, joules in step_joules.items()}
 
 
 def answer(found: Answer) -> Table:
@@ -149,6 +156,8 @@ def answer(found: Answer) -> Table:
         sizes = (memory.value_bytes, memory.low_bytes, memory.high_bytes, memory.baseline_bytes)
         value, low, high, baseline = (f"{size / 1e6:.0f}" for size in sizes)
         table.add_row("peak memory", f"{value} MB [{low}, {high}], {baseline} of it without a model")
+        for name, joules in _joules_per_token(memory.step_joules).items():
+            table.add_row(f"energy, {name}", f"{joules:.3g} J a token")
     return table
 
 

@@ -22,11 +22,14 @@ from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.__main__ import main as run_on_board
 from hw_profiles.devices import affinity
 from hw_profiles.measured import read_measured
+from nas.budget import Answer
 from nas.cli import main
 from nas.families import load_config
+from nas.memory import Memory
 from nas.protocol import EvaluationProtocol
 from nas.space import SearchSpace
 from nas.study import Study, Trial
+from nas.tables import answer_fields
 from nas.terminal import emit, progress_bar
 from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_memory, fill_profile, tiny_space
 
@@ -219,11 +222,21 @@ def test_query_tells_memory_where_it_is_profiled(nas: Nas, study: Study, tmp_pat
     memory = nas(*query, "--json").json["memory_bytes"]
     assert memory["without_model"] < memory["low"] <= memory["value"] <= memory["high"]
     assert f"{memory['value'] / 1e6:.0f} MB [" in nas(*query).out
+    assert "joules_per_token" not in nas(*query, "--json").json
     assert nas(*query, "--memory-mb", str(memory["high"] / 1e6), "--json").json["memory_bytes"] == memory
     unmet = nas(*query, "--memory-mb", "1", "--json")
     assert unmet.code == 1
     assert "MB of memory" in unmet.sentence
     assert unmet.json["nearest"]["memory_bytes"]["high"] > 1e6
+
+
+def test_energy_is_told_of_what_was_measured(study: Study) -> None:
+    """Half a joule a step of the full model; a batch of four takes it for four tokens, a prompt of 128 for 128."""
+    decode, prefill = Workload("decode", 128, 4), Workload("prefill", 128)
+    memory = Memory(3, 2, 4, 1, {decode: 0.5, prefill: 0.5})
+    found = Answer(study.space.full(8), study.trials()[0].quality, {}, 1, 1, 1.0, memory)
+    assert answer_fields(found)["joules_per_token"] == {"decode 128 x 4": 0.125, "prefill 128": 0.5 / 128}
+    assert "joules_per_token" not in answer_fields(replace(found, memory=replace(memory, step_joules={})))
 
 
 def test_a_budget_out_of_reach_names_the_nearest(nas: Nas, study: Study) -> None:

@@ -45,6 +45,9 @@ def test_a_process_takes_what_the_larger_of_its_workloads_takes(store: Store) ->
         assert memory.low_bytes <= memory.value_bytes <= memory.high_bytes
         assert memory.baseline_bytes == BASELINE_BYTES
     assert fit(store).predict([]) == []
+    here = fit(store, PROFILED[1:3]).predict([SPACE.full(8), *subnets])  # energy is told of what was measured alone
+    assert here[0].step_joules == {PROFILED[2]: 0.5}
+    assert all(not memory.step_joules for memory in found + here[1:])
     prefill_alone = fit(store, ASKED[:1]).predict(subnets)
     assert all(alone.value_bytes < both.value_bytes for alone, both in zip(prefill_alone, found, strict=True))
 
