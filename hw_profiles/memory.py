@@ -141,7 +141,7 @@ def profile_memory(
     measure: Measure = measure_memory,
     progress: Progress = lambda done, total, description: None,
 ) -> None:
-    """Measure what the results lack of `memory_plan`, adding each at once: a later call goes on from there.
+    """Measure what the results lack of `memory_plan`, adding graph by graph: a later call goes on from there.
 
     A graph that cannot be built or run is left out, and a ProfileError at the end names it.
     """
@@ -191,13 +191,13 @@ def profile_memory(
 
 
 def fed_at_once(workload: Workload) -> int:
-    """Tokens of each sequence in the largest step: a prompt is fed whole, a context in pieces, as if generated.
+    """Tokens of each sequence in the largest step, at least those of the short prompt: a context is fed in pieces.
 
-    The context of several sequences is fed whole, too: ONNX Runtime goes on with one token of each only.
+    The context of several sequences is fed whole, as a prompt is: ONNX Runtime goes on with one token of each only.
     """
     if workload.phase == "decode" and workload.batch_size == 1:
-        return max(1, min(workload.tokens, SHORT_PROMPT_TOKENS))
-    return max(1, workload.tokens)
+        return SHORT_PROMPT_TOKENS
+    return max(SHORT_PROMPT_TOKENS, workload.tokens)
 
 
 def _footprint(runtime_name: str, path: Path, threads: int, workload: Workload, vocab_size: int) -> Footprint:

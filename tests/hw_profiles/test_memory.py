@@ -6,18 +6,21 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hw_profiles.devices import Target
 from hw_profiles.energy import EnergyMeter
-from hw_profiles.memory import Footprint, measure_memory, memory_plan, profile_memory
+from hw_profiles.memory import DECODE_STEPS, Footprint, _step_joules, measure_memory, memory_plan, profile_memory
 from hw_profiles.planning import PlannedGraph, plan
 from hw_profiles.profile import ProfileError
 from hw_profiles.runtimes import RUNTIMES
-from hw_profiles.shapes import ModelShape, Precision, Workload
+from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
+from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
 from hw_profiles.store import Store
 
 from . import tiny_graphs
+from .test_energy import add_zone, advance
 from .test_profile import CHOICES, DEVICE, FULL, PLANNED
 
 TARGET = Target(DEVICE.id, "onnxruntime", "int8", 1)
@@ -60,6 +63,19 @@ def test_a_graph_in_a_process_of_its_own(name: str, workload: Workload, tmp_path
 def test_a_graph_that_cannot_run_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"in a process of its own for decode at 8 tokens: .*wanted a model file"):
         measure_memory("onnxruntime", tmp_path, 1, Workload("decode", 8), 16)
+
+
+@pytest.mark.parametrize(("phase", "step_ms"), [("decode", 3 + 2), ("prefill", 3 + 2 * 8)])
+def test_energy_of_a_step_is_power_times_its_time(phase: Phase, step_ms: float, tmp_path: Path) -> None:
+    """A machine of 20 W whose counter moves by as much as its steps say that they take."""
+    zone = add_zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    meter = EnergyMeter.find(tmp_path)
+    assert meter is not None
+    engine = FakeRuntime(lambda seconds: advance(zone, round(seconds * 20e6)))
+    ids = np.zeros((1, 8 + DECODE_STEPS + 64), np.int64)
+    session = engine.load(FakeModel(base_ms=3, token_ms=2).write(tmp_path), 1, ids.shape[1])
+    session.step(ids[:, : 8 + DECODE_STEPS])
+    assert _step_joules(meter, session, Workload(phase, 8), ids) == pytest.approx(20 * step_ms / 1e3)
 
 
 def test_the_plan_holds_small_and_large_graphs_and_the_extremes_of_the_workloads() -> None:

@@ -33,16 +33,16 @@ def test_columns_by_hand() -> None:
     shape = ModelShape(64, 16, 1000, True, (BlockShape(4, 2, 32), BlockShape(2, 1, 96)))
     matrices = 2 * 64 * 16 * (6 + 3) + 3 * 64 * (32 + 96)
     blocks = matrices * 8.5 / 8 + 5 * 64 * 4
-    found = memory_features([shape] * 2, [Workload("prefill", 10, 3), Workload("decode", 10)], "int8")
+    found = memory_features([shape] * 2, [Workload("prefill", 20, 3), Workload("decode", 10)], "int8")
     named = [dict(zip(COLUMNS, row, strict=True)) for row in found]
     kv = 2 * 3 * 16 * 4  # bytes a position: keys and values of three heads
     assert named[0] == pytest.approx(
         {
             "constant": 1,
             "block_weight_bytes": blocks,
-            "kv_cache_bytes": kv * 10 * 3,
-            "activation_bytes": (2 * 64 + 3 * 96) * 4 * 10 * 3,
-            "attention_bytes": 4 * 10 * 10 * 4 * 3,
+            "kv_cache_bytes": kv * 20 * 3,
+            "activation_bytes": (2 * 64 + 3 * 96) * 4 * 20 * 3,
+            "attention_bytes": 4 * 20 * 20 * 4 * 3,
             "logits_bytes": 1000 * 4 * 3,
         },
         rel=1e-4,
@@ -52,8 +52,8 @@ def test_columns_by_hand() -> None:
             "constant": 1,
             "block_weight_bytes": blocks,
             "kv_cache_bytes": kv * 11,
-            "activation_bytes": (2 * 64 + 3 * 96) * 4 * 10,
-            "attention_bytes": 4 * 10 * 11 * 4,
+            "activation_bytes": (2 * 64 + 3 * 96) * 4 * 16,
+            "attention_bytes": 4 * 16 * 11 * 4,
             "logits_bytes": 1000 * 4,
         },
         rel=1e-4,
