@@ -26,7 +26,7 @@ from hw_profiles.measurement import MemoryMeasurement
 from hw_profiles.planning import PlannedGraph
 from hw_profiles.profile import Build, ProfileError, Progress
 from hw_profiles.runtimes import Session, runtime
-from hw_profiles.shapes import Workload
+from hw_profiles.shapes import PHASES, Workload
 
 #: The kernel's own account of the largest resident set. Not `getrusage`: there a child begins with its parent's peak.
 _STATUS = Path("/proc/self/status")
@@ -105,7 +105,7 @@ def memory_plan(
     """
     if graphs < 1:
         return []
-    extremes = {phase: _smallest_and_largest(workloads, phase) for phase in ("prefill", "decode")}
+    extremes = {phase: _smallest_and_largest(workloads, phase) for phase in PHASES}
     everything = tuple(work for works in extremes.values() for work in works)
     largest = tuple(works[-1] for works in extremes.values() if works)
     heldout = _spread([graph for graph in planned if graph.role == "heldout"], graphs // 4)

@@ -172,7 +172,7 @@ def profile_memories(
     graphs: int,
     progress: Progress = lambda done, total, what: None,
 ) -> list[MemoryProfile]:
-    """Measure the memory of about `graphs` of the graphs that `profile_targets` times, on every engine and precision.
+    """Measure the memory of about `graphs` of the graphs that `counts` plan, on every engine and precision.
 
     Empty where the system cannot tell it, or for 0 graphs.
     """
