@@ -179,7 +179,7 @@ def profile_memories(
     if not graphs or not can_measure_memory():
         return []
     space = SearchSpace.from_config(load_config(model))
-    planned = plan(space.base, space.block_choices(), **counts, seed=seed)
+    planned = plan(space.base, space.block_choices(), **counts, with_table=True, seed=seed)
     device = detect()
     store.add_device(device)
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
