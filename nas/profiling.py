@@ -185,7 +185,7 @@ def profile_memories(
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
     for number, (engine, target) in enumerate(targets):
         profile_memory(
-            store, target, engine.version(), planned, workloads, BUILDERS[engine.name],
+            store, target, engine.version(), planned, workloads, BUILDERS[engine_of(engine.name)],
             graphs=graphs, progress=part_of(progress, number, len(targets), target.key),
         )  # fmt: skip
     found = (memory_profile(store, target, space.base) for _, target in targets)

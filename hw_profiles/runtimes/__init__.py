@@ -68,7 +68,7 @@ def _openvino(device: str = CPU) -> Runtime:
 
 #: Constructors: of the engine on its CPU, and, given one of its other devices, on that.
 RUNTIMES: dict[str, Callable[..., Runtime]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-#: Bytes of a quantised block's scale in the files that an engine reads: MatMulNBits wants it in the type of the activations.
+#: Bytes of a quantised block's scale in the files that an engine reads: MatMulNBits wants it in the activations' type.
 SCALE_BYTES = {"onnxruntime": 4, "openvino": 2}
 
 
