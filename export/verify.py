@@ -21,7 +21,7 @@ from export.builders import BUILDERS, FORMAT_OF_RUNTIME
 from hw_profiles.memory import Footprint, measure_memory
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.timing import DECODE_STEPS, Timing, measure
+from hw_profiles.timing import Timing, measure, tokens_needed
 
 #: Largest difference of logits allowed at fp32, and largest mean KL in nats with quantised weights.
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -107,7 +107,7 @@ def verify(
     `memory_of` that torch runs, whose own memory would hide that of the model.
     """
     manifests = [read_manifest(directory) for directory in directories]
-    max_tokens = max(_MAX_TOKENS, *(workload.tokens + DECODE_STEPS for workload in workloads))
+    max_tokens = max(_MAX_TOKENS, tokens_needed(workloads))
     sessions = {
         str(directory): open_session(directory, manifest.format, threads, max_tokens)
         for directory, manifest in zip(directories, manifests, strict=True)

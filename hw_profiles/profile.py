@@ -17,7 +17,7 @@ from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, workloads_of_graphs
 from hw_profiles.runtimes import Runtime, Session, check_precision
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.timing import DECODE_STEPS, measure
+from hw_profiles.timing import DECODE_STEPS, measure, tokens_needed
 
 #: Writes a model of this shape and precision, with any weights, into the folder and returns the path to load.
 Build = Callable[[ModelShape, Precision, Path], Path]
@@ -90,7 +90,7 @@ def profile(
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     failures: list[tuple[PlannedGraph, Exception]] = []
     with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
-        reference = run.load(run.reference, Path(directory), max(work.tokens for work in workloads) + decode_steps)
+        reference = run.load(run.reference, Path(directory), tokens_needed(workloads, decode_steps))
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         for number, (missing, batch) in enumerate(batches):
             progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
@@ -165,7 +165,7 @@ class _Run:
         """Build, load, time and store a batch; return the graphs that could not be built or loaded, and why."""
         failed: list[tuple[PlannedGraph, Exception]] = []
         sessions = {self.reference.id: reference}
-        max_tokens = max(work.tokens for work in workloads) + self.decode_steps
+        max_tokens = tokens_needed(workloads, self.decode_steps)
         with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
             for graph in batch:
                 if graph.shape.id not in sessions:  # the reference is

@@ -17,16 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.runtimes import Session
-from hw_profiles.shapes import Workload
+from hw_profiles.shapes import PHASES, Workload
 
 #: Idle before a visit. Worker threads of the session before go on spinning for about 35 ms (ONNX Runtime) and would
 #: take a core from the session being timed.
 SETTLE_S = 0.05
 #: Single-token steps of which a decode latency is the median.
 DECODE_STEPS = 6
-#: Passes over all sessions in one round: the first for every workload, the others for decode alone, whose visits are as
-#: short as they are noisy.
-PASSES = 3
+#: Untimed steps before them. From a pause or another model's weights it took SmolLM2 about as many until a step cost
+#: what the next did: the first read up to 70 % too much, which nobody sees who generates more than a few tokens.
+WARM_STEPS = 10
+#: Passes over all sessions in one round: the first for every workload, the others for decode alone, which is short and
+#: noisy.
+PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ def measure(
 ) -> dict[tuple[str, Workload], Timing]:
     """Time every session on every workload, against the session named `reference`, or against each its own of them.
 
-    A visit's value is one prefill, or the median of `decode_steps` single-token steps on a cache of the context's
-    length, whose values do not matter to its speed and which is therefore made, not computed. A pass's value is that
-    of the one visit, for the reference the geometric mean over its visits. A round has one pass for every workload and
-    PASSES - 1 more for decode. `clock` returns seconds.
+    A visit's value is one prefill, or the median of `decode_steps` single-token steps from the context's length on (or
+    from WARM_STEPS on, for a shorter one). The values in the cache do not matter to the speed: it is made, not
+    computed. A pass's value is that of the one visit, for the reference the geometric mean over its visits. A round has
+    one pass for every workload and PASSES - 1 more for decode. `clock` returns seconds.
     """
     reference_of = dict.fromkeys(sessions, reference) if isinstance(reference, str) else reference
     if set(reference_of) != set(sessions) or not set(reference_of.values()) <= set(sessions):
@@ -71,32 +74,37 @@ def measure(
     for name, own in Counter(reference_of.values()).items():  # of these, one is the reference itself
         visits += [name] * (math.ceil(math.sqrt(own - 1)) - 1)
     times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
-    decodes = [work for work in distinct if work.phase == "decode"]
-    for round_number in range(rounds + 1):  # the first warms up and does not count
-        tokens = _draw_tokens(distinct, decode_steps, vocab_size, rng)
-        for works in (distinct, *[decodes] * (PASSES - 1 if round_number and decodes else 0)):
-            order = [visits[index] for index in rng.permutation(len(visits))]
-            pass_ms: dict[tuple[str, Workload], list[float]] = {}
-            for name in order:
-                sleep(SETTLE_S)
-                for work, value_ms in _visit(sessions[name], works, tokens, decode_steps, clock).items():
-                    pass_ms.setdefault((name, work), []).append(value_ms)
-            if round_number:
-                for key, values_ms in pass_ms.items():
-                    times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
+    prefills, decodes = ([work for work in distinct if work.phase == phase] for phase in PHASES)
+    passes = [distinct, *([decodes] * (PASSES - 1) if decodes else [])]
+    # the first round warms up and does not count; decode has untimed steps of its own
+    for counts, works in [(False, prefills or decodes), *[(True, works) for _ in range(rounds) for works in passes]]:
+        tokens = _draw_tokens(works, decode_steps, vocab_size, rng)
+        pass_ms: dict[tuple[str, Workload], list[float]] = {}
+        for index in rng.permutation(len(visits)):
+            sleep(SETTLE_S)
+            visit_ms = _visit(sessions[visits[index]], works, tokens, decode_steps, clock)
+            for work, value_ms in visit_ms.items():
+                pass_ms.setdefault((visits[index], work), []).append(value_ms)
+        for key, values_ms in pass_ms.items() if counts else ():
+            times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
     return {
         (name, work): _summary(np.array(own_ms), np.array(times_ms[reference_of[name], work]))
         for (name, work), own_ms in times_ms.items()
     }
 
 
+def tokens_needed(workloads: Sequence[Workload], decode_steps: int = DECODE_STEPS) -> int:
+    """The most tokens that `measure` puts into a cache."""
+    return max(w.tokens if w.phase == "prefill" else max(w.tokens, WARM_STEPS) + decode_steps for w in workloads)
+
+
 def _draw_tokens(
     workloads: Sequence[Workload], decode_steps: int, vocab_size: int, rng: np.random.Generator
 ) -> dict[int, NDArray[np.int64]]:
-    """For each batch size, tokens [B, longest prompt or decode_steps], for all sessions of a round."""
+    """For each batch size, tokens [B, longest prompt or steps of decode], for all sessions of a pass."""
     lengths: dict[int, int] = {}
     for work in workloads:
-        fed = work.tokens if work.phase == "prefill" else decode_steps
+        fed = work.tokens if work.phase == "prefill" else WARM_STEPS + decode_steps
         lengths[work.batch_size] = max(lengths.get(work.batch_size, 0), fed)
     return {batch: rng.integers(0, vocab_size, (batch, length), np.int64) for batch, length in lengths.items()}
 
@@ -118,9 +126,10 @@ def _visit(
             session.reset(work.batch_size, 0, work.tokens)
             values_ms[work] = _step_ms(session, ids[:, : work.tokens], clock)
         else:
-            session.reset(work.batch_size, work.tokens, decode_steps)
-            steps = [_step_ms(session, ids[:, i : i + 1], clock) for i in range(decode_steps)]
-            values_ms[work] = float(np.median(steps))
+            steps = WARM_STEPS + decode_steps
+            session.reset(work.batch_size, max(0, work.tokens - WARM_STEPS), steps)
+            steps_ms = [_step_ms(session, ids[:, i : i + 1], clock) for i in range(steps)]
+            values_ms[work] = float(np.median(steps_ms[WARM_STEPS:]))
     session.reset(new_tokens=1)  # gives back the room that a long context took
     return values_ms
 

@@ -50,6 +50,7 @@ Run = Callable[..., tuple[int, str]]
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(RUNTIMES, "fake", FakeRuntime)
     monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    monkeypatch.setattr("hw_profiles.timing.WARM_STEPS", 1)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
@@ -202,6 +203,7 @@ from hw_profiles.runtimes import RUNTIMES
 from hw_profiles.runtimes.fake import FakeRuntime
 RUNTIMES["fake"] = FakeRuntime
 hw_profiles.timing.SETTLE_S = 0.002
+hw_profiles.timing.WARM_STEPS = 1
 main(["run", "pack.zip", "--output", "m.json", "--rounds", "40"])
 """
 

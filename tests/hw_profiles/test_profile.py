@@ -31,6 +31,7 @@ PLANNED = plan(FULL, CHOICES, anchors=6, heldout=4, repeats=2)
 @pytest.fixture(autouse=True)
 def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    monkeypatch.setattr("hw_profiles.timing.WARM_STEPS", 1)
 
 
 @pytest.fixture
@@ -139,6 +140,7 @@ sys.path.insert(0, {root!r})
 from tests.hw_profiles.test_profile import *
 import hw_profiles.timing
 hw_profiles.timing.SETTLE_S = 0.002
+hw_profiles.timing.WARM_STEPS = 1
 with Store({path!r}) as store:
     run(store, Builder(), rounds=40)
 """

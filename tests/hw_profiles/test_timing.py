@@ -11,7 +11,7 @@ import pytest
 from hw_profiles.runtimes import Session
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Workload
-from hw_profiles.timing import PASSES, SETTLE_S, measure
+from hw_profiles.timing import PASSES, SETTLE_S, WARM_STEPS, measure, tokens_needed
 
 WORKLOADS = [
     Workload("prefill", 16),
@@ -56,8 +56,9 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
     expected_ms = {
         WORKLOADS[0]: 4.0 + 16 * 0.5,
         WORKLOADS[1]: 4.0 + 0.5 + (16 + 2) * 0.25,  # the median of five steps is the third, two tokens later
-        WORKLOADS[2]: 4.0 + 0.5 + (4 + 2) * 0.25,
-        WORKLOADS[3]: 4.0 + 2 * (0.5 + (8 + 2) * 0.25),
+        # after the untimed steps the context is no shorter than they are
+        WORKLOADS[2]: 4.0 + 0.5 + (WARM_STEPS + 2) * 0.25,
+        WORKLOADS[3]: 4.0 + 2 * (0.5 + (WARM_STEPS + 2) * 0.25),
     }
     for work, value_ms in expected_ms.items():
         full, half = timings["full", work], timings["half", work]
@@ -73,7 +74,16 @@ def test_decode_on_an_empty_cache(tmp_path: Path) -> None:
     clock, work = Clock(), Workload("decode", 0)
     sessions = load(tmp_path, {"full": REFERENCE}, clock.wait)
     timing = measure(sessions, "full", [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
-    assert timing["full", work].median_ms == pytest.approx(4.0 + 0.5 + 1 * 0.25)
+    assert timing["full", work].median_ms == pytest.approx(4.0 + 0.5 + (WARM_STEPS + 1) * 0.25)
+
+
+def test_the_tokens_needed_are_those_fed(tmp_path: Path) -> None:
+    for work, needed in ((Workload("prefill", 16), 16), (Workload("decode", 3), 13), (Workload("decode", 40), 43)):
+        assert tokens_needed([work], decode_steps=3) == needed
+        clock = Clock()
+        REFERENCE.write(tmp_path)
+        session = FakeRuntime(clock.wait).load(tmp_path, threads=1, max_tokens=needed)
+        measure({"full": session}, "full", [work], vocab_size=16, decode_steps=3, clock=clock, sleep=clock.wait)
 
 
 def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
