@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,7 @@ def test_every_round_visits_all_in_changing_order_and_the_reference_twice(tmp_pa
     assert len(rounds) == 6  # one to warm up
     assert all(sorted(one) == list("aabcd") for one in rounds)  # sqrt(3) others, rounded up
     assert len(set(rounds)) > 2
+    assert not any(one == next_one for one, next_one in pairwise(order))  # none finds its weights in the cache
 
 
 def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
