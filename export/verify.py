@@ -68,7 +68,7 @@ class Verification:
     def at_profile_speed_ms(self, workload: Workload) -> float | None:
         """What the folder takes on a machine that is as fast as when it was profiled; None where no profile knows.
 
-        Between a profile and now a shared machine drifts by 10 to 20 %, and the reference with it.
+        Between a profile and now a shared machine may have become half as fast, and the reference with it.
         """
         if self.reference is None or workload not in self.reference.latencies_ms:
             return None
