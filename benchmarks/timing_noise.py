@@ -39,13 +39,13 @@ MOST_CHANGE = 0.05
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5, help="quiet and disturbed runs, each so many")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=3, help="quiet and disturbed runs, each so many")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="int8", choices=["fp32", "int8", "int4"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    turns, rounds = (2, 5) if arguments.quick else (arguments.turns, arguments.rounds)
+    turns, rounds = (1, 5) if arguments.quick else (arguments.turns, arguments.rounds)
     rows = [row for name in RUNTIMES for row in changes(name, arguments.precision, turns, rounds)]
     table = Table("runtime", "phase", "plain median moves by", "ratio to the reference moves by")
     for row in rows:
