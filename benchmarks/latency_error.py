@@ -12,7 +12,8 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -168,12 +169,15 @@ class Benchmark:
                 with progress_bar(f"{label}, held out") as progress:
                     time_graphs(self.store, target, engine, wanted, WORKLOADS, rounds=ROUNDS, seed=1, progress=progress)
 
-    def _timed(self, label: str) -> _Stopwatch:
-        return _Stopwatch(self, label)
-
-    def add_seconds(self, label: str, seconds: float) -> None:
-        self.seconds[label] = self.seconds.get(label, 0.0) + seconds
-        self._seconds_file.write_text(json.dumps(self.seconds, indent=2) + "\n")
+    @contextmanager
+    def _timed(self, label: str) -> Iterator[None]:
+        """Adds the seconds to what earlier, interrupted runs took."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - started
+            self._seconds_file.write_text(json.dumps(self.seconds, indent=2) + "\n")
 
     def errors(self, family: str) -> list[ErrorRow]:
         space = SearchSpace.from_config(FAMILIES[family])
@@ -301,19 +305,6 @@ class Benchmark:
         started = time.perf_counter()
         model.predictors[precision].predict(shapes, work)
         return time.perf_counter() - started
-
-
-class _Stopwatch:
-    """Adds the seconds to what earlier, interrupted runs took."""
-
-    def __init__(self, benchmark: Benchmark, label: str) -> None:
-        self._benchmark, self._label = benchmark, label
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._benchmark.add_seconds(self._label, time.perf_counter() - self._started)
 
 
 Graphs = Sequence[tuple[ModelShape, Workload]]

@@ -103,8 +103,7 @@ def budget(budget: dict[str, Any]) -> str:
         f"{budget['tpot_ms']:.2f}, its ratio to the profile's own reference, timed beside it, times what that took in "
         f"the profile. By the clock it took {budget['clock_tpot_ms']:.2f} ms, and "
         f"{budget['share_of_full_in_same_run']:.0%} of the full model's time in the same interleaved run, where 85 % "
-        "are allowed. What the clock says moves with what else the shared host does: decode of one and the same file "
-        "has read 11.1 ms and, minutes later, 6.6."
+        "are allowed. What the clock says moves with what else the shared host does."
     )
 
 

@@ -56,10 +56,6 @@ class Evaluator:
             kl, nll = self._compare(self._run(self.supernet.loaded.embed(self.windows), 0))
         return Quality(kl, math.exp(nll), self.windows.numel(), time.perf_counter() - start)
 
-    def full_kl(self, bits: int) -> float:
-        """What rounding the full model alone costs."""
-        return self.evaluate(self.supernet.space.full(bits)).kl
-
     def block_kl(self, layer: int, part: Part, choice: int, bits: int = 32) -> float:
         """KL of the full fp32 model with one part of one layer at `choice` and `bits`; runs layers from there on."""
         supernet = self.supernet

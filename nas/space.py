@@ -212,9 +212,6 @@ class SearchSpace:
         blocks = tuple(self._blocks[layer] for layer in subnet.layers)
         return ModelShape(base.hidden_size, base.head_dim, base.vocab_size, base.tie_word_embeddings, blocks)
 
-    def precision(self, subnet: Subnet) -> Precision:
-        return subnet.precision
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 

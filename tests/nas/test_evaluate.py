@@ -50,8 +50,12 @@ def test_kl_and_perplexity_are_those_of_plain_logits(supernet, held_out, monkeyp
 
 def test_the_full_model_costs_nothing_and_rounding_something(supernet, held_out):
     evaluator = Evaluator(supernet, held_out)
-    assert evaluator.full_kl(32) == 0
-    assert 0 < evaluator.full_kl(8) < evaluator.full_kl(4)
+    assert evaluator.evaluate(evaluator.supernet.space.full(32)).kl == 0
+    assert (
+        0
+        < evaluator.evaluate(evaluator.supernet.space.full(8)).kl
+        < evaluator.evaluate(evaluator.supernet.space.full(4)).kl
+    )
 
 
 def test_one_part_replaced_is_the_subnet_that_differs_in_it(supernet, held_out):

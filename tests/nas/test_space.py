@@ -70,8 +70,8 @@ def test_ends_of_the_space(space):
     assert space.model_shape(space.full(32)) == space.base
     assert space.full(32) not in space
     assert space.full(8) in space
-    assert space.precision(space.full(32)) == "fp32"
-    assert space.precision(space.smallest) == "int4"
+    assert space.full(32).precision == "fp32"
+    assert space.smallest.precision == "int4"
     assert space.model_shape(space.smallest).attention_blocks == ()
 
 
