@@ -85,7 +85,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
     parser.add_argument(
         "--heldout", type=int, default=20, help="graphs a target that only judge, besides the profile's"
     )
