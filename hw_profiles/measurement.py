@@ -36,7 +36,7 @@ class Measurement:
     runtime_version: str
     affinity: str = ""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    #: Median of `reference_ms` over all batches, filled in by `Store.measurements`.
+    #: Median of `reference_ms` over the batches of the profile, finalists' left out, filled in by `Store.measurements`.
     typical_reference_ms: float | None = None
 
     @property

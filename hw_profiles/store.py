@@ -457,8 +457,13 @@ def _reference_key(measurement: Measurement) -> _ReferenceKey:
 
 
 def _typical_reference_ms(measurements: Sequence[Measurement]) -> dict[_ReferenceKey, float]:
-    """Median over batches; those of one batch share the very same `reference_ms`, which counts once."""
-    of_batches: dict[_ReferenceKey, set[float]] = {}
+    """Median over the batches of a profile; those of one batch share the very same `reference_ms`, which counts once.
+
+    Finalists are timed later, one by one, when the machine may be slower: they must not move what budgets were set by.
+    """
+    of_profile: dict[_ReferenceKey, set[float]] = {}
+    of_finalists: dict[_ReferenceKey, set[float]] = {}
     for measurement in measurements:
+        of_batches = of_finalists if measurement.role == "finalist" else of_profile
         of_batches.setdefault(_reference_key(measurement), set()).add(measurement.reference_ms)
-    return {key: statistics.median(values) for key, values in of_batches.items()}
+    return {key: statistics.median(values) for key, values in (of_finalists | of_profile).items()}

@@ -117,6 +117,15 @@ def test_latency_uses_the_median_reference_of_all_batches(store: Store) -> None:
     assert measurement(4).latency_ms == pytest.approx(5)  # before it is stored: its own batch
 
 
+def test_finalists_do_not_move_what_a_profile_took(store: Store) -> None:
+    """They are timed later, here on a machine that has become half as fast: only their ratio counts."""
+    profiled = [measurement(8, reference_ms=10.0), measurement(12, reference_ms=12.0)]
+    finalists = [measurement(width, ratio=0.5, role="finalist", reference_ms=24.0 + width) for width in (4, 16, 20)]
+    store.add_measurements([*profiled, *finalists])
+    assert {m.typical_reference_ms for m in store.measurements()} == {11.0}
+    assert [m.latency_ms for m in store.measurements(roles=["finalist"])] == [5.5] * 3
+
+
 def test_versions_of_a_runtime_are_kept_apart(store: Store) -> None:
     """The new version's reference takes 30 ms where the old one's took 10."""
     store.add_measurements([measurement(8), measurement(12)])
