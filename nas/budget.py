@@ -1,7 +1,7 @@
 """Budget queries: the best trial that a device can run within the limits, from what is stored.
 
 A prediction is admitted by its interval's upper bound, never by its middle; a measured subnet by two standard errors
-above its median. Which subnets are worth measuring is another question: those whose middle is within the budget.
+above its median. Which subnets are worth measuring is another question: see `hopeful`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from nas.memory import Memory
 from nas.quality import Quality
 from nas.space import Subnet
 from nas.study import Trial
+
+#: By how much the upper end of a finalist's measurement lies above its median, about: a subnet whose middle is nearer
+#: to the budget is unlikely to be admitted once it was timed.
+MEASURED_MARGIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,9 @@ class Latency:
         """What is held against a budget."""
         return self.high_ms if self.measured_high_ms is None else self.measured_high_ms
 
-    @property
-    def hoped_ms(self) -> float:
-        """What is held against a budget by someone about to measure."""
-        return self.value_ms if self.measured_high_ms is None else self.measured_high_ms
+    def hoped_ms(self, margin: float) -> float:
+        """What is held against a budget by someone about to measure, who expects `margin` above the middle."""
+        return self.value_ms * (1 + margin) if self.measured_high_ms is None else self.measured_high_ms
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,15 @@ class Answer:
     def is_measured(self) -> bool:
         return all(latency.measured_ms is not None for latency in self.latencies.values())
 
-    def excess(self, budget: Budget, hoped: bool = False) -> float:
+    def excess(self, budget: Budget, margin: float | None = None) -> float:
         """By which factor the most exceeded limit is exceeded; at most 1 within the budget.
 
-        With `hoped` an unmeasured latency counts with its middle instead of its upper bound.
+        With a `margin` an unmeasured latency counts with so much above its middle instead of with its upper bound.
         """
         ratios = []
         for workload, limit in budget.latency_limits.items():
             latency = self.latencies[workload]
-            ratios.append((latency.hoped_ms if hoped else latency.admitted_ms) / limit)
+            ratios.append((latency.admitted_ms if margin is None else latency.hoped_ms(margin)) / limit)
         if budget.max_size_bytes is not None:
             ratios.append(self.size_bytes / budget.max_size_bytes)
         if budget.max_parameters_ratio is not None:
@@ -157,14 +160,25 @@ def describe(
     return answers
 
 
-def admitted(answers: Sequence[Answer], budget: Budget, hoped: bool = False) -> list[Answer]:
-    """Those within every limit, best quality first; `hoped` as in `Answer.excess`.
+def hopeful(answers: Sequence[Answer], budget: Budget) -> list[Answer]:
+    """Those that were timed and meet the budget, and those that are likely to once they are, best quality first.
+
+    Where there are none, those that may: by the middle of their prediction. Raises as `admitted`.
+    """
+    try:
+        return admitted(answers, budget, MEASURED_MARGIN)
+    except BudgetUnmetError:
+        return admitted(answers, budget, 0.0)
+
+
+def admitted(answers: Sequence[Answer], budget: Budget, margin: float | None = None) -> list[Answer]:
+    """Those within every limit, best quality first; `margin` as in `Answer.excess`.
 
     Raises BudgetUnmetError, with the answer that comes nearest, where there is none.
     """
-    within = [answer for answer in answers if answer.excess(budget, hoped) <= 1]
+    within = [answer for answer in answers if answer.excess(budget, margin) <= 1]
     if not within:
-        nearest = min(answers, key=lambda answer: answer.excess(budget, hoped))
+        nearest = min(answers, key=lambda answer: answer.excess(budget, margin))
         costs = [f"{w.phase} {latency.admitted_ms:.2f} ms" for w, latency in nearest.latencies.items()]
         if nearest.memory is not None:
             costs.append(f"{nearest.memory.high_bytes / 1e6:.0f} MB of memory")

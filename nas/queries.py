@@ -11,7 +11,7 @@ from hw_profiles.profile import Progress
 from hw_profiles.runtimes import SCALE_BYTES, engine_of
 from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
-from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe
+from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe, hopeful
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
 from nas.memory import Memory, MemoryModel
 from nas.space import SearchSpace, Subnet
@@ -35,8 +35,8 @@ def answer_query(
 ) -> Answer:
     """The trial of best quality within the budget.
 
-    With `measure` one that was timed and met the budget: of those that are predicted to meet it by the middle, the
-    best are timed, `measure` at a time, until no untimed one is better than the best that met it.
+    With `measure` one that was timed and met the budget: of those that are likely to meet it (`hopeful`) the best are
+    timed, `measure` at a time, until no untimed one is better than the best that met it.
     Raises BudgetUnmetError where there is none, what `LatencyModel.fit` raises and, where memory is limited, what
     `MemoryModel.fit` and `.predict` raise.
     """
@@ -62,7 +62,8 @@ def answer_query(
         scale_bytes = SCALE_BYTES.get(engine_of(runtime_name), 2)
         return describe(trials, models, study.space.base.parameters, memories, scale_bytes)
 
-    best, *others = admitted(answers(), budget, hoped=measure > 0)
+    select = hopeful if measure else admitted
+    best, *others = select(answers(), budget)
     while measure and not best.is_measured:
         from nas.profiling import measure_finalists
 
@@ -72,7 +73,7 @@ def answer_query(
             shapes = [study.space.model_shape(a.subnet) for a in finalists if a.subnet.precision == precision]
             engine = runtime(runtime_name)
             measure_finalists(store, target, engine, study.space.base, shapes, workloads, progress)
-        best, *others = admitted(answers(), budget, hoped=True)
+        best, *others = select(answers(), budget)
     return best
 
 

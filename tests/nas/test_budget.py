@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hw_profiles import Measurement, Target, Workload
-from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, describe
+from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, describe, hopeful
 from nas.memory import Memory
 from nas.quality import Quality
 from nas.space import LayerChoice, Subnet
@@ -39,17 +39,21 @@ def test_admitted_by_the_upper_bound_or_the_measurement_and_best_first() -> None
     assert kls(answers, Budget(tpot_ms=10.0)) == [0.2, 0.3, 0.4]
 
 
-def test_hoped_for_by_the_middle_until_measured() -> None:
+def test_worth_timing_is_what_is_likely_to_be_admitted_then() -> None:
     answers = [
-        answer(0.1, Latency(9.9, 8.0, 20.0)),
+        answer(0.1, Latency(9.6, 8.0, 20.0)),
+        answer(0.15, Latency(9.9, 8.0, 20.0)),  # too near for a measurement's upper end
         answer(0.2, Latency(10.1, 8.0, 20.0)),
         answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),
         answer(0.3, Latency(12.0, 11.0, 13.0, 9.8, 9.9)),
     ]
-    assert [found.quality.kl for found in admitted(answers, Budget(tpot_ms=10.0), hoped=True)] == [0.1, 0.3]
+    budget = Budget(tpot_ms=10.0)
+    assert [found.quality.kl for found in hopeful(answers, budget)] == [0.1, 0.3]
+    # with nothing better in sight even a small chance is worth a try
+    assert [found.quality.kl for found in hopeful(answers[1:4], budget)] == [0.15]
     with pytest.raises(BudgetUnmetError):
-        admitted(answers[1:3], Budget(tpot_ms=10.0), hoped=True)
-    assert [found.is_measured for found in answers] == [False, False, True, True]
+        hopeful(answers[2:4], budget)
+    assert [found.is_measured for found in answers] == [False, False, False, True, True]
 
 
 def test_every_limit_counts() -> None:
@@ -72,7 +76,7 @@ def test_memory_is_held_against_its_upper_bound() -> None:
     fast = answer(0.1, Latency(1.0, 1.0, 1.0))
     answers = [replace(fast, memory=Memory(90, 80, high_bytes, 50)) for high_bytes in (99, 100, 101)]
     budget = Budget(max_memory_bytes=100)
-    assert admitted(answers, budget) == admitted(answers, budget, hoped=True) == answers[:2]
+    assert admitted(answers, budget) == hopeful(answers, budget) == answers[:2]
     assert answers[2].excess(budget) == pytest.approx(1.01)
     with pytest.raises(ValueError, match="needs a profile of memory"):
         fast.excess(budget)

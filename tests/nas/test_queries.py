@@ -212,7 +212,7 @@ def test_unmet_once_no_hope_is_left(store: Store, study: Study, device: FakeDevi
     timed = store.measurements(roles=["finalist"])
     assert {SPACE.model_shape(subnet) for subnet in fitting[:3]} <= {m.shape for m in timed}
     assert min(m.latency_ms for m in timed) > BUDGET.tpot_ms
-    assert unmet.value.nearest.excess(BUDGET, hoped=True) > 1
+    assert unmet.value.nearest.excess(BUDGET, margin=0.0) > 1
 
 
 def test_timing_both_workloads_of_a_budget(store: Store, study: Study, device: FakeDevice) -> None:
