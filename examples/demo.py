@@ -146,7 +146,7 @@ class Demo:
         from nas.evaluate import Evaluator
         from nas.families import load_model
         from nas.latency import LatencyModel
-        from nas.protocol import EvaluationProtocol, open_supernet, test_windows
+        from nas.protocol import EvaluationProtocol, fit_winner, open_supernet, test_windows
         from nas.queries import find_subnet
         from nas.space import LayerChoice, Subnet
         from nas.study import Study
@@ -171,7 +171,8 @@ class Demo:
         width = max((w for w in widths if wide_latency.value_ms([uniform(w)])[0] <= limit_ms), default=widths[0])
         space = replace(study.space, width_choices=tuple(sorted({*study.space.width_choices, width})))
         cache = self.output / "cache"
-        supernet = open_supernet(loaded, space, EvaluationProtocol(), cache)
+        protocol = EvaluationProtocol()
+        supernet = open_supernet(loaded, space, protocol, cache)
         evaluator = Evaluator(supernet, windows)
         measured = {
             "full_fp32": study.space.full(32),
@@ -180,9 +181,11 @@ class Demo:
             "chosen": chosen,
             "uniform_width_same_tpot": uniform(width),
         }
+        for subnet in set(measured.values()):
+            fit_winner(supernet, subnet, protocol, cache)
         perplexity = {subnet: evaluator.evaluate(subnet).perplexity for subnet in set(measured.values())}
         result = {name: perplexity[subnet] for name, subnet in measured.items()}
-        supernet.prepare(EvaluationProtocol().calibration(loaded.tokenizer), reform=False, cache_dir=cache)
+        supernet.prepare(protocol.calibration(loaded.tokenizer), reform=False, cache_dir=cache)
         result["chosen_without_reformation"] = evaluator.evaluate(chosen).perplexity
         result["uniform_width"] = width
         return result

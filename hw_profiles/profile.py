@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,8 @@ BATCH_MEMORY_BYTES = 3 * 2**29
 #: Rounds of the reference where it is alone: its ratio to itself needs none, and the workloads that it is not timed on
 #: again with other graphs are the long ones.
 ALONE_ROUNDS = 2
+#: Graphs built and loaded side by side, as far as there are threads: each holds a copy of its weights meanwhile.
+LOADED_AT_ONCE = 4
 #: Longer batches put more time between a graph and its reference.
 BATCH_GRAPHS = 8
 
@@ -167,12 +170,21 @@ class _Run:
         sessions = {self.reference.id: reference}
         max_tokens = tokens_needed(workloads, self.decode_steps)
         with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
-            for graph in batch:
-                if graph.shape.id not in sessions:  # the reference is
-                    try:
-                        sessions[graph.shape.id] = self.load(graph.shape, Path(directory, graph.shape.id), max_tokens)
-                    except Exception as error:
-                        failed.append((graph, error))
+
+            def load(graph: PlannedGraph) -> Session | Exception:
+                try:
+                    return self.load(graph.shape, Path(directory, graph.shape.id), max_tokens)
+                except Exception as error:
+                    return error
+
+            missing = [graph for graph in batch if graph.shape.id not in sessions]
+            # OpenVINO compiles on one core, for two seconds a graph; nothing is timed meanwhile
+            with ThreadPoolExecutor(min(self.target.threads, LOADED_AT_ONCE)) as pool:
+                for graph, session in zip(missing, pool.map(load, missing), strict=True):
+                    if isinstance(session, Exception):
+                        failed.append((graph, session))
+                    else:
+                        sessions[graph.shape.id] = session
             loaded = [graph for graph in batch if graph.shape.id in sessions]
             if loaded:
                 self.results.add_measurements(self._measurements(loaded, sessions, workloads, seed))

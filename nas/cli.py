@@ -319,6 +319,9 @@ def export(
     precision: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
     ] = None,
+    fit: Annotated[
+        bool, typer.Option(help="Fit the subnet's weights in sequence, so that layers make up for those before them.")
+    ] = True,
     model: Annotated[str | None, typer.Option(help="Where the model is, if it moved since the search.")] = None,
     threads: Threads = None,
     cpus: Cpus = None,
@@ -333,7 +336,7 @@ def export(
     from export.artefact import FORMATS
     from nas.artefacts import export_subnet
     from nas.families import load_model
-    from nas.protocol import EvaluationProtocol, open_supernet
+    from nas.protocol import EvaluationProtocol, fit_winner, open_supernet
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
     from nas.study import Study, StudyError
@@ -355,6 +358,9 @@ def export(
         raise StudyError(f"{model or study.model} is not the model that study {study_name!r} was made of; give --model")
     protocol = EvaluationProtocol(reform=bool(study.protocol["reform"]))
     supernet = open_supernet(loaded, study.space, protocol, cache)
+    if fit and protocol.reform:
+        with progress_bar("fit") as progress:
+            fit_winner(supernet, chosen, protocol, cache, progress)
     windows = unseen_windows(loaded.tokenizer, 4, 256)
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
     for name, folder in folders.items():

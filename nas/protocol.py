@@ -12,7 +12,8 @@ import torch
 
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, fast_dtype
-from nas.space import SearchSpace
+from nas.sequential import Progress, fit_in_sequence
+from nas.space import SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows
 
@@ -63,3 +64,15 @@ def open_supernet(
 
 def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:
     return Evaluator(supernet, protocol.search(supernet.loaded.tokenizer), score_windows=protocol.score_windows)
+
+
+def fit_winner(
+    supernet: Supernet,
+    subnet: Subnet,
+    protocol: EvaluationProtocol,
+    cache_dir: Path | None,
+    progress: Progress = lambda done, total, what: None,
+) -> None:
+    """Weights of its own for a subnet that is to be shipped, from the text that the supernet was calibrated on."""
+    windows = protocol.calibration(supernet.loaded.tokenizer)
+    fit_in_sequence(supernet, subnet, windows, cache_dir=cache_dir, progress=progress)

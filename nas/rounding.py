@@ -6,6 +6,8 @@ other; what column j loses is made up for by those after it: w_k -= e_j U_jk / U
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from export.quantize import QuantizedWeight, dequantize, quantize
@@ -65,3 +67,17 @@ def round_together(weights: dict[str, torch.Tensor], H: torch.Tensor, bits: int)
     sizes = [len(weight) for weight in weights.values()]
     parts = zip(weights, torch.split(rounded.integers, sizes), torch.split(rounded.scales, sizes), strict=True)
     return {name: QuantizedWeight(integers, scales, bits) for name, integers, scales in parts}
+
+
+def round_inputs(
+    weights: dict[str, torch.Tensor], H: torch.Tensor, bits: int, nearest: Collection[str]
+) -> dict[str, QuantizedWeight]:
+    """The maps of one part that read the residual stream: with feedback, but those in `nearest` to the nearest.
+
+    Those are keys and values: feedback moves a value's error to rare inputs, and the rarest is the first token, which
+    most heads attend to. On SmolLM2 it took the KL of rounding all attention from 0.13 to 0.20 nats, and gains 0.001 on
+    keys.
+    """
+    fed_back = {name: weight for name, weight in weights.items() if name not in nearest}
+    plain = {name: quantize(weight, bits) for name, weight in weights.items() if name in nearest}
+    return {**round_together(fed_back, H, bits), **plain}

@@ -31,6 +31,9 @@ class LayerChoice:
     num_key_value_heads: int
     intermediate_size: int
 
+    def size(self, part: Part) -> int:
+        return self.num_key_value_heads if part == "attention" else self.intermediate_size
+
 
 @dataclass(frozen=True)
 class Subnet:

@@ -23,8 +23,11 @@ from nas.calibration import Statistics, collect, is_complete, load_layer, save_l
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
 from nas.reformation import reform
-from nas.rounding import round_together, round_with_feedback
+from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, Part, SearchSpace, Subnet
+
+#: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
+RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
 
 #: Channels dropped at a step of the elimination.
 _CHUNK = 32
@@ -55,6 +58,14 @@ class PartPlan:
     errors: dict[int, float]
 
 
+@dataclass(frozen=True, eq=False)
+class OwnWeights:
+    """What one part of one subnet holds in place of what it would share: fp32, and as rounded to the subnet's bits."""
+
+    exact: dict[str, torch.Tensor]
+    rounded: RoundedWeights
+
+
 class Supernet:
     """Wraps `loaded.model`, whose weights `activate` swaps: `model(input_ids)` gives the active subnet's logits.
 
@@ -79,10 +90,11 @@ class Supernet:
         self._reform = True
         self._plans: list[dict[Part, PartPlan]] = []
         self._statistics: Statistics | None = None
-        self._quantized: dict[tuple[int, Part, int, int], dict[str, QuantizedWeight | torch.Tensor]] = {}
+        self._quantized: dict[tuple[int, Part, int, int], RoundedWeights] = {}
         self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
-        self._active: dict[tuple[int, Part], tuple[int, int]] = {
-            (i, p): (self._full(p), 32) for i in range(space.depth) for p in PARTS
+        self._own: dict[Subnet, list[dict[Part, OwnWeights]]] = {}
+        self._active: dict[tuple[int, Part], tuple[int, int] | OwnWeights] = {
+            (i, p): (self.full_size(p), 32) for i in range(space.depth) for p in PARTS
         }
         self._head_bits = 32
         self._quantized_ends: dict[int, dict[nn.Module, torch.Tensor]] = {}
@@ -96,6 +108,7 @@ class Supernet:
         self._reform = reform
         self._quantized.clear()
         self._quantized_inputs.clear()
+        self._own.clear()
         if cache_dir is None:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
@@ -118,8 +131,8 @@ class Supernet:
         return [{p: _unpack(layer, p, choices[p]) for p in PARTS} for layer in tensors]
 
     def _plan(self, index: int, part: Part, H: torch.Tensor) -> PartPlan:
-        weight = self._original[index][f"{self._output(part)}.weight"]
-        group = weight.shape[1] // self._full(part)
+        weight = self._original[index][f"{self.output_name(part)}.weight"]
+        group = weight.shape[1] // self.full_size(part)
         order = keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
         widths = [k * group for k in self._short_of_full(part)]
         reformed = reform(weight, H, _rows(order, group), widths)
@@ -141,9 +154,12 @@ class Supernet:
         """Make `model` compute `subnet` with weights rounded to its bits; only what differs from before is touched."""
         self.space.validate(subnet)
         for index, layer in enumerate(subnet.layers):
-            self.activate_part(index, "attention", layer.num_key_value_heads, subnet.bits)
-            self.activate_part(index, "mlp", layer.intermediate_size, subnet.bits)
-        self._activate_ends(HEAD_BITS[subnet.precision])
+            for part in PARTS:
+                if (own := self._own_weights(subnet, index, part)) is None:
+                    self.activate_part(index, part, layer.size(part), subnet.bits)
+                else:
+                    self.install(index, part, own)
+        self.activate_ends(HEAD_BITS[subnet.precision])
 
     def activate_part(self, layer: int, part: Part, choice: int, bits: int) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
@@ -153,13 +169,30 @@ class Supernet:
             skipped = SkippedAttention() if part == "attention" else SkippedMlp()
             setattr(self._layers[layer], self._path(part), skipped)
         else:
-            weights = self._rounded(layer, part, choice, bits)
-            setattr(self._layers[layer], self._path(part), self._modules[layer][part])
-            for name, tensor in weights.items():
-                _set(self._layers[layer], name, tensor)
+            self._put(layer, part, self._rounded(layer, part, choice, bits))
         self._active[layer, part] = (choice, bits)
 
-    def _activate_ends(self, bits: int) -> None:
+    def install(self, layer: int, part: Part, own: OwnWeights) -> None:
+        """The same with weights of no size of the supernet's: those of `own`, as rounded."""
+        if self._active[layer, part] is own:
+            return
+        self._put(layer, part, _dequantized(own.rounded))
+        self._active[layer, part] = own
+
+    def adopt(self, subnet: Subnet, own: list[dict[Part, OwnWeights]]) -> None:
+        """From now on `subnet` has weights of its own, a dict for each layer; parts it lacks are the shared ones."""
+        self._own[subnet] = own
+
+    def _own_weights(self, subnet: Subnet, layer: int, part: Part) -> OwnWeights | None:
+        return self._own[subnet][layer].get(part) if subnet in self._own else None
+
+    def _put(self, layer: int, part: Part, weights: dict[str, torch.Tensor]) -> None:
+        setattr(self._layers[layer], self._path(part), self._modules[layer][part])
+        for name, tensor in weights.items():
+            _set(self._layers[layer], name, tensor)
+
+    def activate_ends(self, bits: int) -> None:
+        """Round embedding and head to 8 or 16 bits, or take them as they are with 32."""
         if bits == self._head_bits:
             return
         if bits == 32:
@@ -181,8 +214,9 @@ class Supernet:
         choice = subnet.layers[layer]
         weights: dict[str, torch.Tensor] = {}
         for part in PARTS:
-            if kept := choice.num_key_value_heads if part == "attention" else choice.intermediate_size:
-                weights |= self._part_weights(layer, part, kept)
+            if kept := choice.size(part):
+                own = self._own_weights(subnet, layer, part)
+                weights |= self.part_weights(layer, part, kept) if own is None else own.exact
                 norm = self.loaded.family.attention_norm if part == "attention" else self.loaded.family.mlp_norm
                 weights[f"{norm}.weight"] = self._original[layer][f"{norm}.weight"]
         return weights
@@ -209,41 +243,29 @@ class Supernet:
     def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         if bits >= 16:
-            weights = self._part_weights(layer, part, choice)
+            weights = self.part_weights(layer, part, choice)
             return {name: fake_quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
         key = (layer, part, choice, bits)
         if key not in self._quantized:
             self._quantized[key] = self._quantize_part(layer, part, choice, bits)
-        cached = self._quantized[key].items()
-        return {name: dequantize(t) if isinstance(t, QuantizedWeight) else t for name, t in cached}
+        return _dequantized(self._quantized[key])
 
-    def _quantize_part(
-        self, layer: int, part: Part, choice: int, bits: int
-    ) -> dict[str, QuantizedWeight | torch.Tensor]:
-        """To the nearest at 8 bits, and before `prepare`; with error feedback at 4, keys and values excepted.
-
-        Feedback moves a value's error to rare inputs, and the rarest is the first token, which most heads attend to: on
-        SmolLM2 it took the KL of rounding all attention from 0.13 to 0.20 nats, and gains 0.001 on keys.
-        """
-        weights = self._part_weights(layer, part, choice)
+    def _quantize_part(self, layer: int, part: Part, choice: int, bits: int) -> RoundedWeights:
+        """To the nearest at 8 bits, and before `prepare`; with error feedback at 4."""
+        weights = self.part_weights(layer, part, choice)
         matrices = {name for name, tensor in weights.items() if tensor.dim() == 2}
         if bits == 8 or self._statistics is None:
             return {name: quantize(t, bits) if name in matrices else t for name, t in weights.items()}
         moments = self._statistics.layer(layer)
         H_in = moments.attention_input if part == "attention" else moments.mlp_input
         H_out = moments.attention_output if part == "attention" else moments.mlp_output
-        output = f"{self._output(part)}.weight"
+        output = f"{self.output_name(part)}.weight"
         if (layer, part, bits) not in self._quantized_inputs:
-            full = self._part_weights(layer, part, self._full(part))
-            family = self.loaded.family
-            plain = {f"{name}.weight" for name in (family.key, family.value)} & matrices
-            inputs = {name: full[name] for name in sorted(matrices - plain - {output})}
-            self._quantized_inputs[layer, part, bits] = {
-                **round_together(inputs, H_in, bits),
-                **{name: quantize(full[name], bits) for name in plain},
-            }
+            full = self.part_weights(layer, part, self.full_size(part))
+            inputs = {name: full[name] for name in sorted(matrices - {output})}
+            self._quantized_inputs[layer, part, bits] = round_inputs(inputs, H_in, bits, self.rounded_to_nearest)
         # rows do not depend on each other, so a subnet's are those of the full part
-        rounded: dict[str, QuantizedWeight | torch.Tensor] = dict(weights)
+        rounded: RoundedWeights = dict(weights)
         for name, quantized in self._quantized_inputs[layer, part, bits].items():
             rows = self._kept_inputs(layer, part, choice, quantized.shape[0])
             rounded[name] = QuantizedWeight(quantized.integers[rows], quantized.scales[rows], bits)
@@ -253,9 +275,9 @@ class Supernet:
 
     def _kept_inputs(self, layer: int, part: Part, choice: int, size: int) -> torch.Tensor:
         """Indices of what a choice keeps of a dimension of the full part: all in order, or in keep-order."""
-        if choice == self._full(part):
+        if choice == self.full_size(part):
             return torch.arange(size)
-        return _rows(self.plan(layer, part).order[:choice], size // self._full(part))
+        return _rows(self.plan(layer, part).order[:choice], size // self.full_size(part))
 
     def quantized(self, subnet: Subnet) -> dict[str, QuantizedWeight]:
         """The integers and scales of every matrix that `subnet` rounds, by name in `extract(subnet)`'s state dict."""
@@ -266,8 +288,9 @@ class Supernet:
         quantized: dict[str, QuantizedWeight] = {}
         for index, layer in enumerate(subnet.layers):
             for part in PARTS:
-                choice = layer.num_key_value_heads if part == "attention" else layer.intermediate_size
-                for name, tensor in self._quantized.get((index, part, choice, subnet.bits), {}).items():
+                own = self._own_weights(subnet, index, part)
+                shared = self._quantized.get((index, part, layer.size(part), subnet.bits), {})
+                for name, tensor in (shared if own is None else own.rounded).items():
                     if isinstance(tensor, QuantizedWeight):
                         quantized[f"{family.layers}.{index}.{name}"] = tensor
         embedding, head = self._ends.values()
@@ -276,25 +299,31 @@ class Supernet:
             quantized[f"{family.head}.weight"] = quantize(head, bits)
         return quantized
 
-    def _part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
+    def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
+        """What every subnet with `choice` there shares, fp32, by name within the layer."""
         original = {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}
-        if choice == self._full(part):
+        if choice == self.full_size(part):
             return original
         plan = self.plan(layer, part)
-        output = self._output(part)
+        output = self.output_name(part)
         kept = plan.order[:choice]
         weights = {}
         for name, tensor in original.items():
             if name == f"{output}.weight":
-                group = tensor.shape[1] // self._full(part)
+                group = tensor.shape[1] // self.full_size(part)
                 weights[name] = plan.outputs[choice] if self._reform else tensor[:, _rows(kept, group)]
             elif name == f"{output}.bias":
                 weights[name] = tensor
             else:
-                weights[name] = tensor[_rows(kept, tensor.shape[0] // self._full(part))]
+                weights[name] = tensor[_rows(kept, tensor.shape[0] // self.full_size(part))]
         return weights
 
-    def _full(self, part: Part) -> int:
+    @property
+    def rounded_to_nearest(self) -> tuple[str, ...]:
+        """Keys and values, see `nas.rounding.round_inputs`."""
+        return tuple(f"{name}.weight" for name in (self.loaded.family.key, self.loaded.family.value))
+
+    def full_size(self, part: Part) -> int:
         return (self.space.group_choices if part == "attention" else self.space.width_choices)[-1]
 
     def _short_of_full(self, part: Part) -> tuple[int, ...]:
@@ -304,13 +333,18 @@ class Supernet:
     def _path(self, part: Part) -> str:
         return self.loaded.family.attention if part == "attention" else self.loaded.family.mlp
 
-    def _output(self, part: Part) -> str:
+    def output_name(self, part: Part) -> str:
+        """The map behind the part, which writes to the residual stream."""
         return self.loaded.family.output if part == "attention" else self.loaded.family.down
 
 
 def _rows(order: torch.Tensor, group: int) -> torch.Tensor:
     """Indices of the rows (or columns) of groups of `group` consecutive ones."""
     return (order.unsqueeze(1) * group + torch.arange(group)).flatten()
+
+
+def _dequantized(weights: RoundedWeights) -> dict[str, torch.Tensor]:
+    return {name: dequantize(t) if isinstance(t, QuantizedWeight) else t for name, t in weights.items()}
 
 
 def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:

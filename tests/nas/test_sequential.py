@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from export.quantize import dequantize
+from nas import calibration, sequential
+from nas.families import LoadedModel
+from nas.sequential import fit_in_sequence
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.supernet import Supernet
+
+LAYERS = (LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0))
+
+
+@pytest.fixture(autouse=True)
+def _in_fp32(monkeypatch):
+    for module in (calibration, sequential):
+        monkeypatch.setattr(module, "fast_dtype", lambda: torch.float32)
+
+
+@pytest.fixture
+def supernet(tiny, windows):
+    loaded = tiny(bias=True)
+    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1)))
+    supernet.prepare(windows)
+    return supernet
+
+
+@torch.no_grad()
+def _logits(supernet, windows, subnet):
+    supernet.activate(subnet)
+    return supernet.model(windows).logits
+
+
+def _streams(supernet, windows, subnet, module):
+    """What `module` reads in `subnet`, and the subnet's and the full model's states that leave its layer."""
+    found = {}
+
+    def run(active):
+        supernet.activate(active)
+        layer = supernet.loaded.layers[0]
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: found.update(out=out.flatten(0, 1))),
+            layer.get_submodule(module).register_forward_pre_hook(
+                lambda _, inputs: found.update(x=inputs[0].flatten(0, 1))
+            ),
+        ]
+        with torch.no_grad():
+            supernet.model(windows)
+        for hook in hooks:
+            hook.remove()
+        return found["x"], found["out"]
+
+    full = run(supernet.space.full(32))[1]
+    return *run(subnet), full
+
+
+def test_the_last_map_of_a_layer_is_the_least_squares_solution(supernet, windows):
+    """Against lstsq on the activations; the attention before it is the full model's, so only the MLP is fitted."""
+    subnet = Subnet((LayerChoice(3, 64), *LAYERS[1:]), 32)
+    x, out, full = _streams(supernet, windows, subnet, "mlp.down_proj")
+    damping = 1e-3
+    fit_in_sequence(supernet, subnet, windows, damping=damping)
+    before = supernet.part_weights(0, "mlp", 64)["mlp.down_proj.weight"]
+    ridge = (damping**0.5 * x.double().norm(dim=0)).diag()
+    rows, wanted = torch.cat([x.double(), ridge]), torch.cat([(full - out).double(), torch.zeros(64, 96)])
+    step = torch.linalg.lstsq(rows, wanted).solution.T
+    got = supernet.layer_weights(subnet, 0)["mlp.down_proj.weight"]
+    torch.testing.assert_close(got.double(), before + step, rtol=1e-3, atol=1e-4)
+
+
+def test_the_unrounded_full_model_has_nothing_to_mend(supernet, windows, monkeypatch):
+    full = supernet.space.full(32)
+    wanted = _logits(supernet, windows, full)
+    monkeypatch.setattr(LoadedModel, "run_layer", None)
+    fit_in_sequence(supernet, full, windows)
+    assert torch.equal(_logits(supernet, windows, full), wanted)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_brings_a_subnet_closer_to_the_full_model(supernet, windows, bits):
+    subnet = Subnet(LAYERS, bits)
+    wanted = _logits(supernet, windows, supernet.space.full(32))
+    before = float((_logits(supernet, windows, subnet) - wanted).square().mean())
+    others = _logits(supernet, windows, Subnet(LAYERS[::-1], bits))
+    fit_in_sequence(supernet, subnet, windows)
+    assert float((_logits(supernet, windows, subnet) - wanted).square().mean()) < 0.9 * before
+    assert torch.equal(_logits(supernet, windows, Subnet(LAYERS[::-1], bits)), others)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_what_is_extracted_is_what_is_active(tiny, windows, bits):
+    loaded = tiny()
+    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1)))
+    supernet.prepare(windows)
+    subnet = Subnet(LAYERS, bits)
+    fit_in_sequence(supernet, subnet, windows)
+    model, quantized = supernet.extract(subnet), supernet.quantized(subnet)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and bits < 16:
+            parameter.copy_(dequantize(quantized[name]))
+    with torch.no_grad():
+        wanted = model(windows).logits
+    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_cached_weights_are_the_same_and_nothing_runs(supernet, tiny, windows, bits, tmp_path, monkeypatch):
+    subnet = Subnet(LAYERS, bits)
+    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
+    wanted = _logits(supernet, windows, subnet)
+    supernet.prepare(windows)  # forgets what it adopted
+    assert not torch.equal(_logits(supernet, windows, subnet), wanted)
+    monkeypatch.setattr(LoadedModel, "run_layer", None)
+    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
+    assert torch.equal(_logits(supernet, windows, subnet), wanted)
