@@ -29,7 +29,7 @@ from hw_profiles import Measurement, PlannedGraph, Store, Target, Workload, dete
 from hw_profiles.measurement import Role
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
-from nas.budget import Budget
+from nas.budget import Budget, BudgetUnmetError
 from nas.latency import TRAINING_ROLES, HeldoutGraph, LatencyModel, held_out_errors
 from nas.profiling import profile_target, time_graphs
 from nas.quality import Quality
@@ -87,9 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
     parser.add_argument(
-        "--heldout", type=int, default=20, help="graphs a target that only judge, besides the profile's"
+        "--heldout", type=int, default=12, help="graphs a target that only judge, besides the profile's"
     )
-    parser.add_argument("--queries", type=int, default=30, help="random budgets a family")
+    parser.add_argument("--queries", type=int, default=15, help="random budgets a family")
     parser.add_argument("--quick", action="store_true", help="one family, int8, few graphs and budgets")
     parser.add_argument("--database", type=Path, default=Path("build/latency_error.db"))
     parser.add_argument("--json", type=Path)
@@ -128,6 +128,8 @@ class ErrorRow:
 class BudgetRow:
     family: str
     queries: int
+    #: No subnet of the pool was sure to meet them.
+    refused: int
     missed: int
     #: Mean share of a budget that the answer leaves unused.
     unused: float
@@ -260,7 +262,7 @@ class Benchmark:
                 kl = space.base.parameters / space.model_shape(subnet).parameters
                 study.add(Trial(subnet, Quality(kl, float(np.exp(kl)), 0, 0.0), "search"))
         pool = [trial.subnet for trial in study.trials()]
-        excess = []
+        excess, refused = [], 0
         for number in range(queries):
             name, phase = RUNTIMES[number % 2], PHASES[number // 2 % 2]
             work = Workload(phase, int(rng.choice([64, 128, 256])))
@@ -271,18 +273,23 @@ class Benchmark:
                 if phase == "decode"
                 else Budget(ttft_ms=limit_ms, prompt_tokens=work.tokens)
             )
-            with progress_bar(f"budget {number + 1} of {queries}: {phase} {work.tokens}, {name}") as progress:
-                answer = answer_query(
-                    self.store, study, budget, self.device.id, name, self.threads, measure=3, progress=progress
-                )
+            try:
+                with progress_bar(f"budget {number + 1} of {queries}: {phase} {work.tokens}, {name}") as progress:
+                    answer = answer_query(
+                        self.store, study, budget, self.device.id, name, self.threads, measure=3, progress=progress
+                    )
+            except BudgetUnmetError:
+                refused += 1
+                continue
             target = Target(self.device.id, name, answer.subnet.precision, self.threads)
             excess.append(self._timed_again_ms(target, space, space.model_shape(answer.subnet), work) / limit_ms - 1)
         return BudgetRow(
             family=family,
             queries=queries,
+            refused=refused,
             missed=sum(share > 0 for share in excess),
-            unused=float(np.mean(np.maximum(0, -np.array(excess)))),
-            worst_excess=float(max(excess)),
+            unused=float(np.mean([max(0.0, -share) for share in excess])) if excess else 0.0,
+            worst_excess=max(excess, default=0.0),
         )
 
     def _timed_again_ms(self, target: Target, space: SearchSpace, shape: ModelShape, work: Workload) -> float:

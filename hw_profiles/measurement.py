@@ -21,6 +21,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 class Measurement:
     """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch.
 
+    Of a workload that came to an earlier profile it is what the reference would have taken at the speed of that.
+
     `affinity` names the CPUs that the process was allowed, as `hw_profiles.devices.affinity` does; empty is unknown.
     """
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, workloads_of_graphs
 from hw_profiles.runtimes import Runtime, Session, check_precision
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.timing import DECODE_STEPS, measure, tokens_needed
+from hw_profiles.timing import DECODE_STEPS, Timing, measure, tokens_needed
 
 #: Writes a model of this shape and precision, with any weights, into the folder and returns the path to load.
 Build = Callable[[ModelShape, Precision, Path], Path]
@@ -71,7 +72,8 @@ def profile(
 ) -> None:
     """Time what the results lack, adding batch by batch: whatever stops it, the next call goes on from there.
 
-    What was timed with another version of the runtime counts as lacking, and stays in the results.
+    What was timed with another version of the runtime counts as lacking, and stays in the results. Workloads that come
+    to an earlier profile get the milliseconds that the reference would have taken then.
     A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
     under `scratch`, by default the system's temporary folder, while it is timed.
     """
@@ -93,7 +95,15 @@ def profile(
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     failures: list[tuple[PlannedGraph, Exception]] = []
     with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
-        reference = run.load(run.reference, Path(directory), tokens_needed(workloads, decode_steps))
+        known = run.known_ms()
+        needed = tokens_needed([*workloads, *known], decode_steps)
+        reference = run.load(run.reference, Path(directory), needed)
+        later = [work for work in dict.fromkeys(workloads) if work not in known]
+        if known and later:
+            progress(done, len(planned), "timing the reference on further workloads")
+            run.time_reference_later(later, known, reference, seed)
+            pending = run.pending(planned, workloads)
+            done = len(planned) - sum(map(len, pending.values()))
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         for number, (missing, batch) in enumerate(batches):
             progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
@@ -123,6 +133,8 @@ class _Run:
     rounds: int
     decode_steps: int
     scratch: Path | None
+    #: Of workloads that came later: the machine's speed now, relative to when the others were timed.
+    speed: dict[Workload, float] = field(default_factory=dict)
 
     def pending(
         self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
@@ -139,6 +151,37 @@ class _Run:
             if missing:
                 groups.setdefault(missing, []).append(graph)
         return groups
+
+    def known_ms(self) -> dict[Workload, float]:
+        """What the reference takes on the workloads that it was timed on."""
+        return {
+            found.workload: found.latency_ms
+            for found in self.results.measurements(self.target, reference_id=self.reference.id)
+            if found.role == "reference" and found.runtime_version == self.runtime.version()
+        }
+
+    def time_reference_later(
+        self, workloads: Sequence[Workload], known_ms: Mapping[Workload, float], session: Session, seed: int
+    ) -> None:
+        """Time the reference on further workloads as ratios to the nearest known ones, timed again beside them.
+
+        The machine may be slower by now, and what the results hold is of one speed.
+        """
+        beside = {work: min(known_ms, key=lambda other: _distance(work, other)) for work in workloads}
+        timings = measure(
+            {self.reference.id: session},
+            self.reference.id,
+            [*workloads, *beside.values()],
+            vocab_size=self.reference.vocab_size,
+            rounds=self.rounds,
+            decode_steps=self.decode_steps,
+            seed=seed,
+        )
+        for work, near in beside.items():
+            self.speed[work] = known_ms[near] / timings[self.reference.id, near].median_ms
+        graph = PlannedGraph(self.reference, "reference")
+        found = [self._measurement(graph, work, timings[self.reference.id, work]) for work in workloads]
+        self.results.add_measurements(found)
 
     def batches(self, graphs: Sequence[PlannedGraph], memory_bytes: int) -> Iterator[list[PlannedGraph]]:
         """Consecutive graphs that fit the memory, at least one each. Repeats never share a batch with their first."""
@@ -204,24 +247,30 @@ class _Run:
             decode_steps=self.decode_steps,
             seed=seed,
         )
-        return [
-            Measurement(
-                target=self.target,
-                shape=graph.shape,
-                workload=work,
-                role=graph.role,
-                reference_id=self.reference.id,
-                ratio=timing.ratio,
-                spread_ratio=timing.spread_ratio,
-                repeats=timing.repeats,
-                reference_ms=timing.reference_ms,
-                runtime_version=self.runtime.version(),
-                affinity=affinity(),
-            )
-            for graph in graphs
-            for work in workloads
-            for timing in [timings[graph.shape.id, work]]
-        ]
+        return [self._measurement(graph, work, timings[graph.shape.id, work]) for graph in graphs for work in workloads]
+
+    def _measurement(self, graph: PlannedGraph, workload: Workload, timing: Timing) -> Measurement:
+        return Measurement(
+            target=self.target,
+            shape=graph.shape,
+            workload=workload,
+            role=graph.role,
+            reference_id=self.reference.id,
+            ratio=timing.ratio,
+            spread_ratio=timing.spread_ratio,
+            repeats=timing.repeats,
+            reference_ms=timing.reference_ms * self.speed.get(workload, 1.0),
+            runtime_version=self.runtime.version(),
+            affinity=affinity(),
+        )
+
+
+def _distance(one: Workload, other: Workload) -> float:
+    """In doublings of tokens and of batch; another phase is further than anything."""
+    doublings = [
+        abs(math.log2(a / b)) for a, b in ((one.tokens + 1, other.tokens + 1), (one.batch_size, other.batch_size))
+    ]
+    return sum(doublings) + (1e9 if one.phase != other.phase else 0)
 
 
 def part_of(progress: Progress, number: int, parts: int, title: str) -> Progress:

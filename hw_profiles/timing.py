@@ -25,9 +25,11 @@ from hw_profiles.shapes import PHASES, Workload
 SETTLE_S = 0.05
 #: Single-token steps of which a decode latency is the median.
 DECODE_STEPS = 6
-#: Untimed steps before them. From a pause or another model's weights it took SmolLM2 about as many until a step cost
-#: what the next did: the first read up to 70 % too much, which nobody sees who generates more than a few tokens.
+#: Untimed steps before them, at most, and the milliseconds after which they end. From a pause or another model's
+#: weights it took SmolLM2 at int4 as long until a step cost what the next did: the first read up to 70 % too much,
+#: which nobody sees who generates more than a few tokens. Slower models, which no cache holds, cost the same at once.
 WARM_STEPS = 10
+WARM_MS = 100.0
 #: Passes over all sessions in one round: the first for every workload, the others for decode alone, which is short and
 #: noisy.
 PASSES = 2
@@ -60,8 +62,8 @@ def measure(
 ) -> dict[tuple[str, Workload], Timing]:
     """Time every session on every workload, against the session named `reference`, or against each its own of them.
 
-    A visit's value is one prefill, or the median of `decode_steps` single-token steps from the context's length on (or
-    from WARM_STEPS on, for a shorter one). The values in the cache do not matter to the speed: it is made, not
+    A visit's value is one prefill, or the median of `decode_steps` single-token steps from the context's length on, or
+    from WARM_STEPS on for a shorter one. The values in the cache do not matter to the speed: it is made, not
     computed. A pass's value is that of the one visit, for the reference the geometric mean over its visits. A round has
     one pass for every workload and PASSES - 1 more for decode. `clock` returns seconds.
     """
@@ -82,7 +84,7 @@ def measure(
     # the first round warms up and does not count; decode has untimed steps of its own
     for counts, works in [(False, prefills or decodes), *[(True, works) for _ in range(rounds) for works in passes]]:
         tokens = _draw_tokens(works, decode_steps, vocab_size, rng)
-        order = _order(visits, order[-1:], rng)
+        order = _order(visits if counts else list(sessions), order[-1:], rng)
         pass_ms: dict[tuple[str, Workload], list[float]] = {}
         for name in order:
             sleep(SETTLE_S)
@@ -136,17 +138,18 @@ def _visit(
     """One value in milliseconds for each workload. The cache that a decode workload starts from is made, not fed."""
     values_ms: dict[Workload, float] = {}
     session.reset(new_tokens=1)
-    session.step(next(iter(tokens.values()))[:1, :1])  # wakes the threads up, untimed
+    wake_ms = _step_ms(session, next(iter(tokens.values()))[:1, :1], clock)  # also wakes the threads up
+    warm_steps = min(WARM_STEPS, max(1, math.ceil(WARM_MS / max(wake_ms, 1e-3))))
     for work in workloads:
         ids = tokens[work.batch_size]
         if work.phase == "prefill":
             session.reset(work.batch_size, 0, work.tokens)
             values_ms[work] = _step_ms(session, ids[:, : work.tokens], clock)
         else:
-            steps = WARM_STEPS + decode_steps
-            session.reset(work.batch_size, max(0, work.tokens - WARM_STEPS), steps)
+            steps = warm_steps + decode_steps
+            session.reset(work.batch_size, max(work.tokens, WARM_STEPS) - warm_steps, steps)
             steps_ms = [_step_ms(session, ids[:, i : i + 1], clock) for i in range(steps)]
-            values_ms[work] = float(np.median(steps_ms[WARM_STEPS:]))
+            values_ms[work] = float(np.median(steps_ms[warm_steps:]))
     session.reset(new_tokens=1)  # gives back the room that a long context took
     return values_ms
 

@@ -62,7 +62,8 @@ def fit_in_sequence(
         return
     folder = None
     if cache_dir is not None:
-        text = f"{_VERSION} {statistics_key(supernet.loaded, windows)} {subnet.to_json()} {damping} {mended}"
+        fitted_on = statistics_key(supernet.loaded, windows)
+        text = f"{_VERSION} {supernet.prepared_from} {fitted_on} {subnet.to_json()} {damping} {mended}"
         folder = cache_dir / f"sequential-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if is_complete(folder, supernet.space.depth, set()):
             layers = [load_layer(folder, index, set()) for index in range(supernet.space.depth)]

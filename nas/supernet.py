@@ -90,6 +90,8 @@ class Supernet:
         self._reform = True
         self._plans: list[dict[Part, PartPlan]] = []
         self._statistics: Statistics | None = None
+        #: Names model, text and kind of the weights that `prepare` made.
+        self.prepared_from = ""
         self._quantized: dict[tuple[int, Part, int, int], RoundedWeights] = {}
         self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
         self._own: dict[Subnet, list[dict[Part, OwnWeights]]] = {}
@@ -113,6 +115,7 @@ class Supernet:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
         self._statistics = collect(self.loaded, windows, cache_dir)
+        self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
         self._plans = self._load_plans(self._statistics, cache_dir)
 
     def _load_plans(self, statistics: Statistics, cache_dir: Path) -> list[dict[Part, PartPlan]]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileErr
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
 from hw_profiles.store import Store
-from hw_profiles.timing import PASSES
+from hw_profiles.timing import PASSES, measure
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "fake", "int8", 1)
@@ -107,6 +108,38 @@ def test_ratios_are_those_programmed(store: Store) -> None:
     reference = store.measurements(roles=["reference"])
     assert [m.ratio for m in reference] == [1.0, 1.0]
     assert {m.workload.phase: m.repeats for m in reference} == {"prefill": 5, "decode": 5 * PASSES}
+
+
+def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
+    """The machine is a third as fast by then: ratios are what they were, and so is what they are ratios of."""
+    first, further = Workload("decode", 8), [Workload("decode", 20), Workload("prefill", 40)]
+    few = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")][:3]
+    now_s = 0.0
+
+    def wait(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    def run_at(slowness: float, workloads: list[Workload]) -> None:
+        def build(shape: ModelShape, precision: Precision, directory: Path) -> Path:
+            per_token_ms = slowness * shape.parameters / 1e4
+            model = FakeModel(per_token_ms, per_token_ms, per_token_ms / 10, shape.vocab_size)
+            return model.write(directory)
+
+        with pytest.MonkeyPatch.context() as patch:
+            timer = partial(measure, clock=lambda: now_s, sleep=wait)
+            patch.setattr("hw_profiles.profile.measure", timer)
+            options = {"rounds": 3, "decode_steps": 2, "runtime": FakeRuntime(wait)}
+            profile(store, DEVICE, TARGET, few, workloads, build, **options)  # type: ignore[arg-type]
+
+    run_at(1.0, [first])
+    run_at(3.0, [first, *further])
+    for found in store.measurements():
+        context = found.workload.tokens + 1 if found.workload.phase == "decode" else 0
+        fed = 1 if found.workload.phase == "decode" else found.workload.tokens
+        expected = found.shape.parameters / 1e4 * (1 + fed + (context - 0.5) / 10 * (found.workload.phase == "decode"))
+        assert found.latency_ms == pytest.approx(expected, rel=0.02), found.workload
+    assert len(store.measurements()) == len(few) * 3
 
 
 def test_files_are_gone_and_the_reference_is_built_once(store: Store) -> None:
