@@ -41,8 +41,10 @@ def plan(
     with_table: bool = True,
     seed: int = 0,
 ) -> list[PlannedGraph]:
-    """The graphs to time, in the order of their worth if the session is cut short.
+    """The graphs to time, in their order: the full model, all but the repeats in random order, the repeats.
 
+    Machines change while a profile lasts, and ratios with them where the balance of memory and arithmetic shifts: in
+    random order that is noise for fit and judgement alike, and no bias of one against the other.
     Table entries give every second layer one choice of attention or MLP, the rest of the full model being kept: blocks
     timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random.
     A profile without table entries is cheaper, and leans on that of a similar target.
@@ -56,11 +58,15 @@ def plan(
     fitted = random_shapes(full, block_choices, anchors, {full, *table}, rng)
     held = random_shapes(full, block_choices, heldout, {full, *table, *fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
-    return [
-        PlannedGraph(full, "reference"),
-        *(PlannedGraph(shape, "table") for shape in table if with_table),
+    once = [
+        *(PlannedGraph(shape, "table") for shape in table),
         *(PlannedGraph(shape, "anchor") for shape in fitted),
         *(PlannedGraph(shape, "heldout") for shape in held),
+    ]
+    shuffled = [once[index] for index in rng.permutation(len(once))]
+    return [
+        PlannedGraph(full, "reference"),
+        *(graph for graph in shuffled if with_table or graph.role != "table"),
         *(PlannedGraph(held[index], "repeat") for index in again),
     ]
 

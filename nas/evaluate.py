@@ -47,6 +47,7 @@ class Evaluator:
             self._teacher = self._normed(self._run(supernet.loaded.embed(windows), 0))
             self._teacher_head = supernet.loaded.head.weight.detach()
             self._teacher_logits = self._keep_logits()
+            self._teacher_log_sums = self._log_sums()
 
     def evaluate(self, subnet: Subnet) -> Quality:
         """KL and perplexity of one subnet, which is left active."""
@@ -97,24 +98,35 @@ class Evaluator:
             return None
         return self._teacher @ self._teacher_head.to(self.dtype).T
 
+    def _log_sums(self) -> torch.Tensor:
+        """Of the teacher's exponentiated logits, [M]."""
+        sums = torch.empty(len(self._teacher))
+        for first in range(0, len(sums), _LOGITS_AT_ONCE):
+            rows = slice(first, first + _LOGITS_AT_ONCE)
+            sums[rows] = self._logits(rows).logsumexp(-1)
+        return sums
+
+    def _logits(self, rows: slice) -> torch.Tensor:
+        """The teacher's, a copy in fp32, [rows, V]."""
+        if self._teacher_logits is not None:
+            return self._teacher_logits[rows].to(torch.float32, copy=True)
+        return (self._teacher[rows] @ self._teacher_head.to(self.dtype).T).float()
+
     def _compare(self, hidden: torch.Tensor) -> tuple[float, float]:
         """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden is of the first windows."""
         windows = self.windows[: len(hidden)]
         student = self._normed(hidden)
         head = self.supernet.loaded.head.weight.to(self.dtype).T
-        teacher_head = self._teacher_head.to(self.dtype).T
         targets = torch.nn.functional.pad(windows[:, 1:], (0, 1)).flatten()
         followed = torch.ones_like(windows, dtype=torch.bool)
         followed[:, -1] = False  # a window's last position has no next token
         # filled in place: small results kept between large logits would fragment the heap, by gigabytes
         divergences, losses = torch.empty(2, len(student))
         for first in range(0, len(student), _LOGITS_AT_ONCE):
-            rows = slice(first, min(first + _LOGITS_AT_ONCE, len(student)))
+            rows = slice(first, min(first + _LOGITS_AT_ONCE, len(student)))  # the teacher has more
             q = (student[rows] @ head).float()  # logits, [rows, V]
-            kept = self._teacher_logits
-            p = self._teacher[rows] @ teacher_head if kept is None else kept[rows].clone()
-            p = p.float()
-            log_q_sum, log_p_sum = q.logsumexp(-1), p.logsumexp(-1)
+            p = self._logits(rows)
+            log_q_sum, log_p_sum = q.logsumexp(-1), self._teacher_log_sums[rows]
             losses[rows] = log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
             difference = torch.sub(p, q, out=q)
             p.sub_(log_p_sum.unsqueeze(-1)).exp_()

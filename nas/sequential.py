@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import HEAD_BITS
@@ -125,7 +126,9 @@ class _Streams:
 
     def mend(self, heard: Sequence[torch.Tensor], change: torch.Tensor) -> None:
         """After the output map, which read `heard`, was changed by `change` [out, in]."""
-        self.own = [batch + (x @ change.T).view_as(batch) for batch, x in zip(self.own, heard, strict=True)]
+        with computing(fast_dtype()):
+            changes = [nn.functional.linear(x, change) for x in heard]
+        self.own = [batch + added.view_as(batch) for batch, added in zip(self.own, changes, strict=True)]
 
     def _run(self, layer: int, part: Part, batch: torch.Tensor) -> torch.Tensor:
         self.supernet.activate_part(layer, "mlp" if part == "attention" else "attention", 0, 32)

@@ -25,9 +25,10 @@ def test_roles_and_counts() -> None:
         "heldout": 8,
         "repeat": 2,
     }
-    assert [graph.role for graph in planned] == sorted(
-        (graph.role for graph in planned), key=["reference", "table", "anchor", "heldout", "repeat"].index
-    )
+    roles = [graph.role for graph in planned]
+    assert (roles[0], roles[-2:]) == ("reference", ["repeat", "repeat"])
+    # mixed: wherever a profile is cut in two, both halves hold graphs to fit on and graphs to judge
+    assert all({"table", "anchor", "heldout"} <= set(half) for half in (roles[1:15], roles[15:-2]))
 
 
 def test_table_changes_one_thing_in_every_second_layer() -> None:
