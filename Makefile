@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# subnets evaluated in the demo, and further options of its nas profile
+# subnets evaluated in the demo, further options of its nas profile, and of its own
 EVALUATIONS ?= 64
 PROFILE_OPTIONS ?=
+DEMO_OPTIONS ?=
 DEMO_OUTPUT ?= demo
 
 .PHONY: install check test test-export test-nas test-all demo clean
@@ -37,7 +38,7 @@ test-all: install
 	$(BIN)/pytest tests/nas
 
 demo: install
-	$(BIN)/python examples/demo.py --output $(DEMO_OUTPUT) --evaluations $(EVALUATIONS) --profile-options='$(PROFILE_OPTIONS)'
+	$(BIN)/python examples/demo.py --output $(DEMO_OUTPUT) --evaluations $(EVALUATIONS) --profile-options='$(PROFILE_OPTIONS)' $(DEMO_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) .llm-nas-cache

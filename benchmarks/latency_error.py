@@ -59,7 +59,7 @@ WORKLOADS = [
     *(Workload("decode", tokens) for tokens in (0, 128, 1024)),
 ]
 COUNTS = {"anchors": 12, "heldout": 8, "repeats": 2}
-ROUNDS = 7
+ROUNDS = 3
 MOST_PROFILE_S = 300
 _POOL = 400
 

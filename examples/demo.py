@@ -40,7 +40,9 @@ console = Console()
 
 def main() -> None:
     arguments = parse_arguments()
-    demo = Demo(arguments.output, arguments.evaluations, arguments.profile_options.split(), arguments.seed)
+    demo = Demo(
+        arguments.output, arguments.evaluations, arguments.profile_options.split(), arguments.fit, arguments.seed
+    )
     demo.run()
 
 
@@ -49,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--evaluations", type=int, default=64, help="subnets evaluated on text")
     parser.add_argument("--profile-options", default="", help="options of nas profile that override the demo's own")
+    parser.add_argument(
+        "--fit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fit the weights of what is exported in sequence, a minute each",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -62,10 +70,11 @@ def smollm2_file() -> str:
 
 
 class Demo:
-    def __init__(self, output: Path, evaluations: int, profile_options: list[str], seed: int) -> None:
+    def __init__(self, output: Path, evaluations: int, profile_options: list[str], fit: bool, seed: int) -> None:
         self.output = output
         self.evaluations = evaluations
         self.profile_options = profile_options
+        self.fit = fit
         self.seed = seed
         self.model = smollm2_file()
         self.seconds: dict[str, float] = {}
@@ -89,6 +98,7 @@ class Demo:
                  "--seed", str(self.seed))  # fmt: skip
         answer = self.nas("query", *study, "--tpot-ms", str(budget_ms), "--measure", "3")
         formats = [option for name in FORMATS for option in ("--format", name)]
+        formats.append("--fit" if self.fit else "--no-fit")
         chosen, full = self.output / "chosen", self.output / "full"
         self.nas("export", "--study", "demo", "--subnet", answer["subnet"], "--output", str(chosen), *formats)
         self.nas("export", "--study", "demo", "--subnet", "full", "--precision", fastest, "--output", str(full),
@@ -181,7 +191,7 @@ class Demo:
             "chosen": chosen,
             "uniform_width_same_tpot": uniform(width),
         }
-        for subnet in set(measured.values()):
+        for subnet in set(measured.values()) if self.fit else ():
             fit_winner(supernet, subnet, protocol, cache)
         perplexity = {subnet: evaluator.evaluate(subnet).perplexity for subnet in set(measured.values())}
         result = {name: perplexity[subnet] for name, subnet in measured.items()}

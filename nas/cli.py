@@ -115,7 +115,7 @@ def profile(
     ] = 12,
     heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
     repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 3,
     memory_graphs: Annotated[
         int, typer.Option(help="Graphs run in processes of their own for their memory, a quarter held out; 0 for none.")
     ] = 8,
