@@ -19,14 +19,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import xgboost
+from latency_baselines import flops_line, plain_xgboost, raw_linear
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from export import BUILDERS
 from hw_profiles import Measurement, PlannedGraph, Store, Target, Workload, detect, plan, runtime
 from hw_profiles.measurement import Role
+from hw_profiles.memory import profile_memory
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
 from nas.budget import Budget, BudgetUnmetError
@@ -37,7 +39,7 @@ from nas.queries import answer_query
 from nas.space import SearchSpace
 from nas.study import Study, Trial
 from nas.terminal import progress_bar
-from predictors import latency_features, mape, within
+from predictors import mape, within
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +62,7 @@ WORKLOADS = [
 ]
 COUNTS = {"anchors": 12, "heldout": 8, "repeats": 2}
 ROUNDS = 3
+MEMORY_GRAPHS = 8
 MOST_PROFILE_S = 300
 _POOL = 400
 
@@ -76,7 +79,7 @@ def main() -> None:
         rows = [row for name in arguments.family for row in benchmark.errors(name)]
         budgets = [benchmark.budgets(name, arguments.queries) for name in arguments.family if arguments.queries]
         speed_s = benchmark.seconds_of_ten_thousand(arguments.family[0])
-        result = summary(rows, budgets, benchmark.seconds, speed_s)
+        result = summary(rows, budgets, benchmark, speed_s)
     print_tables(rows, budgets, result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -143,6 +146,7 @@ class Benchmark:
         self.device = detect()
         self.threads = self.device.cores
         self._seconds_file = seconds_file
+        self.graphs: dict[str, int] = {}
         self.seconds: dict[str, float] = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
 
     def profile(self, family: str, precisions: Iterable[Precision]) -> None:
@@ -154,9 +158,13 @@ class Benchmark:
                 target = Target(self.device.id, name, precision, self.threads)
                 label = f"{family}/{target.key}"
                 with progress_bar(label) as progress, self._timed(label):
-                    profile_target(
+                    self.graphs[label] = profile_target(
                         self.store, target, engine, space, WORKLOADS,
                         counts=COUNTS, rounds=ROUNDS, seed=0, progress=progress,
+                    )  # fmt: skip
+                    profile_memory(
+                        self.store, target, engine.version(), plan(space.base, space.block_choices(), **COUNTS),
+                        WORKLOADS, BUILDERS[name], graphs=MEMORY_GRAPHS, progress=progress,
                     )  # fmt: skip
                 # another seed than the profile's: other graphs
                 judges = plan(
@@ -314,52 +322,8 @@ class Benchmark:
         return time.perf_counter() - started
 
 
-Graphs = Sequence[tuple[ModelShape, Workload]]
-
-
-def flops_line(fitted_on: Graphs, latency_ms: Floats, asked: Graphs, precision: Precision) -> Floats:
-    """a + b FLOPs, for relative errors."""
-
-    def columns(graphs: Graphs) -> Floats:
-        return np.array([[1.0, shape.flops(work)] for shape, work in graphs])
-
-    return _relative_least_squares(columns(fitted_on), latency_ms, columns(asked))
-
-
-def raw_linear(fitted_on: Graphs, latency_ms: Floats, asked: Graphs, precision: Precision) -> Floats:
-    """Linear in every layer's KV groups and width and in the workload, as a search sees them; ridge."""
-    return _relative_least_squares(_knobs(fitted_on), latency_ms, _knobs(asked))
-
-
-def plain_xgboost(fitted_on: Graphs, latency_ms: Floats, asked: Graphs, precision: Precision) -> Floats:
-    """XGBoost with its own defaults on the log latency of the physics columns, without the linear model beneath."""
-
-    def columns(graphs: Graphs) -> Floats:
-        return latency_features([shape for shape, _ in graphs], [work for _, work in graphs], precision)[1]
-
-    trees = xgboost.XGBRegressor(n_estimators=200, nthread=1).fit(columns(fitted_on), np.log(latency_ms))
-    return np.exp(np.asarray(trees.predict(columns(asked)), dtype=np.float64))
-
-
-def _knobs(graphs: Graphs) -> Floats:
-    rows = []
-    for shape, work in graphs:
-        sizes = [size for block in shape.blocks for size in (block.num_key_value_heads, block.intermediate_size)]
-        rows.append([1.0, work.tokens, *sizes, *(work.tokens * size for size in sizes)])
-    return np.array(rows, dtype=np.float64)
-
-
-def _relative_least_squares(columns: Floats, latency_ms: Floats, asked: Floats, ridge: float = 1e-3) -> Floats:
-    scale = np.sqrt((columns**2).mean(axis=0))
-    scale[scale == 0] = 1.0
-    rows = columns / scale / latency_ms[:, None]
-    penalty = ridge * np.trace(rows.T @ rows) / rows.shape[1] * np.eye(rows.shape[1])
-    solution = np.linalg.solve(rows.T @ rows + penalty, rows.T @ np.ones(len(rows)))
-    return np.asarray(asked / scale @ solution)
-
-
 def summary(
-    rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], seconds: dict[str, float], speed_s: float
+    rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], benchmark: Benchmark, speed_s: float
 ) -> dict[str, object]:
     device = detect()
 
@@ -376,7 +340,7 @@ def summary(
         )
     ]
     bars += [bar(f"{r.family}, {r.runtime}, {r.phase}: coverage at most", r.interval_coverage, 0.95) for r in rows]
-    bars += [bar(f"{label}: seconds of profiling", value, MOST_PROFILE_S) for label, value in seconds.items()]
+    bars += [bar(f"{label}: seconds of profiling", value, MOST_PROFILE_S) for label, value in benchmark.seconds.items()]
     bars += [bar("seconds for 10,000 predictions", speed_s, 1.0)]
     for row in budgets:
         bars += [bar(f"{row.family}: budgets missed", row.missed, 0), bar(f"{row.family}: unused", row.unused, 0.05)]
@@ -387,7 +351,8 @@ def summary(
         "seed": 0,
         "errors": [asdict(row) for row in rows],
         "budgets": [asdict(row) for row in budgets],
-        "profile_seconds": seconds,
+        "profile_seconds": benchmark.seconds,
+        "profile_graphs": benchmark.graphs,
         "ten_thousand_predictions_s": speed_s,
         "bars": bars,
     }

@@ -113,7 +113,8 @@ def baselines(summary: dict[str, Any]) -> str:
         f"At that TPOT a uniform FFN width ({summary['uniform_width']} in every layer) gives perplexity "
         f"{perplexity['uniform_width_same_tpot']:.1f}, where the chosen subnet, as the search saw it, gives "
         f"{perplexity['chosen_as_searched']:.1f}; without least squares it gives "
-        f"{perplexity['chosen_without_reformation']:.1f}, and fitted in sequence, as exported, the figure above. The logits of all three files equal those of the active "
+        f"{perplexity['chosen_without_reformation']:.1f}, and fitted in sequence, as exported, the figure above. "
+        f"The logits of all three files equal those of the active "
         f"supernet; for ONNX that is with fp32 activations, since onnxruntime's fast int4 path rounds activations to "
         f"int8 (mean KL {onnx['shipped_mean_kl']:.1e} as shipped)."
     )
