@@ -31,7 +31,7 @@ PROMPT = "The capital of France is"
 #: minutes.
 PROFILE_OPTIONS = {
     "profile int8, int4": "--precision int8 --precision int4 --anchors 3 --heldout 8 --repeats 1 --rounds 2",
-    "profile fp32": "--precision fp32 --anchors 1 --heldout 4 --repeats 1 --rounds 2",
+    "profile fp32": "--precision fp32 --anchors 1 --heldout 4 --repeats 1 --rounds 1",
 }
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 
