@@ -12,9 +12,11 @@ from hw_profiles.shapes import ModelShape, Workload
 
 #: reference: the full model; table: one choice in every second layer; anchor: fits the predictor; heldout: judges it;
 #: repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a budget query.
-Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist"]
+Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist", "confirmation"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
+#: Timed after a profile, for a query: what may answer it, and the answer once more.
+FINALIST_ROLES: tuple[Role, ...] = ("finalist", "confirmation")
 
 
 @dataclass(frozen=True)

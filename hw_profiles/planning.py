@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles.measurement import Role
+from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.shapes import PHASES, BlockShape, ModelShape, Workload
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
@@ -81,7 +81,7 @@ def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Wor
     turns: dict[ModelShape, int] = {}
     assigned = []
     for graph in planned:
-        if graph.role in ("reference", "finalist"):
+        if graph.role in ("reference", *FINALIST_ROLES):
             assigned.append(all_of_them)
             continue
         turn = turns.setdefault(graph.shape, len(turns))

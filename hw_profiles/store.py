@@ -34,7 +34,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
 
 from hw_profiles.devices import Device, Target
-from hw_profiles.measurement import Measurement, MemoryMeasurement, Role
+from hw_profiles.measurement import FINALIST_ROLES, Measurement, MemoryMeasurement, Role
 from hw_profiles.schema import BUSY_TIMEOUT_MS, VERSIONS, Schema, SchemaError, lock_for_writing
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
 
@@ -464,6 +464,6 @@ def _typical_reference_ms(measurements: Sequence[Measurement]) -> dict[_Referenc
     of_profile: dict[_ReferenceKey, set[float]] = {}
     of_finalists: dict[_ReferenceKey, set[float]] = {}
     for measurement in measurements:
-        of_batches = of_finalists if measurement.role == "finalist" else of_profile
+        of_batches = of_finalists if measurement.role in FINALIST_ROLES else of_profile
         of_batches.setdefault(_reference_key(measurement), set()).add(measurement.reference_ms)
     return {key: statistics.median(values) for key, values in (of_finalists | of_profile).items()}

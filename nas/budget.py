@@ -67,7 +67,7 @@ class Budget:
 class Latency:
     """Milliseconds of one workload: predicted, with its 90 % interval, and measured where it was.
 
-    `measured_high_ms` is the measurement's upper end.
+    `measured_high_ms` is the measurement's upper end, `is_confirmed` as in `nas.latency.Timed`.
     """
 
     value_ms: float
@@ -75,6 +75,7 @@ class Latency:
     high_ms: float
     measured_ms: float | None = None
     measured_high_ms: float | None = None
+    is_confirmed: bool = False
 
     @property
     def admitted_ms(self) -> float:
@@ -102,6 +103,10 @@ class Answer:
     @property
     def is_measured(self) -> bool:
         return all(latency.measured_ms is not None for latency in self.latencies.values())
+
+    @property
+    def is_confirmed(self) -> bool:
+        return all(latency.is_confirmed for latency in self.latencies.values())
 
     def excess(self, budget: Budget, margin: float | None = None) -> float:
         """By which factor the most exceeded limit is exceeded; at most 1 within the budget.
@@ -150,9 +155,10 @@ def describe(
         shape = model.space.model_shape(trial.subnet)
         latencies = {}
         for workload, p in predictions.items():
-            timed = models[workload].measurement(trial.subnet)
-            measured = (None, None) if timed is None else (timed.latency_ms, timed.high_ms)
-            latencies[workload] = Latency(float(p.value_ms[i]), float(p.low_ms[i]), float(p.high_ms[i]), *measured)
+            predicted = (float(p.value_ms[i]), float(p.low_ms[i]), float(p.high_ms[i]))
+            timed = models[workload].timed(trial.subnet)
+            measured = () if timed is None else (timed.latency_ms, timed.high_ms, timed.is_confirmed)
+            latencies[workload] = Latency(*predicted, *measured)
         size_bytes = shape.weight_bytes(trial.subnet.precision, scale_bytes)
         ratio = shape.parameters / space_parameters
         memory = None if memories is None else memories[i]

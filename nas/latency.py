@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles import Measurement, ModelShape, Store, Target, Workload
-from hw_profiles.measurement import Role
+from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Phase, Precision
 from hw_profiles.staleness import installed_version, usable
@@ -32,12 +32,12 @@ class ProfileMissingError(ValueError):
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Predictors of one runtime on one device, asked for one workload. Timed finalists keep their measurements."""
+    """Predictors of one runtime on one device, asked for one workload. Timed finalists keep their timings."""
 
     space: SearchSpace
     workload: Workload
     predictors: dict[Precision, LatencyPredictor]
-    measured: dict[tuple[Precision, ModelShape], Measurement]
+    measured: dict[tuple[Precision, ModelShape], list[Measurement]]
 
     @classmethod
     def fit(
@@ -60,9 +60,9 @@ class LatencyModel:
         `allow_stale`, StaleProfileError where they are of several versions of the runtime or not of the installed one.
         """
         measurements = _measurements(store, device_id, runtime, threads, space, workload.phase, allow_stale)
-        roles = (*TRAINING_ROLES, "finalist") if learn_from_finalists else TRAINING_ROLES
+        roles = (*TRAINING_ROLES, *FINALIST_ROLES) if learn_from_finalists else TRAINING_ROLES
         predictors: dict[Precision, LatencyPredictor] = {}
-        measured: dict[tuple[Precision, ModelShape], Measurement] = {}
+        measured: dict[tuple[Precision, ModelShape], list[Measurement]] = {}
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
             found = [m for m in measurements if m.target == target]
@@ -73,9 +73,9 @@ class LatencyModel:
             if not predictor.provenance.covers(workload):
                 continue
             predictors[precision] = predictor
-            measured |= {
-                (precision, m.shape): m for m in found if m.workload == workload and m.role in ("reference", "finalist")
-            }
+            for m in found:
+                if m.workload == workload and m.role in ("reference", *FINALIST_ROLES):
+                    measured.setdefault((precision, m.shape), []).append(m)
         if not predictors:
             raise ProfileMissingError(
                 f"{runtime} with {threads} threads was not profiled for {workload.phase} at {workload.tokens} tokens "
@@ -102,9 +102,36 @@ class LatencyModel:
         """Expected milliseconds alone, [n]: what a search minimises."""
         return self.predict(subnets).value_ms
 
-    def measurement(self, subnet: Subnet) -> Measurement | None:
-        """Of the full model and of finalists; other graphs of a profile were timed too briefly to admit one."""
-        return self.measured.get((subnet.precision, self.space.model_shape(subnet)))
+    def timed(self, subnet: Subnet) -> Timed | None:
+        """The full model and finalists; other graphs of a profile were timed too briefly to admit one."""
+        found = self.measured.get((subnet.precision, self.space.model_shape(subnet)))
+        return timed_together(found) if found else None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one or several timings of a graph say, each of which loaded it anew.
+
+    `high_ms` lies two standard errors above `latency_ms`. `is_confirmed` once it was not only timed to be chosen: what
+    is chosen by its timing was lucky, more often than not.
+    """
+
+    latency_ms: float
+    high_ms: float
+    is_confirmed: bool
+
+
+def timed_together(measurements: Sequence[Measurement]) -> Timed:
+    """Their mean; its error is that of their rounds or that of their differences, whichever is larger.
+
+    The pages that a model's weights land on move its latency by some per cent, for as long as it stays loaded.
+    """
+    values_ms = [m.latency_ms for m in measurements]
+    of_rounds_ms = math.hypot(*(m.high_ms - m.latency_ms for m in measurements)) / len(measurements)
+    between_ms = 2 * float(np.std(values_ms, ddof=1)) / math.sqrt(len(values_ms)) if len(values_ms) > 1 else 0.0
+    latency_ms = float(np.mean(values_ms))
+    is_confirmed = any(m.role != "finalist" for m in measurements)
+    return Timed(latency_ms, latency_ms + max(of_rounds_ms, between_ms), is_confirmed)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReference
 from export.artefact import Format
 from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
 from hw_profiles.measured import read_measured
+from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.memory import can_measure_memory, profile_memory
 from hw_profiles.pack import PackPlan, write_pack
 from hw_profiles.profile import Progress, part_of, profile
@@ -256,12 +257,14 @@ def measure_finalists(
     engine: Runtime,
     full: ModelShape,
     shapes: Sequence[ModelShape],
+    role: Role,
     workloads: Sequence[Workload],
     progress: Progress = lambda done, total, what: None,
 ) -> None:
     """Time candidate answers beside the full model, with more rounds than a profile: a budget hangs on them."""
-    planned = [PlannedGraph(full, "reference"), *(PlannedGraph(shape, "finalist") for shape in shapes)]
-    time_graphs(store, target, engine, planned, workloads, rounds=15, seed=1, progress=progress)
+    planned = [PlannedGraph(full, "reference"), *(PlannedGraph(shape, role) for shape in shapes)]
+    seed = FINALIST_ROLES.index(role) + 1
+    time_graphs(store, target, engine, planned, workloads, rounds=15, seed=seed, progress=progress)
 
 
 def time_graphs(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hw_profiles import Store, Target, Workload, runtime
+from hw_profiles.measurement import Role
 from hw_profiles.profile import Progress
 from hw_profiles.runtimes import SCALE_BYTES, engine_of
 from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
@@ -36,7 +37,8 @@ def answer_query(
     """The trial of best quality within the budget.
 
     With `measure` one that was timed and met the budget: of those that are likely to meet it (`hopeful`) the best are
-    timed, `measure` at a time, until no untimed one is better than the best that met it.
+    timed, `measure` at a time, until no untimed one is better than the best that met it; and that is timed once more,
+    loaded anew, and has to meet it by both timings together.
     Raises BudgetUnmetError where there is none, what `LatencyModel.fit` raises and, where memory is limited, what
     `MemoryModel.fit` and `.predict` raise.
     """
@@ -64,15 +66,16 @@ def answer_query(
 
     select = hopeful if measure else admitted
     best, *others = select(answers(), budget)
-    while measure and not best.is_measured:
+    while measure and not best.is_confirmed:
         from nas.profiling import measure_finalists
 
-        finalists = [a for a in (best, *others[: measure - 1]) if not a.is_measured]
+        role: Role = "confirmation" if best.is_measured else "finalist"
+        finalists = [best] if best.is_measured else [a for a in (best, *others[: measure - 1]) if not a.is_measured]
         for precision in {answer.subnet.precision for answer in finalists}:
             target = Target(device_id, runtime_name, precision, threads)
             shapes = [study.space.model_shape(a.subnet) for a in finalists if a.subnet.precision == precision]
             engine = runtime(runtime_name)
-            measure_finalists(store, target, engine, study.space.base, shapes, workloads, progress)
+            measure_finalists(store, target, engine, study.space.base, shapes, role, workloads, progress)
         best, *others = select(answers(), budget)
     return best
 

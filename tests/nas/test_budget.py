@@ -6,6 +6,7 @@ import pytest
 
 from hw_profiles import Measurement, Target, Workload
 from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, describe, hopeful
+from nas.latency import Timed, timed_together
 from nas.memory import Memory
 from nas.quality import Quality
 from nas.space import LayerChoice, Subnet
@@ -137,11 +138,13 @@ class Model:
         value_ms = self.scale * np.arange(1.0, len(subnets) + 1)
         return LatencyPrediction(value_ms, value_ms * 0.5, value_ms * 2)
 
-    def measurement(self, subnet: Subnet) -> Measurement | None:
+    def timed(self, subnet: Subnet) -> Timed | None:
         if subnet != self.space.full(4):
             return None
         target, base = Target("d", "fake", "int4", 1), self.space.base
-        return Measurement(target, base, DECODE, "finalist", base.id, 0.5, 0.1, 15, 14.0 * self.scale, "1")
+        return timed_together(
+            [Measurement(target, base, DECODE, "finalist", base.id, 0.5, 0.1, 15, 14.0 * self.scale, "1")]
+        )
 
 
 def test_describe_gives_each_trial_its_own_costs() -> None:

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hw_profiles import RUNTIMES, Device, Store, Target, Workload, detect
+from hw_profiles import RUNTIMES, Device, Measurement, Store, Target, Workload, detect
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.staleness import StaleProfileError
 from hw_profiles.store import Role
-from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves, timed_together
 from nas.space import Subnet
 from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
 
@@ -61,9 +61,9 @@ def test_held_out_graphs_are_not_fitted_on_and_finalists_only_where_wanted(store
 
 
 def measured_ms(model: LatencyModel, subnet: Subnet) -> float:
-    measured = model.measurement(subnet)
-    assert measured is not None
-    return measured.latency_ms
+    timed = model.timed(subnet)
+    assert timed is not None
+    return timed.latency_ms
 
 
 def test_only_the_full_model_and_finalists_count_as_measured(store: Store) -> None:
@@ -74,10 +74,10 @@ def test_only_the_full_model_and_finalists_count_as_measured(store: Store) -> No
     store.add_measurements([measurement(target, SPACE.base, shape, DECODE, "finalist", 3.25)])
     model = fit(store)
     assert measured_ms(model, finalist) == pytest.approx(3.25)
-    assert model.measurement(other) is None
+    assert model.timed(other) is None
     assert measured_ms(model, SPACE.full(4)) == pytest.approx(shape_ms(SPACE.base, "int4", DECODE))
     opposite = Subnet(finalist.layers, 12 - finalist.bits)
-    assert model.measurement(opposite) is None  # the same shape at other bits
+    assert model.timed(opposite) is None  # the same shape at other bits
 
 
 def test_what_is_missing_is_named(store: Store) -> None:
@@ -102,8 +102,8 @@ def test_any_workload_between_those_profiled_is_answered(store: Store) -> None:
     model = fit(store, between)
     expected = [shape_ms(SPACE.model_shape(subnet), subnet.precision, between) for subnet in subnets[1:]]
     assert model.predict(subnets[1:]).value_ms == pytest.approx(expected, rel=0.02)
-    assert model.measurement(subnets[0]) is None  # timed, but on another workload
-    assert model.measurement(SPACE.full(4)) is None
+    assert model.timed(subnets[0]) is None  # timed, but on another workload
+    assert model.timed(SPACE.full(4)) is None
     with pytest.raises(ProfileMissingError, match=r"prefill at 65 tokens.*1 thread prefill at 16 to 64 tokens"):
         fit(store, Workload("prefill", 65))
 
@@ -224,3 +224,21 @@ def test_curves_of_the_full_model_pass_through_what_was_measured(store: Store) -
         assert max(predicted) == 64
         assert [predicted[16], predicted[64]] == pytest.approx(full_ms, rel=0.05)
         assert (np.diff(list(predicted.values())) > 0).all()
+
+
+def test_timings_of_a_graph_count_together() -> None:
+    """Each has a standard error of 2.5 %, 0.1 and 0.2 ms; where they differ by more, that counts."""
+    target = Target(DEVICE.id, "fake", "int4", 1)
+
+    def timing(latency_ms: float, role: Role) -> Measurement:
+        shape, spread = SPACE.base, 0.025 * 3 / (1.25 * 1.48)  # of nine rounds
+        return Measurement(target, shape, DECODE, role, shape.id, 1.0, spread, 9, latency_ms, "1")
+
+    once = timed_together([timing(4.0, "finalist")])
+    assert (once.latency_ms, once.is_confirmed) == (4.0, False)
+    assert once.high_ms == pytest.approx(4.2)
+    alike = timed_together([timing(4.0, "finalist"), timing(4.0, "confirmation")])
+    assert alike.high_ms == pytest.approx(4.0 + 0.2 / 2**0.5)
+    apart = timed_together([timing(4.0, "finalist"), timing(5.0, "confirmation")])
+    assert (apart.latency_ms, apart.is_confirmed) == (4.5, True)
+    assert apart.high_ms == pytest.approx(4.5 + 1.0)  # two standard errors of the mean of two: their distance

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -170,6 +171,24 @@ def test_finalists_that_miss_the_budget_when_timed_are_never_returned(
     built = len(device.built)
     assert ask(store, study, BUDGET, measure_count) == ask(store, study, BUDGET) == expected[3]
     assert len(device.built) == built
+
+
+def test_an_answer_is_timed_once_more_and_luck_does_not_last(store: Store, study: Study, device: FakeDevice) -> None:
+    """The best is fast only while it is loaded for the first time."""
+    assert BUDGET.tpot_ms
+    best, second, *_ = best_first(study, BUDGET.tpot_ms)
+    loads: Counter[ModelShape] = Counter()
+
+    def luck(shape: ModelShape) -> float:
+        loads[shape] += 1
+        return 1.5 if shape == SPACE.model_shape(best) and loads[shape] > 1 else 1.0
+
+    device.lie = luck
+    answer = answer_query(store, study, BUDGET, DEVICE.id, "fake", 1, 2)
+    assert answer.subnet == second
+    confirmed = store.measurements(roles=["confirmation"])
+    assert [m.shape for m in confirmed] == [SPACE.model_shape(best), SPACE.model_shape(second)]
+    assert confirmed[0].latency_ms == pytest.approx(1.5 * ms(best), rel=1e-3)
 
 
 def test_timing_finds_what_a_wide_interval_hides(tmp_path: Path, device: FakeDevice) -> None:
