@@ -105,11 +105,15 @@ def _shared_and_others(of_phase: Sequence[Workload]) -> tuple[list[Workload], li
         if work.tokens * work.batch_size <= (MOST_TOKENS_FED if work.phase == "prefill" else MOST_TOKENS_CACHED)
     ] or list(of_phase[:1])
 
-    def distance(work: Workload) -> float:
-        return abs(math.log2((work.tokens + 1) / _COMMON_TOKENS)) + math.log2(work.batch_size)
-
-    shared = sorted(affordable, key=distance)[:1]
+    shared = sorted(affordable, key=lambda work: doublings_apart(work, Workload(work.phase, _COMMON_TOKENS)))[:1]
     return shared, [work for work in affordable if work not in shared]
+
+
+def doublings_apart(one: Workload, other: Workload) -> float:
+    """How far two workloads lie apart, in doublings of tokens and of batch; those of two phases infinitely."""
+    if one.phase != other.phase:
+        return math.inf
+    return abs(math.log2((one.tokens + 1) / (other.tokens + 1))) + abs(math.log2(one.batch_size / other.batch_size))
 
 
 def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list[ModelShape]:

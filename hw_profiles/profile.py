@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import statistics
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Protocol
 
 from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
-from hw_profiles.planning import PlannedGraph, workloads_of_graphs
+from hw_profiles.planning import PlannedGraph, doublings_apart, workloads_of_graphs
 from hw_profiles.runtimes import Runtime, Session, check_precision
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import DECODE_STEPS, Timing, measure, tokens_needed
@@ -167,7 +166,7 @@ class _Run:
 
         The machine may be slower by now, and what the results hold is of one speed.
         """
-        beside = {work: min(known_ms, key=lambda other: _distance(work, other)) for work in workloads}
+        beside = {work: min(known_ms, key=lambda other: doublings_apart(work, other)) for work in workloads}
         timings = measure(
             {self.reference.id: session},
             self.reference.id,
@@ -263,14 +262,6 @@ class _Run:
             runtime_version=self.runtime.version(),
             affinity=affinity(),
         )
-
-
-def _distance(one: Workload, other: Workload) -> float:
-    """In doublings of tokens and of batch; another phase is further than anything."""
-    doublings = [
-        abs(math.log2(a / b)) for a, b in ((one.tokens + 1, other.tokens + 1), (one.batch_size, other.batch_size))
-    ]
-    return sum(doublings) + (1e9 if one.phase != other.phase else 0)
 
 
 def part_of(progress: Progress, number: int, parts: int, title: str) -> Progress:

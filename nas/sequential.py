@@ -145,8 +145,8 @@ def _fit_part(streams: _Streams, layer: int, part: Part, wanted: Sequence[torch.
     if bits == 4:
         H = sum((x.T @ x for x in streams.normed(layer, part)), torch.zeros(()))
         rounded |= round_inputs(inputs, H, bits, supernet.rounded_to_nearest)
-    elif bits < 32:
-        rounded |= {name: quantize(t, bits) if bits == 8 else fake_quantize(t, bits) for name, t in inputs.items()}
+    else:
+        rounded |= {name: _nearest(tensor, bits) for name, tensor in inputs.items()}
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
     H = sum((x.T @ x for x in heard), torch.zeros(()))
@@ -154,13 +154,14 @@ def _fit_part(streams: _Streams, layer: int, part: Part, wanted: Sequence[torch.
     G = sum((x.T @ rows for x, rows in zip(heard, lacking, strict=True)), torch.zeros(()))
     before = exact[output]
     exact[output] = before + _step(H, G, damping)
-    if bits == 4:
-        rounded[output] = round_with_feedback(exact[output], H, bits)
-    else:
-        rounded[output] = quantize(exact[output], bits) if bits == 8 else fake_quantize(exact[output], bits)
-    now = rounded[output]
+    now = round_with_feedback(exact[output], H, bits) if bits == 4 else _nearest(exact[output], bits)
+    rounded[output] = now
     streams.mend(heard, (dequantize(now) if isinstance(now, QuantizedWeight) else now) - before)
     return OwnWeights(exact, rounded)
+
+
+def _nearest(weight: torch.Tensor, bits: int) -> QuantizedWeight | torch.Tensor:
+    return quantize(weight, bits) if bits == 8 else fake_quantize(weight, bits)
 
 
 def _step(H: torch.Tensor, G: torch.Tensor, damping: float) -> torch.Tensor:
