@@ -33,7 +33,7 @@ from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
 from nas.budget import Budget, BudgetUnmetError
 from nas.latency import TRAINING_ROLES, HeldoutGraph, LatencyModel, held_out_errors
-from nas.profiling import profile_target, time_graphs
+from nas.profiling import FINALIST_ROUNDS, profile_target, time_graphs
 from nas.quality import Quality
 from nas.queries import answer_query
 from nas.space import SearchSpace
@@ -304,7 +304,7 @@ class Benchmark:
         """Beside the full model once more, told at the profile's speed as `nas verify --study` does."""
         graphs = [PlannedGraph(space.base, "reference"), PlannedGraph(shape, "finalist")]
         with Store("sqlite://") as again:
-            time_graphs(again, target, runtime(target.runtime), graphs, [work], rounds=15, seed=2, progress=_silent)
+            time_graphs(again, target, runtime(target.runtime), graphs, [work], rounds=FINALIST_ROUNDS, seed=2, progress=_silent)
             (timed,) = again.measurements(roles=["finalist"])
         reference = self.store.measurements(target, work, ["reference"], space.base.id)[-1]
         return timed.ratio * reference.latency_ms
