@@ -304,7 +304,9 @@ class Benchmark:
         """Beside the full model once more, told at the profile's speed as `nas verify --study` does."""
         graphs = [PlannedGraph(space.base, "reference"), PlannedGraph(shape, "finalist")]
         with Store("sqlite://") as again:
-            time_graphs(again, target, runtime(target.runtime), graphs, [work], rounds=FINALIST_ROUNDS, seed=2, progress=_silent)
+            time_graphs(
+                again, target, runtime(target.runtime), graphs, [work], rounds=FINALIST_ROUNDS, seed=2, progress=_silent
+            )
             (timed,) = again.measurements(roles=["finalist"])
         reference = self.store.measurements(target, work, ["reference"], space.base.id)[-1]
         return timed.ratio * reference.latency_ms
