@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -79,12 +80,16 @@ def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Wor
     all_of_them = tuple(sorted(set(workloads)))
     by_phase = [_shared_and_others([w for w in all_of_them if w.phase == phase]) for phase in PHASES]
     turns: dict[ModelShape, int] = {}
+    seen: Counter[Role] = Counter()  # a turn among those of its role: of a few anchors each workload gets its share
     assigned = []
     for graph in planned:
         if graph.role in ("reference", *FINALIST_ROLES):
             assigned.append(all_of_them)
             continue
-        turn = turns.setdefault(graph.shape, len(turns))
+        if graph.shape not in turns:
+            turns[graph.shape] = seen[graph.role]
+            seen[graph.role] += 1
+        turn = turns[graph.shape]
         assigned.append(
             tuple(
                 sorted(

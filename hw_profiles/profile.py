@@ -104,6 +104,8 @@ def profile(
             pending = run.pending(planned, workloads)
             done = len(planned) - sum(map(len, pending.values()))
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
+        # in the plan's order, so that graphs timed on one workload are not all timed before those on another
+        batches.sort(key=lambda missing_batch: planned.index(missing_batch[1][0]))
         for number, (missing, batch) in enumerate(batches):
             progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
             failed = run.time_batch(batch, missing, reference, seed + number)

@@ -18,7 +18,7 @@ from nas.study import Trial
 
 #: By how much the upper end of a finalist's measurement lies above its median, about: a subnet whose middle is nearer
 #: to the budget is unlikely to be admitted once it was timed.
-MEASURED_MARGIN = 0.03
+MEASURED_MARGIN = 0.05
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,8 @@ def profile_target(
     A few random anchors come first; `nas.sampling` says which others follow, and when they stop to help.
     A target that is `leaning` on another profile has its anchors at once, and no table.
     """
-    first = counts if leaning else {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
-    timed = plan(space.base, space.block_choices(), **first, with_table=not leaning, seed=seed)
-    most = len(timed) + counts["anchors"] - first["anchors"]
+    timed = first_graphs(space, counts=counts, seed=seed, leaning=leaning)
+    most = len(timed) + counts["anchors"] - sum(graph.role == "anchor" for graph in timed)
 
     def time_planned(graphs: Sequence[PlannedGraph]) -> None:
         def of_all(done: int, total: int, what: str) -> None:
@@ -125,6 +124,14 @@ def profile_target(
             time_planned(timed)
     progress(len(timed), len(timed), "finished")
     return len(timed)
+
+
+def first_graphs(
+    space: SearchSpace, *, counts: Mapping[str, int], seed: int, leaning: bool = False
+) -> list[PlannedGraph]:
+    """What a profile times before it chooses further anchors."""
+    first = counts if leaning else {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
+    return plan(space.base, space.block_choices(), **first, with_table=not leaning, seed=seed)
 
 
 def check_transfer(

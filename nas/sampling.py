@@ -50,19 +50,21 @@ class Sampling:
         error = self._held_out_error(timed)
         anchors = [graph for graph in timed if graph.role == "anchor"]
         if len(anchors) <= ANCHORS_AT_ONCE:
-            return error > self._noise()
+            return error > self._noise(timed)
         without_last = [graph for graph in timed if graph not in anchors[-ANCHORS_AT_ONCE:]]
-        return self._noise() < error <= (1 - LEAST_GAIN) * self._held_out_error(without_last)
+        return self._noise(timed) < error <= (1 - LEAST_GAIN) * self._held_out_error(without_last)
 
-    def _measurements(self) -> list[Measurement]:
-        return self.store.measurements(
+    def _measurements(self, timed: Sequence[PlannedGraph]) -> list[Measurement]:
+        """Of those graphs alone: what else the database knows of the target must not change an order to time in."""
+        graphs = {(graph.shape, graph.role) for graph in timed}
+        found = self.store.measurements(
             self.target, reference_id=self.space.base.id, runtime_version=self.runtime_version
         )
+        return [m for m in found if (m.shape, m.role) in graphs]
 
     def _predictors(self, timed: Sequence[PlannedGraph]) -> list[LatencyPredictor]:
-        """One a phase, fitted on those graphs alone."""
-        graphs = {(graph.shape, graph.role) for graph in timed if graph.role in TRAINING_ROLES}
-        found = [m for m in self._measurements() if (m.shape, m.role) in graphs]
+        """One a phase."""
+        found = [m for m in self._measurements(timed) if m.role in TRAINING_ROLES]
         by_phase = [[m for m in found if m.workload.phase == phase] for phase in PHASES]
         return [
             LatencyPredictor.fit(
@@ -80,9 +82,9 @@ class Sampling:
         """Mean over the phases, each graph held out in turn."""
         return fmean(predictor.provenance.held_out_error for predictor in self._predictors(timed))
 
-    def _noise(self) -> float:
+    def _noise(self, timed: Sequence[PlannedGraph]) -> float:
         """What timing a graph twice differs by, mean over workloads; 0 where none was timed twice."""
-        found = self._measurements()
+        found = self._measurements(timed)
         noises = [repeat_noise([m for m in found if m.workload == work]) for work in {m.workload for m in found}]
         known = [noise for noise in noises if noise is not None]
         return fmean(known) if known else 0.0

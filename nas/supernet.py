@@ -19,7 +19,7 @@ from torch import nn
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import Statistics, collect, is_complete, load_layer, save_layer
+from nas.calibration import LayerStatistics, Statistics, collect, is_complete, load_layer, save_layer
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
 from nas.reformation import reform
@@ -119,24 +119,35 @@ class Supernet:
         self._plans = self._load_plans(self._statistics, cache_dir)
 
     def _load_plans(self, statistics: Statistics, cache_dir: Path) -> list[dict[Part, PartPlan]]:
+        """Orders and weights are kept apart: a space with other sizes needs other weights, and orders take longer."""
         choices = {p: self._short_of_full(p) for p in PARTS}
-        protocol = f"{statistics.key} {choices} {DAMPING} {_CHUNK}"
-        folder = cache_dir / f"supernet-{hashlib.sha256(protocol.encode()).hexdigest()[:16]}"
-        names = {f"{p}.{kind}" for p in PARTS for kind in ("order", "errors")}
-        names |= {f"{p}.{k}" for p in PARTS for k in choices[p]}
-        if not is_complete(folder, self.space.depth, names):
-            for index in range(self.space.depth):
-                layer = statistics.layer(index)
-                plans = {"attention": self._plan(index, "attention", layer.attention_output)}
-                plans["mlp"] = self._plan(index, "mlp", layer.mlp_output)
-                save_layer(folder, index, {f"{p}.{k}": t for p, plan in plans.items() for k, t in _pack(plan).items()})
-        tensors = [load_layer(folder, index, names) for index in range(self.space.depth)]
-        return [{p: _unpack(layer, p, choices[p]) for p in PARTS} for layer in tensors]
+        of_orders = f"{statistics.key} {DAMPING} {_CHUNK}"
+        orders = _folder(cache_dir, "orders", of_orders)
+        weights = _folder(cache_dir, "supernet", f"{of_orders} {choices}")
+        orders_known = is_complete(orders, self.space.depth, set(PARTS))
+        names = {f"{p}.errors" for p in PARTS} | {f"{p}.{k}" for p in PARTS for k in choices[p]}
+        weights_known = is_complete(weights, self.space.depth, names)
+        plans: list[dict[Part, PartPlan]] = []
+        for index in range(self.space.depth):
+            moments = None if orders_known and weights_known else statistics.layer(index)
+            if moments is not None and not orders_known:
+                save_layer(orders, index, {p: self._order(index, p, _read_by_output(moments, p)) for p in PARTS})
+            order = load_layer(orders, index, set(PARTS))
+            if moments is not None and not weights_known:
+                made = {p: self._plan(index, p, _read_by_output(moments, p), order[p]) for p in PARTS}
+                save_layer(weights, index, {f"{p}.{k}": t for p, plan in made.items() for k, t in _pack(plan).items()})
+            tensors = load_layer(weights, index, names)
+            plans.append({p: _unpack(tensors, p, order[p], choices[p]) for p in PARTS})
+        return plans
 
-    def _plan(self, index: int, part: Part, H: torch.Tensor) -> PartPlan:
+    def _order(self, index: int, part: Part, H: torch.Tensor) -> torch.Tensor:
         weight = self._original[index][f"{self.output_name(part)}.weight"]
         group = weight.shape[1] // self.full_size(part)
-        order = keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
+        return keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
+
+    def _plan(self, index: int, part: Part, H: torch.Tensor, order: torch.Tensor) -> PartPlan:
+        weight = self._original[index][f"{self.output_name(part)}.weight"]
+        group = weight.shape[1] // self.full_size(part)
         widths = [k * group for k in self._short_of_full(part)]
         reformed = reform(weight, H, _rows(order, group), widths)
         return PartPlan(
@@ -261,7 +272,7 @@ class Supernet:
             return {name: quantize(t, bits) if name in matrices else t for name, t in weights.items()}
         moments = self._statistics.layer(layer)
         H_in = moments.attention_input if part == "attention" else moments.mlp_input
-        H_out = moments.attention_output if part == "attention" else moments.mlp_output
+        H_out = _read_by_output(moments, part)
         output = f"{self.output_name(part)}.weight"
         if (layer, part, bits) not in self._quantized_inputs:
             full = self.part_weights(layer, part, self.full_size(part))
@@ -358,11 +369,20 @@ def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
         linear.out_features, linear.in_features = tensor.shape
 
 
+def _read_by_output(moments: LayerStatistics, part: Part) -> torch.Tensor:
+    """H of what o_proj or down_proj reads."""
+    return moments.attention_output if part == "attention" else moments.mlp_output
+
+
+def _folder(cache_dir: Path, kind: str, protocol: str) -> Path:
+    return cache_dir / f"{kind}-{hashlib.sha256(protocol.encode()).hexdigest()[:16]}"
+
+
 def _pack(plan: PartPlan) -> dict[str, torch.Tensor]:
     errors = torch.tensor(list(plan.errors.values()), dtype=torch.float64)
-    return {"order": plan.order, "errors": errors, **{str(k): weight for k, weight in plan.outputs.items()}}
+    return {"errors": errors, **{str(k): weight for k, weight in plan.outputs.items()}}
 
 
-def _unpack(tensors: dict[str, torch.Tensor], part: Part, choices: tuple[int, ...]) -> PartPlan:
+def _unpack(tensors: dict[str, torch.Tensor], part: Part, order: torch.Tensor, choices: tuple[int, ...]) -> PartPlan:
     errors = dict(zip(choices, tensors[f"{part}.errors"].tolist(), strict=True))
-    return PartPlan(tensors[f"{part}.order"], {k: tensors[f"{part}.{k}"] for k in choices}, errors)
+    return PartPlan(order, {k: tensors[f"{part}.{k}"] for k in choices}, errors)

@@ -107,14 +107,14 @@ def test_every_graph_shares_one_workload_a_phase_and_takes_another_in_turn() -> 
     planned = plan(FULL, CHOICES)
     assigned = workloads_of_graphs(planned, [*decodes, *prefills])
     assert set(assigned[0]) == {*prefills, *decodes}
-    counts: Counter[Workload] = Counter()
+    counts: Counter[tuple[str, Workload]] = Counter()
     for graph, works in zip(planned[1:], assigned[1:], strict=True):
         assert Counter(work.phase for work in works) == {"prefill": 2, "decode": 2}
         assert {prefills[1], decodes[1]} <= set(works)
-        if graph.role != "repeat":
-            counts.update(works)
-    in_turn = [counts[work] for work in (prefills[0], prefills[2], decodes[0], decodes[2])]
-    assert max(in_turn) - min(in_turn) <= 1
+        counts.update((graph.role, work) for work in works)
+    for role in ("table", "anchor", "heldout"):
+        for one, other in ((prefills[0], prefills[2]), (decodes[0], decodes[2])):
+            assert abs(counts[role, one] - counts[role, other]) <= 1
 
 
 def test_repeats_are_timed_on_what_their_first_was_and_finalists_on_everything() -> None:
