@@ -30,9 +30,9 @@ PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in eight
 #: minutes.
 PROFILE_OPTIONS = {
-    "profile int4": "--precision int4 --anchors 3 --heldout 8 --repeats 1 --rounds 3",
-    "profile int8": "--precision int8 --anchors 3 --heldout 8 --repeats 1 --rounds 2",
-    "profile fp32": "--precision fp32 --anchors 1 --heldout 4 --repeats 1 --rounds 1",
+    "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
+    "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
+    "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 1 --rounds 2",
 }
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 

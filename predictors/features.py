@@ -18,7 +18,7 @@ from predictors.metrics import FloatArray
 #: Widths are padded to this many channels: four AVX-512 registers, a cache line of int8, a tile of most GEMM kernels.
 VECTOR_WIDTH = 64
 
-#: For one model family and workload every cost of a layer is linear in these: once a step, whatever is fed to it.
+#: For one model family and workload every cost of a layer is linear in these.
 STEP_COLUMNS = (
     "constant",
     "attention_layers",
@@ -28,18 +28,8 @@ STEP_COLUMNS = (
     "intermediate_size",
     "width_padding",
 )
-#: What grows with the tokens fed, the sequences, and the positions attended to: needed as soon as workloads differ.
-WORKLOAD_COLUMNS = (
-    "tokens_fed",
-    "attention_layers_fed",
-    "kv_groups_fed",
-    "query_heads_fed",
-    "mlp_layers_fed",
-    "intermediate_size_fed",
-    "batch_size",
-    "attention_flops",
-    "kv_bytes",
-)
+#: What sequences cost, and the positions attended to: needed as soon as workloads differ.
+SEQUENCE_COLUMNS = ("batch_size", "attention_flops", "kv_bytes")
 
 # Nominal kernels of one step: norm, q, k, v, rotary, attention, output, residual; norm, gate, up, product, down,
 # residual; embedding, last norm, head. Runtimes fuse some; a layer skipped saves its share all the same.
@@ -106,11 +96,6 @@ def latency_features(
         "attention_flops": batch * 4 * query_heads * head_dim * seen,
         "activation_bytes": values * fed * batch * VALUE_BYTES[precision],
         "tokens_fed": fed * batch,
-        "attention_layers_fed": attention_layers * fed * batch,
-        "kv_groups_fed": kv_groups * fed * batch,
-        "query_heads_fed": query_heads * fed * batch,
-        "mlp_layers_fed": mlp_layers * fed * batch,
-        "intermediate_size_fed": widths * fed * batch,
         "batch_size": batch,
         "tokens": tokens,
         "kernels": _ATTENTION_KERNELS * attention_layers + _MLP_KERNELS * mlp_layers + _FIXED_KERNELS,

@@ -2,13 +2,12 @@
 
     log latency  =  log(x . b)  +  curve(workload)  +  shrinkage * trees(x)
 
-b >= 0 minimises sum(((x . b - y) / y)^2) over `STEP_COLUMNS` and, where more than one workload was measured,
-`WORKLOAD_COLUMNS`: relative errors, since a budget is missed in per cent. Kernels are not equally efficient at every
-prompt length or batch; the curve is the mean log error left at each measured workload, interpolated between them
-linearly in log tokens and log batch.
+x . b are the costs of `predictors.step_costs`, fitted for relative errors, since a budget is missed in per cent. The
+curve is the mean log error left at each measured workload, interpolated between them linearly in log tokens and log
+batch.
 
-A target with few measurements of its own may lean on the predictor of another one, its prior: b is then drawn towards
-the prior's b times one factor, and the prior's curve and trees are taken over, to be corrected by its own.
+A target with few measurements of its own may lean on the predictor of another one, its prior: its costs are then drawn
+towards the prior's times one factor, and the prior's curve and trees are taken over, to be corrected by its own.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ import numpy.typing as npt
 
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from predictors.boosting import FOLDS, ResidualBoost, fit_residual_boost, read_trees, write_trees
-from predictors.features import STEP_COLUMNS, WORKLOAD_COLUMNS, latency_features
+from predictors.features import STEP_COLUMNS, latency_features
 from predictors.intervals import assign_folds, log_interval
-from predictors.linear import fit_relative
+from predictors.latency_samples import LatencySamples, latency_samples, only_dimensions
 from predictors.metrics import FloatArray
+from predictors.step_costs import StepCosts
 
 #: One sample a coefficient and two to judge them by; also the fewest for which a 90 % interval is finite.
 MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
 #: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
 MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 3
-#: Penalties on how coefficients differ from the prior's scaled ones: from much freedom to the one factor alone.
+_FORMAT = 4
+#: Penalties on how costs differ from the prior's scaled ones: from much freedom to the one factor alone.
 _TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
 
 _Rows = npt.NDArray[np.bool_]
@@ -116,8 +116,7 @@ class LatencyPredictor:
     #: hidden_size, head_dim, vocab_size, tie_word_embeddings of the models fitted on.
     dimensions: tuple[int, int, int, bool]
     feature_names: tuple[str, ...]
-    #: In ms per unit of each column of the linear model.
-    coefficients: dict[str, float]
+    costs: StepCosts
     curve: WorkloadCurve
     boost: ResidualBoost
     #: The predictor that this one leans on; None where it stands on its own measurements.
@@ -144,8 +143,8 @@ class LatencyPredictor:
         leant on where they are too few for a fit of their own, or where that lowers their held-out error by more than
         the standard error of the gain. Those of other models, or of a narrower range of workloads, are left out.
         """
-        samples = _samples(shapes, latency_ms, workloads, precision, weights)
-        usable = [prior for prior in priors if samples.lie_within(prior)]
+        samples = latency_samples(shapes, latency_ms, workloads, precision, weights)
+        usable = [prior for prior in priors if prior._covers(samples)]
         least = MINIMUM_TRANSFER_SAMPLES if usable else MINIMUM_SAMPLES
         if samples.distinct < least:
             raise ValueError(f"a fit needs at least {least} different models, got {samples.distinct}: measure more")
@@ -175,16 +174,18 @@ class LatencyPredictor:
                 f"{workload.phase} at {workload.tokens} tokens and batch {workload.batch_size} lies outside what was "
                 f"measured ({describe_workloads(self.provenance.workloads)}): profile that range"
             )
-        if shapes and _only_dimensions(shapes) != self.dimensions:
+        if shapes and only_dimensions(shapes) != self.dimensions:
             raise ValueError(
                 f"this predictor was fitted on models of (hidden_size, head_dim, vocab_size, tie_word_embeddings) = "
-                f"{self.dimensions}, got {_only_dimensions(shapes)}: fit one on measurements of that model"
+                f"{self.dimensions}, got {only_dimensions(shapes)}: fit one on measurements of that model"
             )
         names, X = latency_features(shapes, [workload] * len(shapes), self.provenance.precision)
-        linear = X[:, [names.index(name) for name in self.coefficients]]
-        log_linear = _log_linear(linear, np.array(list(self.coefficients.values())))
-        value_ms = np.exp(log_linear + self._log_correction(X, [workload]))
+        value_ms = np.exp(self.costs.log_ms(names, X) + self._log_correction(X, [workload]))
         return LatencyPrediction(value_ms, *log_interval(value_ms, self.boost.held_out_log_errors, coverage))
+
+    def _covers(self, samples: LatencySamples) -> bool:
+        """Whether it can say something of all of them."""
+        return self.dimensions == samples.dimensions and all(map(self.provenance.covers, set(samples.workloads)))
 
     def _log_correction(self, X: FloatArray, workloads: Sequence[Workload]) -> FloatArray:
         """What curve and trees, and those of the prior, add to the log of the linear model, [n].
@@ -205,7 +206,8 @@ class LatencyPredictor:
             "provenance": asdict(self.provenance),
             "dimensions": self.dimensions,
             "feature_names": self.feature_names,
-            "coefficients": self.coefficients,
+            "knots": self.costs.knots,
+            "ms_per_unit": dict(zip(self.costs.columns, self.costs.per_unit.tolist(), strict=True)),
             "log_offsets": self.curve.log_offsets.tolist(),
             "shrinkage": self.boost.shrinkage,
             "held_out_log_errors": self.boost.held_out_log_errors.tolist(),
@@ -237,10 +239,10 @@ class LatencyPredictor:
         provenance = Provenance(**found)
         prior = None if content["prior"] is None else cls._from_content(content["prior"])
         names, _ = latency_features((), (), provenance.precision)
-        columns = STEP_COLUMNS + (WORKLOAD_COLUMNS if len(provenance.workloads) > 1 else ())
-        if prior is not None:
-            columns = tuple(prior.coefficients)
-        if tuple(content["feature_names"]) != names or tuple(content["coefficients"]) != columns:
+        several = len(provenance.workloads) > 1 if prior is None else prior.costs.has_sequence_columns
+        per_unit = np.array(list(content["ms_per_unit"].values()), dtype=np.float64)
+        costs = StepCosts(tuple(content["knots"]), several, per_unit)
+        if tuple(content["feature_names"]) != names or tuple(content["ms_per_unit"]) != costs.columns:
             raise ValueError("its columns are not those of this version of llm-nas: fit the predictor again")
         errors = np.asarray(content["held_out_log_errors"], dtype=np.float64)
         if errors.shape != (provenance.samples,):
@@ -255,7 +257,7 @@ class LatencyPredictor:
         curve = WorkloadCurve(provenance.workloads, np.asarray(content["log_offsets"], dtype=np.float64))
         hidden_size, head_dim, vocab_size, tied = content["dimensions"]
         dimensions = (hidden_size, head_dim, vocab_size, tied)
-        return cls(provenance, dimensions, names, content["coefficients"], curve, boost, prior)
+        return cls(provenance, dimensions, names, costs, curve, boost, prior)
 
 
 def training_digest(
@@ -271,7 +273,7 @@ def training_digest(
     priors: Sequence[LatencyPredictor] = (),
 ) -> str:
     """64 hex digits, equal if and only if `LatencyPredictor.fit` would be given the same by this version of llm-nas."""
-    samples = _samples(shapes, latency_ms, workloads, precision, weights)
+    samples = latency_samples(shapes, latency_ms, workloads, precision, weights)
     said = {
         "format": _FORMAT,
         "names": samples.names,
@@ -301,72 +303,17 @@ def describe_workloads(workloads: Sequence[Workload]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Samples:
-    """Models [n] timed each on its workload, checked: `X` [n, f], `y` in ms [n], `weights` of mean 1 [n]."""
-
-    names: tuple[str, ...]
-    X: FloatArray
-    y: FloatArray
-    weights: FloatArray
-    workloads: list[Workload]
-    precision: Precision
-    dimensions: tuple[int, int, int, bool]
-
-    @property
-    def of_shapes(self) -> FloatArray:
-        """[n, 7]: equal rows are timings of one model."""
-        return self.columns(STEP_COLUMNS)
-
-    @property
-    def distinct(self) -> int:
-        return len(np.unique(self.of_shapes, axis=0))
-
-    def columns(self, names: Sequence[str]) -> FloatArray:
-        return self.X[:, [self.names.index(name) for name in names]]
-
-    def lie_within(self, prior: LatencyPredictor) -> bool:
-        """Whether the prior can say something of all of them."""
-        return prior.dimensions == self.dimensions and all(map(prior.provenance.covers, set(self.workloads)))
-
-
-def _samples(
-    shapes: Sequence[ModelShape],
-    latency_ms: npt.ArrayLike,
-    workloads: Workload | Sequence[Workload],
-    precision: Precision,
-    weights: npt.ArrayLike | None,
-) -> _Samples:
-    works = [workloads] * len(shapes) if isinstance(workloads, Workload) else list(workloads)
-    y = np.asarray(latency_ms, dtype=np.float64)
-    w = np.ones(len(shapes)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if y.shape != (len(shapes),) or w.shape != y.shape or len(works) != len(shapes):
-        raise ValueError(
-            f"wanted one latency, one weight and one workload a shape, got {len(shapes)} shapes, {y.shape}, "
-            f"{w.shape} and {len(works)}"
-        )
-    if not works:
-        raise ValueError("wanted models to fit on, got none: measure some")
-    if len({work.phase for work in works}) > 1:
-        raise ValueError("prefill and decode have predictors of their own, got both in one fit")
-    if not (np.isfinite(y).all() and np.isfinite(w).all() and (y > 0).all() and (w > 0).all()):
-        raise ValueError("latencies and weights must be finite and above 0: leave failed measurements out")
-    names, X = latency_features(shapes, works, precision)
-    return _Samples(names, X, y, w / w.mean(), works, precision, _only_dimensions(shapes))
-
-
-@dataclass(frozen=True, eq=False)
 class _Base:
-    """Linear model and curve, to be fitted on any of the samples: by themselves, or leaning on a prior."""
+    """Costs and curve, to be fitted on any of the samples: by themselves, or leaning on a prior."""
 
-    samples: _Samples
+    samples: LatencySamples
     prior: LatencyPredictor | None = None
     ridge: float = 0.0
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        if self.prior is not None:
-            return tuple(self.prior.coefficients)
-        return STEP_COLUMNS + (WORKLOAD_COLUMNS if len(set(self.samples.workloads)) > 1 else ())
+    @cached_property
+    def columns(self) -> StepCosts:
+        """Without costs: the same columns whatever is held out."""
+        return StepCosts.between(self.samples.names, self.samples.X)
 
     @cached_property
     def inherited(self) -> FloatArray:
@@ -375,25 +322,22 @@ class _Base:
             return np.zeros(len(self.samples.y))
         return self.prior._log_correction(self.samples.X, self.samples.workloads)
 
-    def fit(self, train: _Rows) -> tuple[FloatArray, WorkloadCurve]:
-        """(coefficients, curve) of the rows `train`."""
+    def fit(self, train: _Rows) -> tuple[StepCosts, WorkloadCurve]:
+        """Of the rows `train`."""
         samples = self.samples
-        linear, weights = samples.columns(self.columns)[train], samples.weights[train]
+        X, weights = samples.X[train], samples.weights[train]
         y = samples.y[train] / np.exp(self.inherited[train])
         if self.prior is None:
-            coefficients = fit_relative(linear, y, weights)
+            costs = self.columns.fitted(samples.names, X, y, weights)
         else:
-            towards = np.array(list(self.prior.coefficients.values()))
-            towards *= np.exp(np.average(np.log(y) - _log_linear(linear, towards), weights=weights))
-            coefficients = fit_relative(linear, y, weights, towards, self.ridge)
-        log_errors = np.log(y) - _log_linear(linear, coefficients)
-        return coefficients, WorkloadCurve.fit([samples.workloads[i] for i in np.flatnonzero(train)], log_errors)
+            costs = self.prior.costs.refitted(samples.names, X, y, weights, self.ridge)
+        log_errors = np.log(y) - costs.log_ms(samples.names, X)
+        return costs, WorkloadCurve.fit([samples.workloads[i] for i in np.flatnonzero(train)], log_errors)
 
     def log_estimate(self, train: _Rows) -> FloatArray:
         """Of every sample, [n], fitted on the rows `train`."""
-        coefficients, curve = self.fit(train)
-        linear = self.samples.columns(self.columns)
-        return _log_linear(linear, coefficients) + curve(self.samples.workloads) + self.inherited
+        costs, curve = self.fit(train)
+        return costs.log_ms(self.samples.names, self.samples.X) + curve(self.samples.workloads) + self.inherited
 
     def held_out_error(self, seed: int) -> float:
         """Mean |log error| of samples held out in turn, on the folds that the trees are judged on."""
@@ -408,7 +352,7 @@ class _Base:
         boost = fit_residual_boost(
             samples.X, np.log(samples.y), self.log_estimate, seed, samples.weights, together=samples.of_shapes
         )
-        coefficients, curve = self.fit(np.ones(len(samples.y), dtype=np.bool_))
+        costs, curve = self.fit(np.ones(len(samples.y), dtype=np.bool_))
         provenance = Provenance(
             target=target,
             runtime_version=runtime_version,
@@ -419,23 +363,9 @@ class _Base:
             linear_held_out_error=float(np.abs(boost.base_held_out_log_errors).mean()),
             digest=digest,
         )
-        by_name = dict(zip(self.columns, coefficients.tolist(), strict=True))
-        return LatencyPredictor(provenance, samples.dimensions, samples.names, by_name, curve, boost, self.prior)
+        return LatencyPredictor(provenance, samples.dimensions, samples.names, costs, curve, boost, self.prior)
 
 
 def _positions(workloads: Sequence[Workload]) -> FloatArray:
     """[n, 2]: doublings of tokens and of batch, in which kernels' efficiency changes smoothly."""
     return np.log2([[work.tokens + 1.0, work.batch_size] for work in workloads])
-
-
-def _only_dimensions(shapes: Sequence[ModelShape]) -> tuple[int, int, int, bool]:
-    found = {(s.hidden_size, s.head_dim, s.vocab_size, s.tie_word_embeddings) for s in shapes}
-    if len(found) > 1:
-        raise ValueError(
-            f"models must differ only in their blocks, got {len(found)} sets of dimensions {sorted(found)}"
-        )
-    return found.pop()
-
-
-def _log_linear(columns: FloatArray, coefficients: FloatArray) -> FloatArray:
-    return np.asarray(np.log(np.maximum(columns @ coefficients, 1e-9)), dtype=np.float64)  # 1e-9 ms: nothing is free

@@ -42,7 +42,7 @@ def test_admitted_by_the_upper_bound_or_the_measurement_and_best_first() -> None
 
 def test_worth_timing_is_what_is_likely_to_be_admitted_then() -> None:
     answers = [
-        answer(0.1, Latency(9.6, 8.0, 20.0)),
+        answer(0.1, Latency(9.4, 8.0, 20.0)),
         answer(0.15, Latency(9.9, 8.0, 20.0)),  # too near for a measurement's upper end
         answer(0.2, Latency(10.1, 8.0, 20.0)),
         answer(0.05, Latency(9.0, 8.0, 9.5, 9.8, 10.1)),

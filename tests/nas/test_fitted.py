@@ -81,7 +81,7 @@ def test_what_is_damaged_is_fitted_again(store: Store, damage: str) -> None:
     if damage in ("checksum", "digest"):
         change(store, damage, "0" * 64)
     elif damage == "one digit":
-        constant = f'"constant": {fitted.coefficients["constant"]}'
+        constant = f'"constant": {float(fitted.costs.per_unit[0])}'
         assert constant in content
         change(store, "content", content.replace(constant, constant.replace(".", "1.")))
     else:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hw_profiles.shapes import PRECISIONS, VALUE_BYTES, BlockShape, ModelShape, Precision, Workload
-from predictors.features import STEP_COLUMNS, WORKLOAD_COLUMNS, block_array, latency_features
+from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, block_array, latency_features
 
 WORKLOADS = [Workload("decode", 256), Workload("decode", 0, 4), Workload("prefill", 128, 2)]
 
@@ -66,4 +66,4 @@ def test_names_do_not_depend_on_what_is_asked(sample_shapes) -> None:
         latency_features(sample_shapes(n, 0), [w] * n, p)[0] for n in (0, 3) for w in WORKLOADS for p in PRECISIONS
     }
     assert len(names) == 1
-    assert {*STEP_COLUMNS, *WORKLOAD_COLUMNS} < set(names.pop())
+    assert {*STEP_COLUMNS, *SEQUENCE_COLUMNS, "tokens_fed"} < set(names.pop())

@@ -1,0 +1,97 @@
+"""What a step costs in milliseconds, linear in its parts: so much a layer, a KV group, a channel.
+
+What a part costs grows with the tokens fed at once, in proportion only where kernels are equally efficient for any
+number of them, and they are not. So each of `STEP_COLUMNS` has a cost at a few counts of tokens, the knots, and between
+knots it is linear in tokens. `SEQUENCE_COLUMNS` cost the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS
+from predictors.linear import fit_relative
+from predictors.metrics import FloatArray
+
+#: Knots are at least this many times apart: costs are to be told apart by tens of samples.
+_KNOT_RATIO = 4
+#: Penalty on how costs at knots differ from costs that grow in proportion. It decides where few samples speak.
+_BEND_RIDGE = 1e-2
+_LEAST_MS = 1e-9  # nothing is free
+
+
+@dataclass(frozen=True, eq=False)
+class StepCosts:
+    """`per_unit` in ms holds one cost each of `columns`: all >= 0, those of the first knot first."""
+
+    knots: tuple[int, ...]
+    has_sequence_columns: bool
+    per_unit: FloatArray
+
+    @classmethod
+    def between(cls, names: Sequence[str], X: FloatArray) -> StepCosts:
+        """The columns that samples X [n, f] call for, all at 0 ms: `fitted` gives them costs."""
+        workloads = np.unique(X[:, [names.index(name) for name in ("batch_size", "tokens")]], axis=0)
+        costs = cls(find_knots(X[:, names.index("tokens_fed")]), len(workloads) > 1, np.zeros(0))
+        return costs._with(np.zeros(len(costs.columns)))
+
+    def fitted(self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray) -> StepCosts:
+        """To latencies y [n] in ms, for relative errors."""
+        columns = self._of(names, X)
+        if len(self.knots) == 1:
+            return self._with(fit_relative(columns, y, weights))
+        parts, of_sequences = self._parts(names, X), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
+        fed = X[:, names.index("tokens_fed")]
+        straight = fit_relative(np.hstack([parts, parts * fed[:, None], of_sequences]), y, weights)
+        at_once, a_token, a_sequence = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
+        towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), a_sequence])
+        return self._with(fit_relative(columns, y, weights, towards, _BEND_RIDGE))
+
+    def refitted(
+        self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray, ridge: float
+    ) -> StepCosts:
+        """Of other samples, drawn towards these costs times one factor."""
+        factor = np.exp(np.average(np.log(y) - self.log_ms(names, X), weights=weights))
+        return self._with(fit_relative(self._of(names, X), y, weights, factor * self.per_unit, ridge))
+
+    def log_ms(self, names: Sequence[str], X: FloatArray) -> FloatArray:
+        """[n]"""
+        return np.asarray(np.log(np.maximum(self._of(names, X) @ self.per_unit, _LEAST_MS)), dtype=np.float64)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        at_knots = chain.from_iterable([f"{name} at {knot}" for name in STEP_COLUMNS] for knot in self.knots)
+        steps = STEP_COLUMNS if len(self.knots) == 1 else tuple(at_knots)
+        return steps + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())
+
+    def _of(self, names: Sequence[str], X: FloatArray) -> FloatArray:
+        """[n, columns]: what the costs are multiplied with."""
+        # what each knot has in a sample's tokens: all of it where they are as many, nothing at the knots beside
+        fed = X[:, names.index("tokens_fed")]
+        shares = np.array([np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))])
+        steps = (shares.T[:, :, None] * self._parts(names, X)[:, None, :]).reshape(len(X), -1)
+        if not self.has_sequence_columns:
+            return steps
+        return np.hstack([steps, X[:, [names.index(name) for name in SEQUENCE_COLUMNS]]])
+
+    def _parts(self, names: Sequence[str], X: FloatArray) -> FloatArray:
+        return X[:, [names.index(name) for name in STEP_COLUMNS]]
+
+    def _with(self, per_unit: FloatArray) -> StepCosts:
+        return StepCosts(self.knots, self.has_sequence_columns, per_unit)
+
+
+def find_knots(tokens_fed: FloatArray) -> tuple[int, ...]:
+    """The least and the most tokens measured, and between them some of the others."""
+    measured = np.unique(tokens_fed).astype(int).tolist()
+    knots = measured[:1]
+    for count in measured:
+        if count >= _KNOT_RATIO * knots[-1]:
+            knots.append(count)
+    if knots[-1] != measured[-1]:
+        knots = [*knots[: max(1, len(knots) - 1)], measured[-1]]
+    return tuple(knots)
