@@ -110,7 +110,7 @@ def shape_ms(shape: ModelShape, precision: str, workload: Workload) -> float:
         for block in blocks
     )
     per_step = {"fp32": 2.0, "int8": 1.0, "int4": 0.7}[precision]
-    return (0.5 + per_step * parts) * (1.0 if workload.phase == "decode" else workload.tokens / 2)
+    return (0.5 + per_step * parts) * (1.0 if workload.phase == "decode" else workload.tokens * workload.batch_size / 2)
 
 
 def measurement(

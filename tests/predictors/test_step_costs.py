@@ -44,7 +44,7 @@ def test_costs_that_bend_are_learned(device, sample_shapes) -> None:
     y = np.exp(true.log_ms(names, X))
     fitted = StepCosts.between(names, X).fitted(names, X, y, np.ones(len(y)))
     _, new = features(sample_shapes(40, seed=1), [Workload("prefill", tokens) for tokens in (16, 60, 128, 300, 512)])
-    assert np.abs(fitted.log_ms(names, new) - true.log_ms(names, new)).max() < 0.02
+    assert np.abs(fitted.log_ms(names, new) - true.log_ms(names, new)).max() < 0.04
 
 
 def test_other_samples_bend_them_or_scale_them(device) -> None:
