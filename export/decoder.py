@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from export.quantize import QuantizedWeight, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
+
+if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
+    from transformers import PreTrainedModel
 
 Array = NDArray[np.float32]
 #: bf16 [out, in], which numpy does not know: the upper half of each fp32.

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from transformers import GenerationConfig
 
 from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
+    from transformers import GenerationConfig
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

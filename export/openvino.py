@@ -7,16 +7,19 @@ KV cache inside scaled dot product attention), which takes about a second where 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as ops
 from openvino.op import util as op_util
-from transformers import PreTrainedTokenizerBase
 
 from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+
+if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_FILE = "openvino_model.xml"
 #: Defaults that the file carries, so that a runtime computes with the numbers that were searched and verified:

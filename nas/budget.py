@@ -83,8 +83,9 @@ class Latency:
         return self.high_ms if self.measured_high_ms is None else self.measured_high_ms
 
     def hoped_ms(self, margin: float) -> float:
-        """What is held against a budget by someone about to measure, who expects `margin` above the middle."""
-        return self.value_ms * (1 + margin) if self.measured_high_ms is None else self.measured_high_ms
+        """What is held against a budget by someone about to measure, who expects `margin` above the middle at most."""
+        likely_ms = min(self.high_ms, self.value_ms * (1 + margin))
+        return likely_ms if self.measured_high_ms is None else self.measured_high_ms
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Answer:
     def excess(self, budget: Budget, margin: float | None = None) -> float:
         """By which factor the most exceeded limit is exceeded; at most 1 within the budget.
 
-        With a `margin` an unmeasured latency counts with so much above its middle instead of with its upper bound.
+        With a `margin` an unmeasured latency counts with so much above its middle, where its upper bound is more.
         """
         ratios = []
         for workload, limit in budget.latency_limits.items():
