@@ -72,8 +72,8 @@ class StepCosts:
         """[n, columns]: what the costs are multiplied with."""
         # what each knot has in a sample's tokens: all of it where they are as many, nothing at the knots beside
         fed = X[:, names.index("tokens_fed")]
-        shares = np.array([np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))])
-        steps = (shares.T[:, :, None] * self._parts(names, X)[:, None, :]).reshape(len(X), -1)
+        shares = [np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))]
+        steps = np.hstack([share[:, None] * self._parts(names, X) for share in shares])
         if not self.has_sequence_columns:
             return steps
         return np.hstack([steps, X[:, [names.index(name) for name in SEQUENCE_COLUMNS]]])
