@@ -28,7 +28,7 @@ RUNTIME = "openvino"
 FORMATS = ("openvino", "onnx", "huggingface")
 PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in eight
-#: minutes.
+#: to ten minutes.
 PROFILE_OPTIONS = {
     "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
     "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",

@@ -46,6 +46,11 @@ def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
     return np.fromiter(flat, dtype=np.int64, count=len(shapes) * layers * 3).reshape(len(shapes), layers, 3)
 
 
+def select_columns(names: Sequence[str], X: FloatArray, wanted: Sequence[str]) -> FloatArray:
+    """Those columns of X [n, f], in the order wanted."""
+    return X[:, [names.index(name) for name in wanted]]
+
+
 def latency_features(
     shapes: Sequence[ModelShape], workloads: Sequence[Workload], precision: Precision
 ) -> tuple[tuple[str, ...], FloatArray]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from predictors.features import STEP_COLUMNS, latency_features
+from predictors.features import STEP_COLUMNS, latency_features, select_columns
 from predictors.metrics import FloatArray
 
 
@@ -28,7 +28,7 @@ class LatencySamples:
     @property
     def of_shapes(self) -> FloatArray:
         """[n, 7]: equal rows are timings of one model."""
-        return self.X[:, [self.names.index(name) for name in STEP_COLUMNS]]
+        return select_columns(self.names, self.X, STEP_COLUMNS)
 
     @property
     def distinct(self) -> int:

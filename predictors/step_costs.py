@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 
-from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS
+from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, select_columns
 from predictors.linear import fit_relative
 from predictors.metrics import FloatArray
 
@@ -35,7 +35,7 @@ class StepCosts:
     @classmethod
     def between(cls, names: Sequence[str], X: FloatArray) -> StepCosts:
         """The columns that samples X [n, f] call for, all at 0 ms: `fitted` gives them costs."""
-        workloads = np.unique(X[:, [names.index(name) for name in ("batch_size", "tokens")]], axis=0)
+        workloads = np.unique(select_columns(names, X, ("batch_size", "tokens")), axis=0)
         costs = cls(find_knots(X[:, names.index("tokens_fed")]), len(workloads) > 1, np.zeros(0))
         return costs._with(np.zeros(len(costs.columns)))
 
@@ -44,7 +44,7 @@ class StepCosts:
         columns = self._of(names, X)
         if len(self.knots) == 1:
             return self._with(fit_relative(columns, y, weights))
-        parts, of_sequences = self._parts(names, X), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
+        parts, of_sequences = select_columns(names, X, STEP_COLUMNS), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
         fed = X[:, names.index("tokens_fed")]
         straight = fit_relative(np.hstack([parts, parts * fed[:, None], of_sequences]), y, weights)
         at_once, a_token, a_sequence = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
@@ -73,13 +73,11 @@ class StepCosts:
         # what each knot has in a sample's tokens: all of it where they are as many, nothing at the knots beside
         fed = X[:, names.index("tokens_fed")]
         shares = [np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))]
-        steps = np.hstack([share[:, None] * self._parts(names, X) for share in shares])
+        parts = select_columns(names, X, STEP_COLUMNS)
+        steps = np.hstack([share[:, None] * parts for share in shares])
         if not self.has_sequence_columns:
             return steps
-        return np.hstack([steps, X[:, [names.index(name) for name in SEQUENCE_COLUMNS]]])
-
-    def _parts(self, names: Sequence[str], X: FloatArray) -> FloatArray:
-        return X[:, [names.index(name) for name in STEP_COLUMNS]]
+        return np.hstack([steps, select_columns(names, X, SEQUENCE_COLUMNS)])
 
     def _with(self, per_unit: FloatArray) -> StepCosts:
         return StepCosts(self.knots, self.has_sequence_columns, per_unit)

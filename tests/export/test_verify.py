@@ -205,6 +205,7 @@ def test_agreement_by_hand() -> None:
     assert agreement.positions == 2
     assert agreement.max_logit_difference == pytest.approx(np.log(2))
     assert agreement.mean_kl == pytest.approx((np.log(2) - np.log(3) / 2) / 2, rel=1e-5)
+    assert logit_agreement(_Scripted(log), parity, token_by_token=False) == agreement
     log[1] = torch.nan
     assert np.isnan(logit_agreement(_Scripted(log), parity).max_logit_difference)
     assert np.isnan(logit_agreement(_Scripted(log), parity).mean_kl)
