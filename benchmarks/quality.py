@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hw_profiles import Store
-from nas.additive import AdditiveScores, ladder
+from nas.additive import AdditiveScores, optimum
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, computing, fast_dtype, load_model
 from nas.protocol import EvaluationProtocol
@@ -217,28 +217,17 @@ class Run:
         )
 
     def additive(self, removed: float) -> Subnet:
-        """The additive estimate's optimum of that size, no evaluation beyond those of single parts.
+        """The additive estimate's optimum of that size, no evaluation beyond those of single parts."""
+        found = optimum(replace(self.scores, bits={BITS: 0.0}), self.millions, BITS, self.limit(removed))
+        assert found is not None
+        return found
 
-        The solver's optima lie apart: from the next smaller one on, what gains most a parameter is put back.
-        """
-        limit = (1 - removed) * self.block_parameters / 1e6
-        scores = AdditiveScores(self.space, self.scores.attention, self.scores.mlp, {BITS: 0.0})
-        optima = [s for s in ladder(scores, self.millions, BITS, 10_000) if self.millions([s])[0] <= limit]
-        subnet = max(optima, key=lambda s: float(self.millions([s])[0]))
-        while larger := [s for s in self.one_size_up(subnet) if self.millions([s])[0] <= limit]:
-            gained = scores.predict([subnet])[0] - scores.predict(larger)
-            added = self.millions(larger) - self.millions([subnet])[0]
-            subnet = larger[int((gained / added).argmax())]
-        return subnet
-
-    def one_size_up(self, subnet: Subnet) -> list[Subnet]:
-        """The subnets with the next larger choice in one place."""
-        genes = self.space.encode(subnet)
-        places = np.flatnonzero(genes + 1 < self.space.gene_sizes)
-        return [self.space.decode(genes + np.eye(len(genes), dtype=np.int64)[place]) for place in places]
+    def limit(self, removed: float) -> float:
+        """In millions of parameters."""
+        return (1 - removed) * self.block_parameters / 1e6
 
     def searched(self, removed: float) -> Subnet:
-        limit = (1 - removed) * self.block_parameters / 1e6
+        limit = self.limit(removed)
         settings = SearchSettings(evaluations=self.evaluations, seed=self.seed, budget_ms=limit)
         with progress_bar(f"search at {removed:.0%}") as progress:
             trials = search(self.space, self.evaluator, self.millions, self.study, settings, progress)

@@ -31,7 +31,7 @@ PROMPT = "The capital of France is"
 #: to ten minutes.
 PROFILE_OPTIONS = {
     "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
-    "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
+    "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
     "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 1 --rounds 2",
 }
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"

@@ -24,6 +24,8 @@ Latency = Callable[[Sequence[Subnet]], Floats]
 SCORED_WIDTHS = (0.0, 1 / 8, 1 / 2)
 _KL_FLOOR = 1e-6
 _MULTIPLIERS = np.logspace(-5, 2, 160)
+#: A size that is predicted to cost nothing, or less, is taken for next to nothing.
+_LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,36 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
     steps = np.linspace(latencies.max(), latencies.min(), count)
     nearest = sorted({int(np.abs(latencies - step).argmin()) for step in steps})
     return [distinct[i] for i in nearest]
+
+
+def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float) -> Subnet | None:
+    """The largest of those minima within `limit_ms`, and then, step by step, what gains most KL a millisecond.
+
+    None where the smallest is too slow.
+    """
+    space = scores.space
+    known = [space.full(bits), *ladder(scores, latency, bits, len(_MULTIPLIERS))]
+    values_ms = latency(known)
+    within = [(value_ms, subnet) for value_ms, subnet in zip(values_ms, known, strict=True) if value_ms <= limit_ms]
+    if not within:
+        return None
+    subnet = max(within, key=lambda pair: pair[0])[1]
+    while larger := _one_size_up(space, subnet):
+        values_ms = latency(larger)
+        gained = scores.predict([subnet])[0] - scores.predict(larger)
+        added_ms = np.maximum(values_ms - latency([subnet])[0], _LEAST_MS)
+        rates = np.where(values_ms <= limit_ms, gained / added_ms, 0.0)
+        if rates.max() <= 0:
+            break
+        subnet = larger[int(rates.argmax())]
+    return subnet
+
+
+def _one_size_up(space: SearchSpace, subnet: Subnet) -> list[Subnet]:
+    """With the next larger choice in one place; none of the full model."""
+    genes = space.encode(subnet)
+    places = np.flatnonzero(genes[:-1] + 1 < space.gene_sizes[:-1])
+    return [space.decode(genes + np.eye(len(genes), dtype=np.int64)[place]) for place in places]
 
 
 def part_costs(space: SearchSpace, latency: Latency, bits: int) -> tuple[Floats, Floats]:

@@ -16,6 +16,7 @@ from hw_profiles.runtimes import names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
 from nas import tables
+from nas.study import Algorithm
 from nas.terminal import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -186,6 +187,7 @@ def search(
     evaluations: Annotated[int, typer.Option(help="Subnets evaluated on text.")] = 100,
     objective: Annotated[list[str], typer.Option(help="kl, and tpot_ms or ttft_ms.")] = ["kl", "tpot_ms"],  # noqa: B006
     budget_ms: Annotated[float | None, typer.Option(help="Latency near which a good answer is wanted most.")] = None,
+    algorithm: Annotated[Algorithm, typer.Option(help="The others are to compare with.")] = "seeded",
     device: DeviceId = None,
     threads: Threads = None,
     cpus: Cpus = None,
@@ -217,7 +219,7 @@ def search(
     }
     if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:
         raise ValueError(f"objectives must be kl and one of {', '.join(workloads)}, got {', '.join(objective)}")
-    settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms)
+    settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms, algorithm=algorithm)
     started = time.perf_counter()
     with Store(database) as store:
         device_id, threads = _device_and_threads(store, device, threads)

@@ -26,7 +26,7 @@ class EvaluationProtocol:
     A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`.
     """
 
-    calibration_windows: int = 64
+    calibration_windows: int = 128
     calibration_tokens: int = 256
     search_windows: int = 8
     search_tokens: int = 256

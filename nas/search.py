@@ -13,11 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.additive import AdditiveScores, Latency, fill_in, ladder, scored_choices
+from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scored_choices
 from nas.evolution import choose_batch, evolve, keeps_attention
+from nas.published_searches import PUBLISHED
 from nas.quality import Quality
 from nas.space import PARTS, Part, SearchSpace, Subnet
-from nas.study import Study, Trial, TrialRole
+from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_TRIALS
 
@@ -27,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 
 #: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
 _WORST_KL = 2.5
+#: A published search that proposes so many batches of known subnets has used up the space.
+_STALE_BATCHES = 100
 #: Random subnets drawn for one wanted where evolution finds nothing new.
 _DRAWS_PER_SUBNET = 50
 
@@ -52,8 +55,11 @@ class SearchSettings:
     population: int = 96
     generations: int = 40
     budget_ms: float | None = None
+    algorithm: Algorithm = "seeded"
 
     def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"wanted an algorithm out of {', '.join(ALGORITHMS)}, got {self.algorithm}")
         if self.evaluations < 1 or self.batch < 1 or self.population < 4:
             raise ValueError(f"a search needs evaluations and a batch of at least 1, a population of 4, got {self}")
 
@@ -68,26 +74,54 @@ def search(
 ) -> list[Trial]:
     """Evaluate `settings.evaluations` subnets, chosen for KL and `latency` [ms], and return the trials in order.
 
-    Fewer where the space has no more.
+    Fewer where the space, or the additive solver, has no more.
     """
-    scores = score_parts(space, evaluator, study, progress)
     run = _Run(evaluator, study, {trial.subnet: trial for trial in study.trials()}, [], settings, progress)
-    for bits in space.bits_choices:
-        run.evaluate([space.full(bits)], "full")
-    scores = AdditiveScores(space, scores.attention, scores.mlp, {t.subnet.bits: t.quality.kl for t in run.trials})
-    run.scores = scores
+    run.evaluate([space.full(bits) for bits in space.bits_choices], "full")
+    if settings.algorithm in PUBLISHED:
+        _run_published(space, latency, run)
+    else:
+        _run_seeded(space, evaluator, latency, run)
+    return run.trials
+
+
+def _run_seeded(space: SearchSpace, evaluator: Evaluates, latency: Latency, run: _Run) -> None:
+    settings = run.settings
+    scores = score_parts(space, evaluator, run.study, run.progress)
+    run.scores = scores = replace(scores, bits={t.subnet.bits: t.quality.kl for t in run.trials})
+    count = settings.evaluations if settings.algorithm == "additive" else settings.seeds_per_bits
     seeds = [
         seed
         for bits in space.bits_choices
-        for seed in _ends_first(ladder(scores, latency, bits, settings.seeds_per_bits, worst_kl=_WORST_KL))
+        for seed in _ends_first(ladder(scores, latency, bits, count, worst_kl=_WORST_KL))
     ]
-    run.evaluate(_interleaved(seeds, space.bits_choices)[: settings.evaluations], "seed")
-    while run.left > 0:
+    seeds = _interleaved(seeds, space.bits_choices)
+    if settings.budget_ms is not None:
+        at_budget = [optimum(scores, latency, bits, settings.budget_ms) for bits in space.bits_choices]
+        seeds = list(dict.fromkeys([*(seed for seed in at_budget if seed), *seeds]))
+    run.evaluate(seeds[: settings.evaluations], "seed")
+    while run.left > 0 and settings.algorithm == "seeded":
         proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))
         if not proposals:
             break  # the space is used up
         run.evaluate(proposals, "search")
-    return run.trials
+
+
+def _run_published(space: SearchSpace, latency: Latency, run: _Run) -> None:
+    """Batches until the evaluations are used up, or no batch brings anything new. What came before costs nothing."""
+    batches = PUBLISHED[run.settings.algorithm](space, latency, run.settings.seed)
+    batch = next(batches)
+    stale = 0
+    while run.left > 0 and stale < _STALE_BATCHES:
+        seen = {trial.subnet for trial in run.trials}
+        new = [subnet for subnet in dict.fromkeys(batch) if subnet not in seen][: run.left]
+        stale = 0 if new else stale + 1
+        run.evaluate(new, "search")
+        if run.left > 0:
+            try:
+                batch = batches.send([run.stored[subnet].quality.kl for subnet in batch])
+            except StopIteration:
+                break
 
 
 def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress: Progress) -> AdditiveScores:

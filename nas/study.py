@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, get_args
 
 from sqlalchemy import ForeignKey, PrimaryKeyConstraint, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -22,6 +22,9 @@ from nas.space import SearchSpace, Subnet
 
 #: full: all layers kept; seed: an additive solution; search: proposed by evolution on the predictors.
 TrialRole = Literal["full", "seed", "search"]
+#: What chooses them: nas.search's own, its additive seeds alone, or a search of nas.published_searches.
+Algorithm = Literal["seeded", "additive", "random", "nsga2", "linas"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 class StudyError(ValueError):

@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hw_profiles.shapes import HEAD_BITS
 from nas.calibration import LayerStatistics, Statistics, collect, is_complete, load_layer, save_layer
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
-from nas.reformation import reform
+from nas.reformation import Reformed, reform
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, Part, SearchSpace, Subnet
 
@@ -146,15 +147,16 @@ class Supernet:
         return keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
 
     def _plan(self, index: int, part: Part, H: torch.Tensor, order: torch.Tensor) -> PartPlan:
+        reformed = self._reformed(index, part, H, order, self._short_of_full(part))
+        return PartPlan(order, {k: r.weight for k, r in reformed.items()}, {k: r.error for k, r in reformed.items()})
+
+    def _reformed(
+        self, index: int, part: Part, H: torch.Tensor, order: torch.Tensor, choices: Sequence[int]
+    ) -> dict[int, Reformed]:
         weight = self._original[index][f"{self.output_name(part)}.weight"]
         group = weight.shape[1] // self.full_size(part)
-        widths = [k * group for k in self._short_of_full(part)]
-        reformed = reform(weight, H, _rows(order, group), widths)
-        return PartPlan(
-            order,
-            {k: reformed[k * group].weight for k in self._short_of_full(part)},
-            {k: reformed[k * group].error for k in self._short_of_full(part)},
-        )
+        reformed = reform(weight, H, _rows(order, group), [k * group for k in choices])
+        return {k: reformed[k * group] for k in choices}
 
     def plan(self, layer: int, part: Part) -> PartPlan:
         """What `prepare` made for one part; ValueError before it ran."""
@@ -315,17 +317,26 @@ class Supernet:
 
     def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""
-        original = {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}
         if choice == self.full_size(part):
-            return original
+            return {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}
         plan = self.plan(layer, part)
+        return self._sliced(layer, part, plan.order[:choice], plan.outputs[choice])
+
+    def part_weights_for(self, layer: int, part: Part, choice: int, H: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same where the whole part's output map reads inputs of moments H [in, in], not those of `prepare`."""
+        if choice == self.full_size(part):
+            return self.part_weights(layer, part, choice)
+        order = self._order(layer, part, H)
+        return self._sliced(layer, part, order[:choice], self._reformed(layer, part, H, order, [choice])[choice].weight)
+
+    def _sliced(self, layer: int, part: Part, kept: torch.Tensor, reformed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The part with the groups or channels `kept` alone."""
         output = self.output_name(part)
-        kept = plan.order[:choice]
         weights = {}
-        for name, tensor in original.items():
+        for name, tensor in self.part_weights(layer, part, self.full_size(part)).items():
             if name == f"{output}.weight":
                 group = tensor.shape[1] // self.full_size(part)
-                weights[name] = plan.outputs[choice] if self._reform else tensor[:, _rows(kept, group)]
+                weights[name] = reformed if self._reform else tensor[:, _rows(kept, group)]
             elif name == f"{output}.bias":
                 weights[name] = tensor
             else:

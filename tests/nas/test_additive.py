@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hw_profiles import BlockShape
-from nas.additive import AdditiveScores, fill_in, ladder, scored_choices
+from nas.additive import AdditiveScores, fill_in, ladder, optimum, scored_choices
 from nas.space import LayerChoice, SearchSpace, Subnet
 from tests.nas.synthetic import latency_ms, tiny_space
 
@@ -118,3 +118,24 @@ def test_a_short_ladder_is_a_spread_choice_of_the_long_one() -> None:
     ms, short_ms = latency_ms(everything), latency_ms(short)
     assert short_ms.max() == ms.max()
     assert short_ms.min() == ms.min()
+
+
+@pytest.mark.parametrize("limit_ms", [1.6, 2.4, 3.3])
+def test_the_optimum_of_a_budget_is_near_the_best_of_all_and_leaves_no_room(limit_ms):
+    """Against every subnet of a small space."""
+    space = tiny_space(layers=3, bits=(8,))
+    scores = replace(random_scores(space, 0), bits={8: 0.0})
+    everything = [space.decode(np.array(genes)) for genes in product(*map(range, space.gene_sizes))]
+    within = [subnet for subnet, ms in zip(everything, latency_ms(everything), strict=True) if ms <= limit_ms]
+    found = optimum(scores, latency_ms, 8, limit_ms)
+    assert found in within
+    best = scores.predict(within).min()
+    assert best <= scores.predict([found])[0] < 1.15 * best
+    larger = [s for s in within if all(a <= b for a, b in zip(space.encode(found), space.encode(s), strict=True))]
+    assert larger == [found]
+
+
+def test_no_subnet_meets_a_budget_below_the_smallest():
+    space = tiny_space(layers=2, bits=(8,))
+    scores = AdditiveScores(space, np.array([[2.0, 1, 0]] * 2), np.array([[4.0, 3, 2, 1, 0]] * 2), {8: 0.0})
+    assert optimum(scores, latency_ms, 8, 0.1) is None
