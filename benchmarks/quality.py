@@ -43,6 +43,8 @@ from nas.text import CALIBRATION_FILES, DATA_FOLDER, TEST_FILES, file_windows
 #: Weights are not rounded: what is compared is what was removed, and how.
 BITS = 32
 SHARES = (0.1, 0.2, 0.3, 0.5)
+#: Finer than the default, whose widths are those that devices run fast.
+WIDTH_FRACTIONS = tuple(i / 16 for i in range(17))
 CALIBRATION = (128, 512)
 TEST = (32, 1024)
 TEST_TEXTS = {"wikitext2": TEST_FILES, "c4": (DATA_FOLDER / "c4_test.txt",)}
@@ -125,7 +127,7 @@ class Run:
 
     @cached_property
     def space(self) -> SearchSpace:
-        return SearchSpace.from_config(self.loaded.config, bits_choices=(BITS,))
+        return SearchSpace.from_config(self.loaded.config, width_fractions=WIDTH_FRACTIONS, bits_choices=(BITS,))
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -177,7 +179,7 @@ class Run:
             "FLAP": lambda: peers.flap(self.supernet, self.observed, removed),
             "ShortGPT": lambda: peers.shortgpt(self.supernet, self.observed, removed),
             "additive solver, least squares": lambda: self.additive(removed),
-            "additive solver, in sequence": lambda: self.fitted(self.additive(removed)),
+            "additive solver, our fit": lambda: self.fitted(self.additive(removed)),
             "ours, least squares": lambda: self.searched(removed),
             "ours": lambda: self.fitted(self.searched(removed)),
         }

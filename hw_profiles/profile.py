@@ -7,6 +7,7 @@ import gc
 import statistics
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ BATCH_MEMORY_BYTES = 3 * 2**29
 ALONE_ROUNDS = 2
 #: Graphs built and loaded side by side, as far as there are threads: each holds a copy of its weights meanwhile.
 LOADED_AT_ONCE = 4
+#: Times by which the reference may be slower or faster in a batch than in the median one; told from so many batches on.
+STATE_RATIO = 1.2
+STATE_BATCHES = 2
+#: One batch in so many may be timed twice.
+POSTPONED_SHARE = 4
 #: Longer batches put more time between a graph and its reference.
 BATCH_GRAPHS = 8
 
@@ -71,6 +77,8 @@ def profile(
 ) -> None:
     """Time what the results lack, adding batch by batch: whatever stops it, the next call goes on from there.
 
+    A shared machine has slow spells, in which small graphs lose more than large ones: some batches that fell into one
+    are timed again at the end.
     What was timed with another version of the runtime counts as lacking, and stays in the results. Workloads that come
     to an earlier profile get the milliseconds that the reference would have taken then.
     A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
@@ -106,10 +114,17 @@ def profile(
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         # in the plan's order, so that graphs timed on one workload are not all timed before those on another
         batches.sort(key=lambda missing_batch: planned.index(missing_batch[1][0]))
-        for number, (missing, batch) in enumerate(batches):
+        left, again = deque(enumerate(batches)), len(batches) // POSTPONED_SHARE
+        while left:
+            number, (missing, batch) = left.popleft()
             progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
-            failed = run.time_batch(batch, missing, reference, seed + number)
+            found, failed = run.time_batch(batch, missing, reference, seed + number)
             _free_memory()
+            if run.in_another_state(found) and again:
+                again -= 1
+                left.append((number + len(batches), (missing, batch)))
+                continue
+            results.add_measurements(found)
             failures += failed
             done += len(batch) - len(failed)
         del reference
@@ -136,6 +151,8 @@ class _Run:
     scratch: Path | None
     #: Of workloads that came later: the machine's speed now, relative to when the others were timed.
     speed: dict[Workload, float] = field(default_factory=dict)
+    #: Of every batch timed by this call.
+    reference_ms: dict[Workload, list[float]] = field(default_factory=dict)
 
     def pending(
         self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
@@ -208,8 +225,9 @@ class _Run:
 
     def time_batch(
         self, batch: Sequence[PlannedGraph], workloads: Sequence[Workload], reference: Session, seed: int
-    ) -> list[tuple[PlannedGraph, Exception]]:
-        """Build, load, time and store a batch; return the graphs that could not be built or loaded, and why."""
+    ) -> tuple[list[Measurement], list[tuple[PlannedGraph, Exception]]]:
+        """Build, load and time a batch; also returns the graphs that could not be built or loaded, and why."""
+        found: list[Measurement] = []
         failed: list[tuple[PlannedGraph, Exception]] = []
         sessions = {self.reference.id: reference}
         max_tokens = tokens_needed(workloads, self.decode_steps)
@@ -231,9 +249,18 @@ class _Run:
                         sessions[graph.shape.id] = session
             loaded = [graph for graph in batch if graph.shape.id in sessions]
             if loaded:
-                self.results.add_measurements(self._measurements(loaded, sessions, workloads, seed))
+                found = self._measurements(loaded, sessions, workloads, seed)
             sessions.clear()  # before their files go
-        return failed
+        return found, failed
+
+    def in_another_state(self, found: Sequence[Measurement]) -> bool:
+        """Whether the reference took much more or less time on some workload than in the median batch before."""
+        batch_ms = {measured.workload: measured.reference_ms for measured in found}
+        earlier = {work: self.reference_ms.setdefault(work, []) for work in batch_ms}
+        ratios = [batch_ms[work] / statistics.median(ms) for work, ms in earlier.items() if len(ms) >= STATE_BATCHES]
+        for work, ms in batch_ms.items():
+            self.reference_ms[work].append(ms)
+        return any(max(ratio, 1 / ratio) > STATE_RATIO for ratio in ratios)
 
     def _measurements(
         self, graphs: Sequence[PlannedGraph], sessions: dict[str, Session], workloads: Sequence[Workload], seed: int

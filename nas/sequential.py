@@ -96,13 +96,13 @@ def fit_in_sequence(
 class _Whole:
     """What the whole part makes of the subnet's residual stream.
 
-    `wanted` is the stream that the subnet should have behind it, `H` of what the output map reads, `correction` the
-    change [hidden, hidden] of what the input maps read.
+    `wanted` is the stream that the subnet should have behind it, `correction` the change [hidden, hidden] of what the
+    input maps read, `H` of what the output map reads, None where the subnet keeps the part whole.
     """
 
     wanted: list[torch.Tensor]
-    H: torch.Tensor
     correction: torch.Tensor
+    H: torch.Tensor | None
 
 
 class _Streams:
@@ -122,6 +122,7 @@ class _Streams:
     def enter(self, layer: int, part: Part, mended: float, damping: float) -> _Whole:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""
         self.supernet.activate_part(layer, part, self.supernet.full_size(part), 32)
+        shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
         H, H_in, G_in = torch.zeros(()), torch.zeros(()), torch.zeros(())
         wanted: list[torch.Tensor] = []
         for index, (full, own) in enumerate(zip(self.full, self.own, strict=True)):
@@ -130,9 +131,10 @@ class _Streams:
             G_in = G_in + normed.T @ (self.normed(layer, part, full) - normed)
             self.full[index] = self._run(layer, part, full)
             behind, heard = self._listen(layer, part, own)
-            H = H + heard.T @ heard
+            if shrinks:
+                H = H + heard.T @ heard
             wanted.append(mended * self.full[index] + (1 - mended) * behind)
-        return _Whole(wanted, H, mended * _step(H_in, G_in, damping))
+        return _Whole(wanted, mended * _step(H_in, G_in, damping), H if shrinks else None)
 
     def skip(self, layer: int, part: Part) -> None:
         """Move the full model's stream on alone."""
@@ -174,7 +176,10 @@ class _Streams:
 
 def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping: float) -> OwnWeights:
     supernet, bits = streams.supernet, streams.subnet.bits
-    exact = supernet.part_weights_for(layer, part, streams.subnet.layers[layer].size(part), whole.H)
+    if whole.H is None:
+        exact = supernet.part_weights(layer, part, supernet.full_size(part))
+    else:
+        exact = supernet.part_weights_for(layer, part, streams.subnet.layers[layer].size(part), whole.H)
     output = f"{supernet.output_name(part)}.weight"
     for name in [name for name, tensor in exact.items() if tensor.dim() == 2 and name != output]:
         exact[name] = exact[name] + exact[name] @ whole.correction

@@ -323,9 +323,7 @@ class Supernet:
         return self._sliced(layer, part, plan.order[:choice], plan.outputs[choice])
 
     def part_weights_for(self, layer: int, part: Part, choice: int, H: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same where the whole part's output map reads inputs of moments H [in, in], not those of `prepare`."""
-        if choice == self.full_size(part):
-            return self.part_weights(layer, part, choice)
+        """The same for a choice short of full where the whole part's output map reads inputs of moments H [in, in]."""
         order = self._order(layer, part, H)
         return self._sliced(layer, part, order[:choice], self._reformed(layer, part, H, order, [choice])[choice].weight)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,11 @@ from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, plan
 from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileError, profile, repeat_noise
+from hw_profiles.runtimes import Session
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
 from hw_profiles.store import Store
-from hw_profiles.timing import PASSES, measure
+from hw_profiles.timing import PASSES, Timing, measure
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")
 TARGET = Target(DEVICE.id, "fake", "int8", 1)
@@ -140,6 +142,27 @@ def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
         expected = found.shape.parameters / 1e4 * (1 + fed + (context - 0.5) / 10 * (found.workload.phase == "decode"))
         assert found.latency_ms == pytest.approx(expected, rel=0.02), found.workload
     assert len(store.measurements()) == len(few) * 3
+
+
+def test_a_batch_in_a_slow_spell_is_timed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third one's reference takes half as long again; the last but one's too, but one in four is the limit."""
+    calls: list[set[str]] = []
+
+    def in_spells(sessions: dict[str, Session], *args: Any, **options: Any) -> dict[tuple[str, Workload], Timing]:
+        calls.append(set(sessions))
+        slower = 1.5 if len(calls) in (3, len(PLANNED) - 1) else 1.0
+        timings = measure(sessions, *args, **options)
+        return {key: replace(found, reference_ms=slower * 10.0, ratio=slower) for key, found in timings.items()}
+
+    monkeypatch.setattr(sys.modules[profile.__module__], "measure", in_spells)
+    monkeypatch.setattr(sys.modules[profile.__module__], "BATCH_GRAPHS", 1)
+    monkeypatch.setattr(sys.modules[profile.__module__], "POSTPONED_SHARE", len(PLANNED))
+    run(store, Builder())
+    assert len(calls) == len(PLANNED) + 1
+    assert calls[-1] == calls[2]
+    ratios = {found.ratio for found in store.measurements() if found.shape.id in calls[2] - {FULL.id}}
+    assert ratios == {1.0}
+    assert len(stored(store)) == len(PLANNED) * len(WORKLOADS)
 
 
 def test_files_are_gone_and_the_reference_is_built_once(store: Store) -> None:

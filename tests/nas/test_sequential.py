@@ -4,6 +4,7 @@ import torch
 from export.quantize import dequantize
 from nas import calibration, sequential
 from nas.families import LoadedModel
+from nas.importance import keep_order
 from nas.sequential import fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
@@ -66,6 +67,29 @@ def test_the_last_map_of_a_layer_is_the_least_squares_solution(supernet, windows
     step = torch.linalg.lstsq(rows, wanted).solution.T
     got = supernet.layer_weights(subnet, 0)["mlp.down_proj.weight"]
     torch.testing.assert_close(got.double(), before + step, rtol=1e-3, atol=1e-4)
+
+
+def test_channels_are_chosen_anew_and_input_maps_make_up_for_half_of_what_is_lacking(supernet, windows):
+    """Against lstsq on the activations, where the layer's attention is gone."""
+    width = supernet.full_size("mlp")
+    full = supernet.space.full(32)
+    without = Subnet((LayerChoice(0, width), *full.layers[1:]), 32)
+    normed = _streams(supernet, windows, without, "mlp.gate_proj")[0]
+    read = _streams(supernet, windows, without, "mlp.down_proj")[0]
+    lacking = _streams(supernet, windows, full, "mlp.gate_proj")[0].double() - normed.double()
+    ridge = (0.1**0.5 * normed.double().norm(dim=0)).diag()
+    rows = torch.cat([normed.double(), ridge]), torch.cat([lacking, torch.zeros_like(ridge)])
+    correction = torch.linalg.lstsq(*rows).solution.T
+    whole = supernet.part_weights(0, "mlp", width)
+    kept = keep_order(whole["mlp.down_proj.weight"], read.T @ read, chunk=32)[:64]
+    assert not torch.equal(kept, supernet.plan(0, "mlp").order[:64])
+
+    subnet = Subnet((LayerChoice(0, 64), *LAYERS[1:]), 32)
+    fit_in_sequence(supernet, subnet, windows, damping=0.1, mended=0.5)
+    fitted = supernet.layer_weights(subnet, 0)
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        wanted = whole[name][kept].double()
+        torch.testing.assert_close(fitted[name].double(), wanted + wanted @ correction / 2, rtol=1e-3, atol=1e-4)
 
 
 def test_the_unrounded_full_model_has_nothing_to_mend(supernet, windows, monkeypatch):
