@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--fit",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="fit the chosen subnet's weights in sequence, for a minute",
+        help="fit the chosen subnet's weights in sequence, for a minute or two",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

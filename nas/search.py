@@ -98,7 +98,7 @@ def _run_seeded(space: SearchSpace, evaluator: Evaluates, latency: Latency, run:
     seeds = _interleaved(seeds, space.bits_choices)
     if settings.budget_ms is not None:
         at_budget = [optimum(scores, latency, bits, settings.budget_ms) for bits in space.bits_choices]
-        seeds = list(dict.fromkeys([*(seed for seed in at_budget if seed), *seeds]))
+        seeds = list(dict.fromkeys([*(seed for seed in at_budget if seed is not None), *seeds]))
     run.evaluate(seeds[: settings.evaluations], "seed")
     while run.left > 0 and settings.algorithm == "seeded":
         proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))

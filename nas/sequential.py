@@ -181,10 +181,9 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
     else:
         exact = supernet.part_weights_for(layer, part, streams.subnet.layers[layer].size(part), whole.H)
     output = f"{supernet.output_name(part)}.weight"
-    for name in [name for name, tensor in exact.items() if tensor.dim() == 2 and name != output]:
-        exact[name] = exact[name] + exact[name] @ whole.correction
+    inputs = {n: t + t @ whole.correction for n, t in exact.items() if t.dim() == 2 and n != output}
+    exact |= inputs
     rounded: RoundedWeights = dict(exact)
-    inputs = {name: tensor for name, tensor in exact.items() if tensor.dim() == 2 and name != output}
     if bits == 4:
         normed = (streams.normed(layer, part, batch) for batch in streams.own)
         H = sum((x.T @ x for x in normed), torch.zeros(()))

@@ -97,7 +97,7 @@ def test_a_budget_draws_trials_below_it(store: Store, uninterrupted: tuple[list[
 def test_resumed_search_ends_like_the_uninterrupted_one(
     store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator], stop: int
 ) -> None:
-    """24 scores come first, then two full models and the seeds; 45 is in the middle of the second round."""
+    """Two full models come first, then 24 scores and the seeds; 45 is in the middle of the second round."""
     trials, reference = uninterrupted
     assert len(reference.scored) == 6 * 4
     first = SyntheticEvaluator(tiny_space(), fails_after=stop)
