@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def random_search(space: SearchSpace, latency: Latency, seed: int) -> Batches:
     """Subnets of all sizes, see `SearchSpace.sample`."""
     rng = np.random.default_rng(seed)
     while True:
-        yield [_attending(space, space.sample(rng))]
+        yield [_attending(space, space.sample(rng)) for _ in range(_POPULATION)]
 
 
 def nsga2(space: SearchSpace, latency: Latency, seed: int) -> Batches:
@@ -60,8 +59,10 @@ def linas(space: SearchSpace, latency: Latency, seed: int) -> Batches:
     """
     batch = _decoded(space, _algorithm(space, seed).ask())
     known: dict[Subnet, float] = {}
-    for round_ in count(1):
+    round_ = 0
+    while batch:
         kls = yield batch
+        round_ += 1
         known |= dict(zip(batch, kls, strict=True))
         predict = _regression(_one_hot(space, list(known)), np.array(list(known.values())))
         algorithm = _algorithm(space, seed + round_)

@@ -29,7 +29,7 @@ Progress = Callable[[int, int, str], None]
 #: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
 _WORST_KL = 2.5
 #: A published search that proposes so many batches of known subnets has used up the space.
-_STALE_BATCHES = 100
+_STALE_BATCHES = 10
 #: Random subnets drawn for one wanted where evolution finds nothing new.
 _DRAWS_PER_SUBNET = 50
 

@@ -1,5 +1,4 @@
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from nas.space import SearchSpace
 from nas.study import Study, Trial
 from tests.nas.synthetic import SyntheticEvaluator, latency_ms, tiny_space
 
-SETTINGS = SearchSettings(evaluations=120)
 REFERENCE = (3.0, 12.0)
 
 
@@ -24,10 +22,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def run(store: Store, evaluator: SyntheticEvaluator, algorithm: str, evaluations: int = 120) -> list[Trial]:
+def run(store: Store, evaluator: SyntheticEvaluator, algorithm: str, evaluations: int) -> list[Trial]:
     space = evaluator.space
     study = Study.create(store, algorithm, "a model", "0123", space, {"windows": 2})
-    settings = replace(SETTINGS, algorithm=algorithm, evaluations=evaluations)
+    settings = SearchSettings(evaluations=evaluations, algorithm=algorithm)
     return search(space, evaluator, latency_ms, study, settings)
 
 
@@ -39,8 +37,8 @@ def found(trials: Sequence[Trial]) -> float:
 @pytest.mark.parametrize("algorithm", sorted(PUBLISHED))
 def test_spends_its_evaluations_on_different_subnets_and_none_on_parts(store: Store, algorithm: str) -> None:
     evaluator = SyntheticEvaluator(tiny_space())
-    trials = run(store, evaluator, algorithm)
-    assert len(evaluator.evaluated) == 2 + SETTINGS.evaluations
+    trials = run(store, evaluator, algorithm, 70)
+    assert len(evaluator.evaluated) == 2 + 70
     assert len({trial.subnet for trial in trials}) == len(trials) == len(evaluator.evaluated)
     assert not evaluator.scored
     assert all(keeps_attention(trial.subnet) for trial in trials)
@@ -49,16 +47,16 @@ def test_spends_its_evaluations_on_different_subnets_and_none_on_parts(store: St
 @pytest.mark.parametrize("algorithm", sorted(PUBLISHED))
 def test_goes_on_where_it_was_stopped(store: Store, tmp_path: Path, algorithm: str) -> None:
     with pytest.raises(RuntimeError, match="stop here"):
-        run(store, SyntheticEvaluator(tiny_space(), fails_after=70), algorithm)
-    resumed = run(store, SyntheticEvaluator(tiny_space()), algorithm)
+        run(store, SyntheticEvaluator(tiny_space(), fails_after=60), algorithm, 70)
+    resumed = run(store, SyntheticEvaluator(tiny_space()), algorithm, 70)
     with Store(str(tmp_path / "other.db")) as other:
-        assert resumed == run(other, SyntheticEvaluator(tiny_space()), algorithm)
+        assert resumed == run(other, SyntheticEvaluator(tiny_space()), algorithm, 70)
 
 
 def test_linas_finds_more_than_chance_and_half_the_evaluations_of_the_seeded_search_more_than_all(store: Store) -> None:
-    by_name = {name: found(run(store, SyntheticEvaluator(tiny_space()), name, 200)) for name in PUBLISHED}
+    by_name = {name: found(run(store, SyntheticEvaluator(tiny_space()), name, 150)) for name in PUBLISHED}
     assert by_name["random"] < by_name["linas"]
-    assert max(by_name.values()) < found(run(store, SyntheticEvaluator(tiny_space()), "seeded", 100))
+    assert max(by_name.values()) < found(run(store, SyntheticEvaluator(tiny_space()), "seeded", 75))
 
 
 def test_later_generations_of_nsga2_are_better(store: Store) -> None:
