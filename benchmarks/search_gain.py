@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hw_profiles import Store, Workload, detect
-from nas.evaluate import Evaluator
 from nas.families import load_model
 from nas.latency import LatencyModel
 from nas.pareto import hypervolume
@@ -102,9 +101,7 @@ class Bench:
         self.loaded = load_model(base.model)
         protocol = EvaluationProtocol()
         self.protocol = protocol.to_dict()
-        self.evaluator: Evaluator = open_evaluator(
-            open_supernet(self.loaded, self.space, protocol, folder / "cache"), protocol
-        )
+        self.evaluator = open_evaluator(open_supernet(self.loaded, self.space, protocol, folder / "cache"), protocol)
         self.store = Store(str(folder / "trials.db"))
         self.model = base.model
         self.slowest_ms = float(max(self.latency.value_ms([self.space.full(b) for b in self.space.bits_choices])))

@@ -116,15 +116,15 @@ def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float
     within = [(value_ms, subnet) for value_ms, subnet in zip(values_ms, known, strict=True) if value_ms <= limit_ms]
     if not within:
         return None
-    subnet = max(within, key=lambda pair: pair[0])[1]
+    value_ms, subnet = max(within, key=lambda pair: pair[0])
     while larger := _one_size_up(space, subnet):
         values_ms = latency(larger)
         gained = scores.predict([subnet])[0] - scores.predict(larger)
-        added_ms = np.maximum(values_ms - latency([subnet])[0], _LEAST_MS)
-        rates = np.where(values_ms <= limit_ms, gained / added_ms, 0.0)
-        if rates.max() <= 0:
+        rates = np.where(values_ms <= limit_ms, gained / np.maximum(values_ms - value_ms, _LEAST_MS), 0.0)
+        best = int(rates.argmax())
+        if rates[best] <= 0:
             break
-        subnet = larger[int(rates.argmax())]
+        value_ms, subnet = values_ms[best], larger[best]
     return subnet
 
 
