@@ -32,7 +32,7 @@ PROMPT = "The capital of France is"
 PROFILE_OPTIONS = {
     "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
     "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
-    "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 1 --rounds 2",
+    "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 0 --rounds 1",
 }
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 
@@ -105,7 +105,7 @@ class Demo:
         self.nas("export", "--study", "demo", "--subnet", "full", "--precision", fastest, "--output", str(full),
                  *formats, "--no-fit", step="export of the full model")  # fmt: skip
         judged, full_judged = chosen / RUNTIME, full / RUNTIME
-        limit = ("--tpot-ms", str(budget_ms), "--study", "demo", "--rounds", "12")
+        limit = ("--tpot-ms", str(budget_ms), "--study", "demo", "--rounds", "8")
         verified = self.nas(
             "verify", str(judged), "--beside", str(full_judged), *limit, "--prompt", PROMPT, may_miss=True
         )

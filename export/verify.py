@@ -94,7 +94,7 @@ def verify(
     workloads: Sequence[Workload],
     prompt: str = "The capital of France is",
     new_tokens: int = 40,
-    rounds: int = 15,
+    rounds: int = 10,
     seed: int = 0,
     references: Mapping[tuple[Format, Precision], ProfiledReference] = MappingProxyType({}),
     memory_of: Collection[Path] = (),

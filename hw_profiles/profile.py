@@ -29,7 +29,7 @@ Progress = Callable[[int, int, str], None]
 #: A loaded graph takes up to this many times its weights: the file mapped, the runtime's packed copy, activations.
 MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the reference not counted.
-BATCH_MEMORY_BYTES = 3 * 2**29
+BATCH_MEMORY_BYTES = 3 * 2**30
 #: Rounds of the reference where it is alone: its ratio to itself needs none, and the workloads that it is not timed on
 #: again with other graphs are the long ones.
 ALONE_ROUNDS = 2

@@ -32,7 +32,7 @@ WARM_STEPS = 10
 WARM_MS = 100.0
 #: Passes over all sessions in one round: the first for every workload, the others for decode alone, which is short and
 #: noisy.
-PASSES = 2
+PASSES = 3
 _DRAWS = 1000
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from nas.families import LoadedModel, computing, fast_dtype
 
 #: Part of every cache key: raise it when what is stored changes its meaning.
-_VERSION = 1
+_VERSION = 2
 _TOKENS_AT_ONCE = 4096
 
 
@@ -87,12 +87,26 @@ def _inputs(loaded: LoadedModel) -> dict[str, str]:
 
 def _summing(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        with torch.autocast("cpu", enabled=False):
-            x = inputs[0].flatten(0, -2).float()
-            H = x.T @ x
-            sums[name] = sums[name] + H if name in sums else H
+        x = inputs[0].flatten(0, -2)
+        H = moments(x, x)
+        sums[name] = sums[name] + H if name in sums else H
 
     return hook
+
+
+def moments(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x^T y [in, out] in fp32 of x [tokens, in] and y [tokens, out], which are read in `fast_dtype`.
+
+    Products are exact and their sums fp32; autocast would round the sums, too, and no Cholesky survives that. What a
+    matrix product made is in that dtype anyway, and with it this takes a third of the time.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast_dtype() == torch.bfloat16 else "highest")
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return x.float().T @ y.float()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def save_layer(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -383,7 +383,7 @@ def verify(
     threads: Threads = None,
     cpus: Cpus = None,
     prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
-    rounds: Annotated[int, typer.Option(help="Rounds that every folder is timed in.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Rounds that every folder is timed in.")] = 10,
     study_name: Annotated[
         str | None, typer.Option("--study", help="Hold limits against the milliseconds of this study's profile.")
     ] = None,

@@ -25,8 +25,8 @@ from nas.memory import MemoryProfile, memory_profile
 from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
-#: More than a profile's: a budget hangs on them. Two standard errors of twelve rounds are about 4 % here.
-FINALIST_ROUNDS = 12
+#: More than a profile's: a budget hangs on them. Two standard errors of eight rounds of decode are about 4 % here.
+FINALIST_ROUNDS = 8
 
 
 def profile_targets(

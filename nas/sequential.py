@@ -30,7 +30,7 @@ from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import is_complete, load_layer, save_layer, statistics_key
+from nas.calibration import is_complete, load_layer, moments, save_layer, statistics_key
 from nas.families import computing, fast_dtype
 from nas.importance import normalise
 from nas.rounding import round_inputs, round_with_feedback
@@ -127,12 +127,12 @@ class _Streams:
         wanted: list[torch.Tensor] = []
         for index, (full, own) in enumerate(zip(self.full, self.own, strict=True)):
             normed = self.normed(layer, part, own)
-            H_in = H_in + normed.T @ normed
-            G_in = G_in + normed.T @ (self.normed(layer, part, full) - normed)
+            H_in = H_in + moments(normed, normed)
+            G_in = G_in + moments(normed, self.normed(layer, part, full) - normed)
             self.full[index] = self._run(layer, part, full)
             behind, heard = self._listen(layer, part, own)
             if shrinks:
-                H = H + heard.T @ heard
+                H = H + moments(heard, heard)
             wanted.append(mended * self.full[index] + (1 - mended) * behind)
         return _Whole(wanted, mended * _step(H_in, G_in, damping), H if shrinks else None)
 
@@ -186,15 +186,15 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
     rounded: RoundedWeights = dict(exact)
     if bits == 4:
         normed = (streams.normed(layer, part, batch) for batch in streams.own)
-        H = sum((x.T @ x for x in normed), torch.zeros(()))
+        H = sum((moments(x, x) for x in normed), torch.zeros(()))
         rounded |= round_inputs(inputs, H, bits, supernet.rounded_to_nearest)
     else:
         rounded |= {name: _nearest(tensor, bits) for name, tensor in inputs.items()}
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
-    H = sum((x.T @ x for x in heard), torch.zeros(()))
+    H = sum((moments(x, x) for x in heard), torch.zeros(()))
     lacking = (_rows(target - batch) for target, batch in zip(whole.wanted, streams.own, strict=True))
-    G = sum((x.T @ rows for x, rows in zip(heard, lacking, strict=True)), torch.zeros(()))
+    G = sum((moments(x, rows) for x, rows in zip(heard, lacking, strict=True)), torch.zeros(()))
     before = exact[output]
     exact[output] = before + _step(H, G, damping)
     now = round_with_feedback(exact[output], H, bits) if bits == 4 else _nearest(exact[output], bits)

@@ -114,7 +114,7 @@ def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
 
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
-    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 25.0, 1.0))
+    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 35.0, 1.0))
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
     timing = measure(sessions, "full", WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
     for work in WORKLOADS:

@@ -3,7 +3,7 @@ import torch
 
 from nas import calibration
 from nas.calibration import collect, load_layer
-from nas.families import LoadedModel
+from nas.families import LoadedModel, fast_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,20 @@ def test_sums_are_those_of_the_plain_forward(tiny, windows, tmp_path):
     torch.testing.assert_close(statistics.attention_output, x["o"].T @ x["o"], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.mlp_output, x["d"].T @ x["d"], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.attention_input, x["q"].T @ x["q"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(fast_dtype() != torch.bfloat16, reason="this processor multiplies in fp32 anyway")
+@pytest.mark.parametrize("around", [torch.float32, torch.bfloat16])
+def test_moments_in_bf16_have_sums_in_fp32(monkeypatch, around):
+    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.bfloat16)
+    x, y = (torch.randn(4096, n).bfloat16().float() for n in (64, 48))  # as a product in bf16 leaves them
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", enabled=around == torch.bfloat16):
+        made = calibration.moments(x, y)
+    exact = x.double().T @ y.double()
+    assert made.dtype == torch.float32
+    assert float((made - exact).abs().max()) < 1e-6 * 4096
+    assert torch.get_float32_matmul_precision() == precision
 
 
 def test_batches_sum_to_the_same(tiny, windows, tmp_path, monkeypatch):
