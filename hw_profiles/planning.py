@@ -47,7 +47,8 @@ def plan(
     Machines change while a profile lasts, and ratios with them where the balance of memory and arithmetic shifts: in
     random order that is noise for fit and judgement alike, and no bias of one against the other.
     Table entries give every second layer one choice of attention or MLP, the rest of the full model being kept: blocks
-    timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random.
+    timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random, their
+    densities spread over DENSITY_RANGE.
     A profile without table entries is cheaper, and leans on that of a similar target.
     """
     if not block_choices:
@@ -56,8 +57,9 @@ def plan(
         raise ValueError(f"repeats are held-out shapes timed again, so at most heldout, got {repeats=} {heldout=}")
     rng = np.random.default_rng(seed)
     table = _table_shapes(full, block_choices)
-    fitted = random_shapes(full, block_choices, anchors, {full, *table}, rng)
-    held = random_shapes(full, block_choices, heldout, {full, *table, *fitted}, rng)
+    # both ends among the anchors: of decoders much smaller than the table's the fit made a fifth too little
+    fitted = random_shapes(full, block_choices, np.linspace(*DENSITY_RANGE, anchors), {full, *table}, rng)
+    held = random_shapes(full, block_choices, spread_densities(heldout, rng), {full, *table, *fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
     once = [
         *(PlannedGraph(shape, "table") for shape in table),
@@ -135,22 +137,30 @@ def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list
     return [shape for shape in shapes if shape != full]
 
 
-def random_shapes(
-    full: ModelShape, block_choices: Sequence[BlockShape], count: int, taken: set[ModelShape], rng: np.random.Generator
-) -> list[ModelShape]:
-    """Distinct shapes, none of them `taken`, whose densities cover DENSITY_RANGE evenly, in random order."""
+def spread_densities(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Densities [count] that cover DENSITY_RANGE evenly, one at random in each equal share of it."""
     low, high = DENSITY_RANGE
+    return low + (high - low) * (np.arange(count) + rng.random(count)) / max(count, 1)
+
+
+def random_shapes(
+    full: ModelShape,
+    block_choices: Sequence[BlockShape],
+    densities: NDArray[np.float64],
+    taken: set[ModelShape],
+    rng: np.random.Generator,
+) -> list[ModelShape]:
+    """Distinct shapes, none of them `taken`, one of about each density, in random order."""
     shapes: list[ModelShape] = []
-    for stratum in rng.permutation(count):
-        density = low + (high - low) * (stratum + rng.random()) / count
+    for density in rng.permutation(densities):
         for _ in range(_DRAWS_PER_SHAPE):
             shape = replace(full, blocks=_random_blocks(len(full.blocks), block_choices, density, rng))
             if shape.attention_blocks and shape not in taken:  # runtimes expect a KV cache
                 break
         else:
             raise ValueError(
-                f"wanted {count} more random shapes, found {len(shapes)} among {len(set(block_choices))} block choices "
-                f"in {len(full.blocks)} layers; plan fewer or offer more choices"
+                f"wanted {len(densities)} more random shapes, found {len(shapes)} among {len(set(block_choices))} "
+                f"block choices in {len(full.blocks)} layers; plan fewer or offer more choices"
             )
         taken = taken | {shape}
         shapes.append(shape)

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from hw_profiles import Measurement, ModelShape, PlannedGraph, Store, Target
-from hw_profiles.planning import random_shapes
+from hw_profiles.planning import random_shapes, spread_densities
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PHASES
 from nas.latency import TRAINING_ROLES
@@ -37,7 +37,8 @@ class Sampling:
         rng = np.random.default_rng([seed, 1])
         taken = {graph.shape for graph in timed}
         blocks = self.space.block_choices()
-        candidates = random_shapes(self.space.base, blocks, max(_CANDIDATES, count), taken, rng)
+        densities = spread_densities(max(_CANDIDATES, count), rng)
+        candidates = random_shapes(self.space.base, blocks, densities, taken, rng)
         fitted_on = [graph.shape for graph in timed if graph.role in TRAINING_ROLES]
         orders = [
             most_informative(predictor, fitted_on, candidates, predictor.provenance.workloads[0], count)

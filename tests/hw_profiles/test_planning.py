@@ -65,6 +65,13 @@ def test_random_shapes_cover_small_and_large(role: str) -> None:
         assert thirds.min() >= 1
 
 
+def test_a_few_anchors_reach_as_low_as_what_judges_them() -> None:
+    for seed in range(5):
+        planned = plan(FULL, CHOICES, anchors=3, heldout=9, seed=seed)
+        smallest = {role: min(g.shape.parameters for g in planned if g.role == role) for role in ("anchor", "heldout")}
+        assert smallest["anchor"] < 1.3 * smallest["heldout"]
+
+
 def test_attention_and_mlp_vary_apart() -> None:
     """Were the two densities one, no fit could tell what an attention costs from what an MLP costs."""
     shapes = [graph.shape for graph in plan(FULL, CHOICES, anchors=60) if graph.role == "anchor"]
