@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from search_llm import SearchLLM
 
 from hw_profiles import Store
 from nas.additive import AdditiveScores, optimum
@@ -33,7 +34,7 @@ from nas.evaluate import Evaluator
 from nas.families import LoadedModel, computing, fast_dtype, load_model
 from nas.protocol import EvaluationProtocol
 from nas.search import SearchSettings, score_parts, search
-from nas.sequential import fit_in_sequence
+from nas.sequential import MENDED, fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.study import Study
 from nas.supernet import Supernet
@@ -178,7 +179,9 @@ class Run:
             "uniform width, surgeon, least squares": uniform(peers.surgeon, least_squares=True),
             "FLAP": lambda: peers.flap(self.supernet, self.observed, removed),
             "ShortGPT": lambda: peers.shortgpt(self.supernet, self.observed, removed),
+            "Search-LLM": lambda: self.search_llm(removed),
             "additive solver, least squares": lambda: self.additive(removed),
+            "additive solver, in sequence": lambda: self.fitted(self.additive(removed), mended=0.0),
             "additive solver, our fit": lambda: self.fitted(self.additive(removed)),
             "ours, least squares": lambda: self.searched(removed),
             "ours": lambda: self.fitted(self.searched(removed)),
@@ -196,7 +199,10 @@ class Run:
         else:
             peers.install(self.supernet, made)
             kept = peers.kept_parameters(self.supernet, made)
-        found = {name: self.perplexity(files) for name, files in TEST_TEXTS.items()}
+        found = {
+            name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
+            for name, files in TEST_TEXTS.items()
+        }
         if isinstance(made, Subnet):
             self.supernet.adopt(made, [{}] * self.space.depth)  # a later search sees the shared weights again
         else:
@@ -236,15 +242,21 @@ class Run:
         within = [trial for trial in trials if self.millions([trial.subnet])[0] <= limit]
         return min(within, key=lambda trial: trial.quality.kl).subnet
 
-    def fitted(self, subnet: Subnet) -> Subnet:
+    def fitted(self, subnet: Subnet, mended: float = MENDED) -> Subnet:
+        """With `mended` 0, parts are asked for no more than the whole part would add to the subnet's own stream."""
         with progress_bar("fit") as progress:
-            fit_in_sequence(self.supernet, subnet, self.windows, progress=progress)
+            fit_in_sequence(self.supernet, subnet, self.windows, mended=mended, progress=progress)
         return subnet
 
+    def search_llm(self, removed: float) -> peers.Pruned:
+        """On the text that our search evaluates on, as often."""
+        windows = self.evaluator.windows
+        fitness = partial(self.perplexity, windows)
+        return SearchLLM(self.supernet, self.observed, removed, fitness, self.evaluations, self.seed).run()
+
     @torch.no_grad()
-    def perplexity(self, files: Sequence[Path]) -> float:
-        """Of the model as it is, on the files' first windows."""
-        windows = file_windows(self.loaded.tokenizer, files, *TEST)
+    def perplexity(self, windows: torch.Tensor) -> float:
+        """Of the model as it is, on token windows [N, T]."""
         losses = []
         with computing(fast_dtype()):
             for window in windows.split(4):

@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from export.artefact import ArtefactError, Format, Manifest, Parity, model_bytes, read_manifest
 from export.builders import BUILDERS, FORMAT_OF_RUNTIME
+from hw_profiles.measurement import median_error
 from hw_profiles.memory import Footprint, measure_memory
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from hw_profiles.timing import Timing, measure, tokens_needed
+from hw_profiles.timing import Timing, measure, pooled, tokens_needed
 
 #: Largest difference of logits allowed at fp32, and largest mean KL in nats with quantised weights.
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_MEAN_KL = 1e-3
+#: Timings of as many rounds each, at most, before noise decides on a limit.
+MOST_TIMINGS = 3
 _RUNTIME_OF_FORMAT = {format_: name for name, format_ in FORMAT_OF_RUNTIME.items()}
 _MAX_TOKENS = 1024
 
@@ -65,6 +68,14 @@ class Verification:
     #: Of a process that did nothing but load the folder and run the workload; empty where it was not measured.
     footprints: Mapping[Workload, Footprint] = field(default_factory=dict)
 
+    def judged_ms(self, workload: Workload) -> tuple[float, float]:
+        """What a limit is held against, and its standard error: at the profile's speed where that is known."""
+        timing, at_profile_speed_ms = self.timings[workload], self.at_profile_speed_ms(workload)
+        if at_profile_speed_ms is None:
+            return timing.median_ms, median_error(timing.spread_ms, timing.repeats)
+        error = median_error(timing.spread_ratio, timing.repeats) / timing.ratio
+        return at_profile_speed_ms, at_profile_speed_ms * error
+
     def at_profile_speed_ms(self, workload: Workload) -> float | None:
         """What the folder takes on a machine that is as fast as when it was profiled; None where no profile knows.
 
@@ -98,9 +109,12 @@ def verify(
     seed: int = 0,
     references: Mapping[tuple[Format, Precision], ProfiledReference] = MappingProxyType({}),
     memory_of: Collection[Path] = (),
+    limits_ms: Mapping[tuple[Path, Workload], float] = MappingProxyType({}),
 ) -> list[Verification]:
     """Check each folder, then time them all interleaved, so that their latencies compare.
 
+    Where one of `limits_ms` lies within two standard errors of a folder's latency they are timed again, as many rounds,
+    up to MOST_TIMINGS times in all.
     Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion;
     those in `memory_of` run in processes of their own as well, for their peak memory.
     Raises ArtefactError for a folder that is damaged or that its runtime cannot load, and ValueError for one in
@@ -135,30 +149,46 @@ def verify(
     beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         reference_of = _load_references(sessions, manifests, beside, threads, max_tokens, Path(scratch))
-        timings = measure(
-            sessions,
-            reference_of,
-            workloads,
-            vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
-            rounds=rounds,
-            seed=seed,
-        )
-    return [
-        Verification(
-            directory=directory,
-            manifest=manifest,
-            size_bytes=model_bytes(manifest),
-            shipped=shipped,
-            exact=exact,
-            timings={workload: timings[str(directory), workload] for workload in workloads},
-            generated=generated,
-            reference=reference,
-            footprints=footprints[directory],
-        )
-        for directory, manifest, reference, (shipped, exact, generated) in zip(
-            directories, manifests, beside, checked, strict=True
-        )
-    ]
+        batches: list[dict[tuple[str, Workload], Timing]] = []
+        while True:
+            batches.append(
+                measure(
+                    sessions,
+                    reference_of,
+                    workloads,
+                    vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
+                    rounds=rounds,
+                    seed=seed + len(batches),
+                )
+            )
+            results = [
+                Verification(
+                    directory=directory,
+                    manifest=manifest,
+                    size_bytes=model_bytes(manifest),
+                    shipped=shipped,
+                    exact=exact,
+                    timings={work: pooled([batch[str(directory), work] for batch in batches]) for work in workloads},
+                    generated=generated,
+                    reference=reference,
+                    footprints=footprints[directory],
+                )
+                for directory, manifest, reference, (shipped, exact, generated) in zip(
+                    directories, manifests, beside, checked, strict=True
+                )
+            ]
+            if len(batches) == MOST_TIMINGS or not any(_is_close(result, limits_ms) for result in results):
+                return results
+
+
+def _is_close(result: Verification, limits_ms: Mapping[tuple[Path, Workload], float]) -> bool:
+    """Whether noise could decide on one of its limits."""
+    for (directory, workload), limit_ms in limits_ms.items():
+        if directory == result.directory:
+            latency_ms, error_ms = result.judged_ms(workload)
+            if abs(latency_ms - limit_ms) < 2 * error_ms:
+                return True
+    return False
 
 
 def _footprints(

@@ -19,6 +19,14 @@ ROLES: tuple[Role, ...] = get_args(Role)
 FINALIST_ROLES: tuple[Role, ...] = ("finalist", "confirmation")
 
 
+def median_error(spread: float, repeats: int) -> float:
+    """Standard error of a median of `repeats` values, half of whose interquartile range is `spread`.
+
+    For normal noise it is 1.25 sigma / sqrt(n), sigma being 1.48 times that half.
+    """
+    return 1.25 * 1.48 * spread / math.sqrt(repeats)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch.
@@ -50,12 +58,8 @@ class Measurement:
 
     @property
     def high_ms(self) -> float:
-        """Two standard errors of the median above it.
-
-        That error is 1.25 sigma / sqrt(n) for normal noise, sigma being 1.48 times half the interquartile range.
-        """
-        standard_error_ratio = 1.25 * 1.48 * self.spread_ratio / math.sqrt(self.repeats)
-        return self.latency_ms * (1 + 2 * standard_error_ratio / self.ratio)
+        """Two standard errors of the median above it."""
+        return self.latency_ms * (1 + 2 * median_error(self.spread_ratio, self.repeats) / self.ratio)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +171,16 @@ def _summary(own_ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> 
         reference_ms=float(np.median(reference_ms)),
         repeats=len(own_ms),
     )
+
+
+def pooled(timings: Sequence[Timing]) -> Timing:
+    """Several calls of `measure` on one session and workload, as many passes each, as one: means of all they say."""
+    ratio, spread_ratio, median_ms, spread_ms, reference_ms = (
+        fmean(getattr(timing, name) for timing in timings)
+        for name in ("ratio", "spread_ratio", "median_ms", "spread_ms", "reference_ms")
+    )
+    repeats = sum(timing.repeats for timing in timings)
+    return Timing(ratio, spread_ratio, median_ms, spread_ms, reference_ms, repeats)
 
 
 def _half_interquartile_range(values: NDArray[np.float64]) -> float:

@@ -165,15 +165,10 @@ def verification_fields(
     result: Verification,
     prefill: Workload,
     decode: Workload,
-    limits_ms: Mapping[Workload, float | None],
+    limits_ms: Mapping[Workload, float],
     max_memory_bytes: int | None,
 ) -> Fields:
     """One folder of `nas verify`; a limit holds for the latency at the profile's speed where that is known."""
-
-    def within(workload: Workload, limit_ms: float | None) -> bool:
-        at_profile_speed_ms = result.at_profile_speed_ms(workload)
-        latency_ms = result.timings[workload].median_ms if at_profile_speed_ms is None else at_profile_speed_ms
-        return limit_ms is None or latency_ms <= limit_ms
 
     tpot, ttft = result.timings[decode], result.timings[prefill]
     peak_bytes = result.peak_memory_bytes
@@ -195,7 +190,7 @@ def verification_fields(
         "tpot_spread_ms": tpot.spread_ms,
         "tpot_at_profile_speed_ms": result.at_profile_speed_ms(decode),
         "peak_memory_bytes": peak_bytes,
-        "within_budget": fits and all(within(workload, limit_ms) for workload, limit_ms in limits_ms.items()),
+        "within_budget": fits and all(result.judged_ms(work)[0] <= limit_ms for work, limit_ms in limits_ms.items()),
         "generated": result.generated,
     }
 

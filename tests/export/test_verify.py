@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from export import (
 from export.artefact import FORMATS, MANIFEST_FILE, Format
 from export.verify import MAX_LOGIT_DIFFERENCE, MAX_MEAN_KL, LogitAgreement, generate, logit_agreement
 from hw_profiles.shapes import PRECISIONS, Precision, Workload
+from hw_profiles.timing import Timing, measure
 
 from . import tiny_models
 
@@ -127,6 +130,31 @@ def test_folders_are_timed_together(exported: dict[tuple[Format, Precision], Pat
         assert results[0].timings[workload].reference_ms == results[1].timings[workload].reference_ms
 
 
+@pytest.mark.parametrize(("limit_ms", "timings"), [(10.1, 3), (14.0, 1), (6.0, 1)])
+def test_a_close_limit_is_timed_again(
+    exported: dict[tuple[Format, Precision], Path], monkeypatch: pytest.MonkeyPatch, limit_ms: float, timings: int
+) -> None:
+    """Of 10 ms with a standard error of 0.925 in the first timing."""
+
+    def around_10_ms(*arguments: Any, **options: Any) -> dict[tuple[str, Workload], Timing]:
+        seeds.append(options["seed"])
+        found = measure(*arguments, **options)
+        return {key: replace(t, median_ms=10.0, spread_ms=1.0, repeats=4) for key, t in found.items()}
+
+    seeds: list[int] = []
+    monkeypatch.setattr(sys.modules["export.verify"], "measure", around_10_ms)
+    folder, workload = exported["onnx", "int4"], WORKLOADS[0]
+    (result,) = verify(
+        [folder], threads=1, workloads=WORKLOADS, prompt=PROMPT, new_tokens=2, rounds=1,
+        limits_ms={(folder, workload): limit_ms},
+    )  # fmt: skip
+    assert len(set(seeds)) == len(seeds) == timings
+    assert result.timings[workload].repeats == 4 * timings
+    latency_ms, error_ms = result.judged_ms(workload)
+    assert latency_ms == 10.0
+    assert error_ms == pytest.approx(0.925 / timings**0.5)
+
+
 def test_a_folder_is_timed_beside_what_its_profile_knows(exported: dict[tuple[Format, Precision], Path]) -> None:
     """The reference is the model itself, so at a million milliseconds in the profile the folder takes about as long."""
     folders = [exported["openvino", "int8"], exported["onnx", "int8"], exported["huggingface", "int8"]]
@@ -143,7 +171,7 @@ def test_a_folder_is_timed_beside_what_its_profile_knows(exported: dict[tuple[Fo
     for result in results[:2]:
         for workload in WORKLOADS:
             timing, value_ms = result.timings[workload], result.at_profile_speed_ms(workload)
-            assert value_ms == timing.ratio * 1e6
+            assert value_ms == timing.ratio * 1e6 == result.judged_ms(workload)[0]
             assert 0.1 < timing.ratio < 10
     assert results[2].at_profile_speed_ms(WORKLOADS[0]) is None
 
