@@ -152,7 +152,10 @@ def test_a_limit_of_memory(store: Store, study: Study, device: FakeDevice) -> No
 def test_finalists_that_miss_the_budget_when_timed_are_never_returned(
     store: Store, study: Study, device: FakeDevice, measure_count: int
 ) -> None:
-    """The profile says nothing of it: the three best are twice as slow as their parts."""
+    """The profile says nothing of it: the three best are twice as slow as their parts.
+
+    From one of them the predictor may learn what another is.
+    """
     assert BUDGET.tpot_ms
     expected = best_first(study, BUDGET.tpot_ms)
     liars = {SPACE.model_shape(subnet) for subnet in expected[:3]}
@@ -163,7 +166,7 @@ def test_finalists_that_miss_the_budget_when_timed_are_never_returned(
     assert latency.measured_ms == pytest.approx(ms(expected[3]), rel=1e-3)
     assert latency.measured_ms <= BUDGET.tpot_ms
     finalists = [m for m in store.measurements(roles=["finalist"]) if m.shape in liars]
-    assert {m.shape for m in finalists} == liars
+    assert finalists
     assert [m.latency_ms for m in finalists] == pytest.approx(
         [2 * shape_ms(m.shape, m.target.precision, DECODE) for m in finalists], rel=1e-3
     )
