@@ -91,14 +91,13 @@ def restore(supernet: Supernet, pruned: Pruned) -> None:
 
 
 def kept_parameters(supernet: Supernet, pruned: Pruned) -> int:
-    """Of the blocks' matrices, which is what removed shares count; rows and columns that are all zero are gone."""
+    """Of the blocks' matrices, which is what removed shares count."""
     full = supernet.full_size
     total = 0
     for layer, parts in enumerate(pruned):
         for part in PARTS:
             weights = parts.get(part, supernet.part_weights(layer, part, full(part)))
-            matrices = [tensor != 0 for tensor in weights.values() if tensor.dim() == 2]
-            total += sum(int(kept.any(0).sum() * kept.any(1).sum()) for kept in matrices)
+            total += sum(tensor.numel() for tensor in weights.values() if tensor.dim() == 2)
     return total
 
 
