@@ -14,7 +14,8 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from search_llm import SearchLLM
+from slicegpt import Sliced, slicegpt
 
 from hw_profiles import Store
 from nas.additive import AdditiveScores, optimum
@@ -164,7 +166,7 @@ class Run:
     def block_parameters(self) -> int:
         return peers.kept_parameters(self.supernet, [{}] * self.space.depth)
 
-    def methods(self, removed: float) -> dict[str, Callable[[], peers.Pruned | Subnet]]:
+    def methods(self, removed: float) -> dict[str, Callable[[], peers.Pruned | Sliced | Subnet]]:
         """What makes each row's weights; a Subnet stands for those of the supernet, its own where it was fitted."""
         if removed == 0:
             return {"full model": lambda: self.space.full(BITS)}
@@ -179,6 +181,7 @@ class Run:
             "uniform width, surgeon, least squares": uniform(peers.surgeon, least_squares=True),
             "FLAP": lambda: peers.flap(self.supernet, self.observed, removed),
             "ShortGPT": lambda: peers.shortgpt(self.supernet, self.observed, removed),
+            "SliceGPT": lambda: slicegpt(self.supernet, self.windows, removed),
             "Search-LLM": lambda: self.search_llm(removed),
             "additive solver, least squares": lambda: self.additive(removed),
             "additive solver, in sequence": lambda: self.fitted(self.additive(removed), mended=0.0),
@@ -187,27 +190,33 @@ class Run:
             "ours": lambda: self.fitted(self.searched(removed)),
         }
 
-    def row(self, removed: float, method: str, make: Callable[[], peers.Pruned | Subnet]) -> Row:
+    def row(self, removed: float, method: str, make: Callable[[], peers.Pruned | Sliced | Subnet]) -> Row:
         _ = self.observed, self.evaluator  # shared, and not on this row's account
         started = time.perf_counter()
         with torch.no_grad():
             made = make()
         seconds = time.perf_counter() - started
-        if isinstance(made, Subnet):
+        with self.installed(made) as kept:
+            found = {
+                name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
+                for name, files in TEST_TEXTS.items()
+            }
+        return Row(self.seed, removed, method, kept, **found, seconds=round(seconds, 1))
+
+    @contextmanager
+    def installed(self, made: peers.Pruned | Sliced | Subnet) -> Iterator[int]:
+        """Within, the model computes with these weights; gives how many they are."""
+        if isinstance(made, Sliced):
+            with made.installed():
+                yield made.kept_parameters
+        elif isinstance(made, Subnet):
             self.supernet.activate(made)
-            kept = self.millions([made])[0] * 1e6
-        else:
-            peers.install(self.supernet, made)
-            kept = peers.kept_parameters(self.supernet, made)
-        found = {
-            name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
-            for name, files in TEST_TEXTS.items()
-        }
-        if isinstance(made, Subnet):
+            yield round(self.millions([made])[0] * 1e6)
             self.supernet.adopt(made, [{}] * self.space.depth)  # a later search sees the shared weights again
         else:
+            peers.install(self.supernet, made)
+            yield peers.kept_parameters(self.supernet, made)
             peers.restore(self.supernet, made)
-        return Row(self.seed, removed, method, round(kept), **found, seconds=round(seconds, 1))
 
     def millions(self, subnets: Sequence[Subnet]) -> NDArray[np.float64]:
         """Parameters of the blocks' matrices: what takes the place of milliseconds here."""

@@ -6,8 +6,9 @@ as a trained one: what is profiled is what is shipped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,19 @@ Matrix = Array | HalfMatrix | PackedMatrix
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T."""
+    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T.
+
+    Where the shape says so, `biases` are those of q, k and v, and `head_norms` the weights [head_dim] of the norms of
+    q and k; otherwise they are empty.
+    """
 
     norm: Array
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
+    biases: tuple[Array, ...] = ()
+    head_norms: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,21 +103,21 @@ class Decoder:
 
 def decoder_shape(model: PreTrainedModel) -> ModelShape:
     """Read the shape of each layer off the weights of a Llama-style model, plain or heterogeneous."""
-    config, weights = model.config, dict(model.named_parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = dict(model.named_parameters())
+    empty = ModelShape.from_config(model.config, ())
 
     def rows(name: str) -> int:
         return weights[name].shape[0] if name in weights else 0
 
     blocks = tuple(
         BlockShape(
-            num_attention_heads=rows(f"model.layers.{i}.self_attn.q_proj.weight") // head_dim,
-            num_key_value_heads=rows(f"model.layers.{i}.self_attn.k_proj.weight") // head_dim,
+            num_attention_heads=rows(f"model.layers.{i}.self_attn.q_proj.weight") // empty.head_dim,
+            num_key_value_heads=rows(f"model.layers.{i}.self_attn.k_proj.weight") // empty.head_dim,
             intermediate_size=rows(f"model.layers.{i}.mlp.gate_proj.weight"),
         )
         for i in range(len(model.model.layers))
     )
-    return ModelShape(config.hidden_size, head_dim, config.vocab_size, bool(config.tie_word_embeddings), blocks)
+    return replace(empty, blocks=blocks)
 
 
 def decoder_from_model(
@@ -120,7 +127,8 @@ def decoder_from_model(
 
     `quantized` holds matrices that were rounded before, by name in the state dict; others are rounded to the nearest.
 
-    Raises ValueError for what the writers do not compute: biases, other activations, rotary scaling that moves.
+    Raises ValueError for what the writers do not compute: biases behind the attention and in the MLPs, other
+    activations, rotary scaling that moves.
     """
     config = model.config
     rope_type = config.rope_parameters["rope_type"]
@@ -128,8 +136,8 @@ def decoder_from_model(
         raise ValueError(f"wanted a rope_type among {', '.join(_ROPE_TYPES)}, got {rope_type!r}; export to huggingface")
     if config.hidden_act != "silu":
         raise ValueError(f"wanted silu in the MLPs, got {config.hidden_act!r}; export to huggingface")
-    if biases := [name for name in model.state_dict() if name.endswith(".bias")]:
-        raise ValueError(f"wanted projections without bias, got {biases[0]}; export to huggingface")
+    if biases := [name for name in model.state_dict() if re.search(r"(?<!\.[qkv]_proj)\.bias$", name)]:
+        raise ValueError(f"wanted no biases but those of q, k and v, got {biases[0]}; export to huggingface")
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
@@ -146,7 +154,7 @@ def decoder_from_model(
     return _assemble(
         decoder_shape(model),
         precision,
-        norm=lambda name: weights[name].contiguous().numpy(),
+        vector=lambda name, size: weights[name].contiguous().numpy(),
         matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
@@ -184,7 +192,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     return _assemble(
         shape,
         precision,
-        norm=lambda name: np.ones(shape.hidden_size, np.float32),
+        vector=lambda name, size: np.ones(size, np.float32),
         matrix=lambda name, rows, columns: matrix(rows, columns, BLOCK_BITS[precision]),
         embedding=embedding,
         head=embedding
@@ -200,7 +208,7 @@ def _assemble(
     shape: ModelShape,
     precision: Precision,
     *,
-    norm: Callable[[str], Array],
+    vector: Callable[[str, int], Array],
     matrix: Callable[[str, int, int], Matrix],
     embedding: Matrix,
     head: Matrix,
@@ -212,21 +220,24 @@ def _assemble(
     for i, block in enumerate(shape.blocks):
         path, hidden = f"model.layers.{i}", shape.hidden_size
         queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
-        width = block.intermediate_size
+        width, attends = block.intermediate_size, f"{path}.self_attn"
+        biased = {"q": queries, "k": keys, "v": keys} if shape.attention_bias else {}
         attention = (
             AttentionWeights(
-                norm(f"{path}.input_layernorm.weight"),
-                matrix(f"{path}.self_attn.q_proj.weight", queries, hidden),
-                matrix(f"{path}.self_attn.k_proj.weight", keys, hidden),
-                matrix(f"{path}.self_attn.v_proj.weight", keys, hidden),
-                matrix(f"{path}.self_attn.o_proj.weight", hidden, queries),
+                vector(f"{path}.input_layernorm.weight", hidden),
+                matrix(f"{attends}.q_proj.weight", queries, hidden),
+                matrix(f"{attends}.k_proj.weight", keys, hidden),
+                matrix(f"{attends}.v_proj.weight", keys, hidden),
+                matrix(f"{attends}.o_proj.weight", hidden, queries),
+                tuple(vector(f"{attends}.{name}_proj.bias", size) for name, size in biased.items()),
+                tuple(vector(f"{attends}.{name}_norm.weight", shape.head_dim) for name in "qk" if shape.qk_norm),
             )
             if queries
             else None
         )
         mlp = (
             MlpWeights(
-                norm(f"{path}.post_attention_layernorm.weight"),
+                vector(f"{path}.post_attention_layernorm.weight", hidden),
                 matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
                 matrix(f"{path}.mlp.up_proj.weight", width, hidden),
                 matrix(f"{path}.mlp.down_proj.weight", hidden, width),
@@ -243,6 +254,6 @@ def _assemble(
         max_position_embeddings,
         embedding,
         tuple(layers),
-        norm("model.norm.weight"),
+        vector("model.norm.weight", shape.hidden_size),
         head,
     )

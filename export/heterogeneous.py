@@ -1,7 +1,8 @@
-"""Llama with layers of different sizes. This file travels with every exported folder as its remote code.
+"""Llama, Qwen2 or Qwen3 with layers of different sizes. This file travels with every exported folder as remote code.
 
 `block_configs` has one entry per layer: `num_attention_heads` and `num_key_value_heads` (0: no attention there) and
-`intermediate_size` (0: no MLP there). Attention layers are numbered densely in the KV cache.
+`intermediate_size` (0: no MLP there). Attention layers are numbered densely in the KV cache. `base_model_type` names
+the family whose attention it is; all else is the same in these families.
 """
 
 import copy
@@ -19,13 +20,20 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
     LlamaRMSNorm,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+_ATTENTIONS = {"llama": LlamaAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
 
 
 class HeterogeneousLlamaConfig(LlamaConfig):
     model_type = "heterogeneous_llama"
 
-    def __init__(self, block_configs: Sequence[Mapping[str, int]] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, block_configs: Sequence[Mapping[str, int]] = (), base_model_type: str = "llama", **kwargs: Any
+    ) -> None:
         self.block_configs = [dict(block) for block in block_configs]
+        self.base_model_type = base_model_type
         super().__init__(**kwargs)
 
 
@@ -38,7 +46,7 @@ class HeterogeneousLlamaLayer(nn.Module):
         own.num_key_value_heads = block["num_key_value_heads"]
         if block["num_attention_heads"]:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.self_attn = LlamaAttention(own, cache_index)
+            self.self_attn = _ATTENTIONS[config.base_model_type](own, cache_index)
             # the attention implementation is chosen on the shared config after construction; a copy would not see it
             self.self_attn.config = config
         if block["intermediate_size"]:

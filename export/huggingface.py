@@ -15,7 +15,9 @@ from export import heterogeneous
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
 from hw_profiles.shapes import BlockShape
 
-#: Keys of a config that describe where it came from, not what it is.
+#: Families that compute as another one does.
+_SAME_AS = {"mistral": "llama"}
+#: Keys of a config that describe where it came from, not what it is, or windows that no layer has.
 _ORIGIN_KEYS = (
     "model_type",
     "architectures",
@@ -23,6 +25,9 @@ _ORIGIN_KEYS = (
     "_name_or_path",
     "quantization_config",
     "auto_map",
+    "layer_types",
+    "use_sliding_window",
+    "max_window_layers",
 )
 
 
@@ -36,7 +41,8 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
     """An fp32 model with these blocks and uninitialised weights, named as in the base model minus what is skipped."""
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
     fields["num_hidden_layers"] = len(blocks)
-    config = HeterogeneousLlamaConfig(block_configs=[asdict(block) for block in blocks], **fields)
+    family = _SAME_AS.get(base_config.model_type, base_config.model_type)
+    config = HeterogeneousLlamaConfig([asdict(block) for block in blocks], family, **fields)
     with torch.device("meta"):
         model = HeterogeneousLlamaForCausalLM(config)
     model.to_empty(device="cpu")

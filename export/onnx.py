@@ -184,14 +184,14 @@ class _Graph:
     def _attention(self, name: str, x: str, weights: AttentionWeights, slot: int) -> str:
         head_dim = self.decoder.shape.head_dim
         heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
-        packed = self._linear(f"{name}.qkv_proj", x, _stack(weights.q, weights.k, weights.v))
+        projected = self._projected(name, x, weights)
         past, present = [], []
         for part in ("key", "value"):
             past.append(f"past_key_values.{slot}.{part}")
             present.append(f"present.{slot}.{part}")
             self.inputs.append(_value(past[-1], TensorProto.FLOAT, ["B", groups, "P", head_dim]))
             self.outputs.append(_value(present[-1], TensorProto.FLOAT, ["B", groups, "T", head_dim]))
-        inputs = [packed, "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
+        inputs = [*projected, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
         attended = self._node(
             "GroupQueryAttention",
             inputs,
@@ -205,6 +205,30 @@ class _Graph:
             rotary_interleaved=0,
         )
         return self._linear(f"{name}.o_proj", attended, weights.o)
+
+    def _projected(self, name: str, x: str, weights: AttentionWeights) -> list[str]:
+        """Queries, keys and values for GroupQueryAttention: in one tensor, unless heads are normed."""
+        maps = {"q": weights.q, "k": weights.k, "v": weights.v}
+        if not weights.head_norms:
+            packed = self._linear(f"{name}.qkv_proj", x, _stack(*maps.values()))
+            if weights.biases:
+                bias = self._tensor(f"{name}.qkv_proj.bias", np.concatenate(weights.biases))
+                packed = self._node("Add", [packed, bias], f"{name}.qkv_biased")
+            return [packed, "", ""]
+        projected = {n: self._linear(f"{name}.{n}_proj", x, matrix) for n, matrix in maps.items()}
+        for n, norm in zip("qk", weights.head_norms, strict=True):
+            by_head = self._int64("by_head", [0, 0, -1, self.decoder.shape.head_dim])
+            heads = self._node("Reshape", [projected[n], by_head], f"{name}.{n}_by_head")
+            gamma = self._tensor(f"{name}.{n}_norm.weight", norm)
+            normed = self._node(
+                "SimplifiedLayerNormalization",
+                [heads, gamma],
+                f"{name}.{n}_normed",
+                axis=-1,
+                epsilon=self.decoder.rms_norm_eps,
+            )
+            projected[n] = self._node("Reshape", [normed, self._int64("heads_in_row", [0, 0, -1])], f"{name}.{n}_rows")
+        return list(projected.values())
 
     def _mlp(self, name: str, x: str, weights: MlpWeights) -> str:
         gate = self._linear(f"{name}.gate_proj", x, weights.gate)
@@ -293,7 +317,7 @@ class _Graph:
         )
 
     def _int64(self, name: str, values: list[int]) -> str:
-        return self._tensor(name, np.array(values, np.int64))
+        return name if name in self.stored else self._tensor(name, np.array(values, np.int64))
 
 
 def _stack(*matrices: Matrix) -> Matrix:

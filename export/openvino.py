@@ -124,9 +124,13 @@ class _Graph:
     ) -> ov.Node:
         head_dim = self.decoder.shape.head_dim
         heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
-        query = self._rotate(self._heads(_linear(x, _constant(weights.q)), heads), cos, sin)
-        key = self._rotate(self._heads(_linear(x, _constant(weights.k)), groups), cos, sin)
-        value = self._heads(_linear(x, _constant(weights.v)), groups)
+        query, key, value = (_linear(x, _constant(matrix)) for matrix in (weights.q, weights.k, weights.v))
+        if weights.biases:
+            query, key, value = map(_biased, (query, key, value), weights.biases)
+        query, key, value = self._heads(query, heads), self._heads(key, groups), self._heads(value, groups)
+        if weights.head_norms:
+            query, key = map(self._rms_norm, (query, key), weights.head_norms)
+        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
         key = self._cached(key, f"past_key_values.{slot}.keypresent.{slot}.key", groups, batch)
         value = self._cached(value, f"past_key_values.{slot}.valuepresent.{slot}.value", groups, batch)
         key, value = self._repeat(key, groups, heads), self._repeat(value, groups, heads)
@@ -193,6 +197,10 @@ def _parameter(name: str, dtype: ov.Type, rank: int) -> ov.Node:
 
 def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
     return ops.matmul(x, weight, False, True)
+
+
+def _biased(x: ov.Node, bias: NDArray[np.float32]) -> ov.Node:
+    return ops.add(x, ops.constant(bias.reshape(1, 1, -1)))
 
 
 def _constant(matrix: Matrix) -> ov.Node:

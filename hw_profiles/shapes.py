@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 Phase = Literal["prefill", "decode"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
@@ -52,6 +52,24 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool
     blocks: tuple[BlockShape, ...]
+    #: Whether queries, keys and values have biases, as in Qwen2.
+    attention_bias: bool = False
+    #: Whether each head of queries and keys is normed, as in Qwen3.
+    qk_norm: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, blocks: tuple[BlockShape, ...]) -> ModelShape:
+        """What these blocks make with the rest of a Hugging Face config of Llama or a family like it."""
+        family = getattr(config, "base_model_type", config.model_type)
+        return cls(
+            hidden_size=config.hidden_size,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            blocks=blocks,
+            attention_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            qk_norm=family == "qwen3",
+        )
 
     @property
     def attention_blocks(self) -> tuple[BlockShape, ...]:
@@ -64,20 +82,27 @@ class ModelShape:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Without what has its default, so that ids of earlier versions stay."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return json.dumps({k: v for k, v in asdict(self).items() if k in given}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ModelShape:
-        fields = json.loads(text)
-        fields["blocks"] = tuple(BlockShape(**block) for block in fields["blocks"])
-        return cls(**fields)
+        given = json.loads(text)
+        given["blocks"] = tuple(BlockShape(**block) for block in given["blocks"])
+        return cls(**given)
 
     def block_parameters(self, block: BlockShape) -> int:
-        """Weights of one block: projections and the norm in front of each part kept."""
-        heads, groups, width = block.num_attention_heads, block.num_key_value_heads, block.intermediate_size
-        attention = self.hidden_size * self.head_dim * 2 * (heads + groups) + self.hidden_size * (heads > 0)
-        mlp = 3 * self.hidden_size * width + self.hidden_size * (width > 0)
-        return attention + mlp
+        """Weights of one block: projections, their biases, and the norms of the parts kept."""
+        attention = 2 * self.head_dim * (block.num_attention_heads + block.num_key_value_heads)
+        return self.hidden_size * (attention + 3 * block.intermediate_size) + self.vector_parameters(block)
+
+    def vector_parameters(self, block: BlockShape) -> int:
+        """Norms and biases of one block, which stay fp32 at every precision."""
+        heads, groups = block.num_attention_heads, block.num_key_value_heads
+        norms = self.hidden_size * ((heads > 0) + (block.intermediate_size > 0))
+        of_heads = 2 * self.qk_norm * (heads > 0) + self.attention_bias * (heads + 2 * groups)
+        return norms + self.head_dim * of_heads
 
     @property
     def embedding_parameters(self) -> int:
@@ -88,19 +113,17 @@ class ModelShape:
         return sum(map(self.block_parameters, self.blocks)) + self.hidden_size + self.embedding_parameters
 
     def weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
-        """Bytes of all weights: matrices at the precision's bits, below 16 with a scale per 32, norms as fp32.
+        """Bytes of all weights: matrices at the precision's bits, below 16 with a scale per 32, vectors as fp32.
 
         Of the exported weights within 1 KiB, given the format's `scale_bytes`; ONNX adds tables of the positions and
         starts each tensor at a page.
         """
-        norms = self.hidden_size * (
-            1 + sum((b.num_attention_heads > 0) + (b.intermediate_size > 0) for b in self.blocks)
-        )
-        block_weights = self.parameters - self.embedding_parameters - norms
+        vectors = self.hidden_size + sum(map(self.vector_parameters, self.blocks))
+        block_weights = self.parameters - self.embedding_parameters - vectors
         return round(
             block_weights * bits_per_weight(BLOCK_BITS[precision], scale_bytes) / 8
             + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
-            + norms * 4
+            + vectors * 4
         )
 
     def kv_cache_bytes(self, tokens: int, batch_size: int = 1, bytes_per_value: int = 4) -> int:

@@ -89,6 +89,10 @@ class Fields:
             raise self.wrong(name, "true or false", value)
         return value
 
+    def switch(self, name: str) -> bool:
+        """False where the field is absent."""
+        return name in self._fields and self.boolean(name)
+
     def text(self, name: str, longest: int) -> str:
         value = self.take(name)
         if not isinstance(value, str) or not value.isprintable() or len(value) > longest:
@@ -133,6 +137,8 @@ def model_shape(fields: Fields) -> ModelShape:
         vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
         tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         blocks=tuple(_block(block) for block in fields.objects("blocks", 1, MAX_BLOCKS)),
+        attention_bias=fields.switch("attention_bias"),
+        qk_norm=fields.switch("qk_norm"),
     )
     fields.end()
     return shape

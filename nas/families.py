@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hw_profiles.shapes import ModelShape
+from nas.fused import unfused, unfused_config
 from nas.gguf_model import gguf_config, load_gguf
 from nas.space import model_shape
 
@@ -45,6 +46,8 @@ class Family:
 
     #: A config attribute that must be unset: it turns on attention over a window, which no writer here supports.
     sliding_window: str = ""
+    #: Whether projections share matrices: split when it is loaded, see `nas.fused`.
+    fused: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +55,9 @@ FAMILIES: dict[str, Family] = {
     for row in (
         Family("llama"),
         Family("mistral", sliding_window="sliding_window"),
+        Family("qwen2", sliding_window="sliding_window"),
+        Family("qwen3", sliding_window="sliding_window"),
+        Family("phi3", sliding_window="sliding_window", fused=True),
     )
 }
 
@@ -119,9 +125,10 @@ def computing(dtype: torch.dtype) -> torch.autocast:
 
 def wrap(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     """A Hugging Face model that is already in memory as a LoadedModel; ValueError where its family has no row."""
-    family = _family(model.config)
+    if _family(model.config).fused:
+        model = unfused(model)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, tokenizer, name, fingerprint(model), family)
+    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config))
 
 
 def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -148,8 +155,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         except OSError as error:
             raise _not_there(source, error) from error
-    _family(config)
-    return config
+    return unfused_config(config) if _family(config).fused else config
 
 
 def _locate(model: str) -> Path | str:

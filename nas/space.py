@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -211,12 +211,11 @@ class SearchSpace:
 
     def model_shape(self, subnet: Subnet) -> ModelShape:
         self.validate(subnet)
-        base = self.base
-        blocks = tuple(self._blocks[layer] for layer in subnet.layers)
-        return ModelShape(base.hidden_size, base.head_dim, base.vocab_size, base.tie_word_embeddings, blocks)
+        return replace(self.base, blocks=tuple(self._blocks[layer] for layer in subnet.layers))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = asdict(self) | {"base": json.loads(self.base.to_json())}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
@@ -230,10 +229,5 @@ def model_shape(config: Any) -> ModelShape:
     """The ModelShape of a Hugging Face decoder config whose layers are all alike."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        blocks=(BlockShape(heads, groups, config.intermediate_size),) * config.num_hidden_layers,
-    )
+    block = BlockShape(heads, groups, config.intermediate_size)
+    return ModelShape.from_config(config, (block,) * config.num_hidden_layers)

@@ -335,11 +335,16 @@ class Supernet:
             if name == f"{output}.weight":
                 group = tensor.shape[1] // self.full_size(part)
                 weights[name] = reformed if self._reform else tensor[:, _rows(kept, group)]
-            elif name == f"{output}.bias":
-                weights[name] = tensor
-            else:
+            elif name.rpartition(".")[0] in self._input_names(part):
                 weights[name] = tensor[_rows(kept, tensor.shape[0] // self.full_size(part))]
+            else:  # the output's bias, and norms over each head, serve whatever is kept
+                weights[name] = tensor
         return weights
+
+    def _input_names(self, part: Part) -> tuple[str, ...]:
+        """The maps that read the residual stream."""
+        family = self.loaded.family
+        return (family.query, family.key, family.value) if part == "attention" else (family.gate, family.up)
 
     @property
     def rounded_to_nearest(self) -> tuple[str, ...]:

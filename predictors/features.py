@@ -75,10 +75,13 @@ def latency_features(
     query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
     matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + 3 * widths)
     block_norms = hidden * (attention_layers + mlp_layers)
+    biases = np.array([s.attention_bias for s in shapes]) * (query_heads + 2 * kv_groups)
+    head_norms = np.array([s.qk_norm for s in shapes]) * 2 * attention_layers
+    vectors = block_norms + head_dim * (biases + head_norms)
     weight_bytes = (
         matrices * bits_per_weight(BLOCK_BITS[precision]) / 8
         + embedding * bits_per_weight(HEAD_BITS[precision]) / 8
-        + (block_norms + hidden) * 4
+        + (vectors + hidden) * 4
     )
     # what the matrices of a layer read and write: the stream four times, heads, groups and widths once each way
     values = 4 * block_norms + 2 * head_dim * (query_heads + kv_groups) + 4 * widths
@@ -97,7 +100,7 @@ def latency_features(
         "layers_off_128": (width % 128 > 0).sum(axis=1),
         "weight_bytes": weight_bytes,
         "kv_bytes": 2 * kv_groups * head_dim * cached * batch * VALUE_BYTES[precision],
-        "projection_flops": batch * 2 * (fed * (matrices + block_norms) + hidden * vocab),
+        "projection_flops": batch * 2 * (fed * (matrices + vectors) + hidden * vocab),
         "attention_flops": batch * 4 * query_heads * head_dim * seen,
         "activation_bytes": values * fed * batch * VALUE_BYTES[precision],
         "tokens_fed": fed * batch,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from export import heterogeneous_model
 from hw_profiles.shapes import BlockShape
@@ -13,9 +13,11 @@ from . import tiny_models
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_full_blocks_are_a_plain_llama(tied: bool, attention: str) -> None:
-    config = tiny_models.llama_config(tied, num_hidden_layers=3, attn_implementation=attention)
-    plain = tiny_models.randomise(LlamaForCausalLM(config))
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_full_blocks_are_the_plain_model(family: str, tied: bool, attention: str) -> None:
+    fields = tiny_models.llama_config(tied, num_hidden_layers=3, sliding_window=None).to_dict() | {"model_type": family}
+    config = AutoConfig.for_model(**fields, attn_implementation=attention)
+    plain = tiny_models.randomise(AutoModelForCausalLM.from_config(config))
     model = heterogeneous_model(config, [BlockShape(4, 2, 96)] * 3)
     model.set_attn_implementation(attention)
     model.load_state_dict(plain.state_dict(), strict=True)

@@ -123,6 +123,11 @@ def test_genai_generates_torchs_tokens(
     _expect_torchs_tokens(models[tied], precision, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_genai_with_other_families(family: str, tmp_path: Path) -> None:
+    _expect_torchs_tokens(tiny_models.heterogeneous(family=family), "int4", tmp_path)
+
+
 def test_genai_with_unequal_heads_per_kv_head(tmp_path: Path) -> None:
     _expect_torchs_tokens(tiny_models.heterogeneous(blocks=UNEQUAL), "fp32", tmp_path)
 

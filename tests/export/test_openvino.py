@@ -124,14 +124,25 @@ def test_genai_pipeline_generates_torchs_tokens(
     precision: Precision,
     tmp_path: Path,
 ) -> None:
+    _expect_torchs_tokens(models[tied], tokenizer, precision, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_genai_pipeline_with_other_families(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    _expect_torchs_tokens(tiny_models.heterogeneous(family=family), tokenizer, "int4", tmp_path)
+
+
+def _expect_torchs_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, precision: Precision, directory: Path
+) -> None:
     import openvino_genai
 
-    write_openvino(decoder_from_model(models[tied], precision), tmp_path)
-    write_openvino_tokenizer(tokenizer, tmp_path)
-    pipeline = openvino_genai.LLMPipeline(str(tmp_path), "CPU", **compile_properties(1))
+    write_openvino(decoder_from_model(model, precision), directory)
+    write_openvino_tokenizer(tokenizer, directory)
+    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **compile_properties(1))
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.do_sample, config.ignore_eos = 24, False, True
-    reference = tiny_models.rounded(models[tied], precision)
+    reference = tiny_models.rounded(model, precision)
     for seed in (1, 2):  # the second prompt must not see the first
         ids = tiny_models.tokens(11, seed=seed)
         inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(np.ones((1, 11), np.int64)))

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from export import fake_quantize, heterogeneous_model
 from hw_profiles.runtimes import Session
@@ -61,8 +61,11 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def heterogeneous(tied: bool = True, blocks: tuple[BlockShape, ...] = BLOCKS, seed: int = 0) -> PreTrainedModel:
-    return randomise(heterogeneous_model(llama_config(tied), blocks), seed)
+def heterogeneous(
+    tied: bool = True, blocks: tuple[BlockShape, ...] = BLOCKS, seed: int = 0, family: str = "llama"
+) -> PreTrainedModel:
+    fields = {key: value for key, value in llama_config(tied).to_dict().items() if key != "model_type"}
+    return randomise(heterogeneous_model(AutoConfig.for_model(family, **fields), blocks), seed)
 
 
 def rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:

@@ -111,6 +111,19 @@ class WriterContract:
         model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(tied=False, num_hidden_layers=2)))
         self._expect_parity(model, tmp_path)
 
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+    def test_families_that_differ_in_their_attention(self, family: str, precision: Precision, tmp_path: Path) -> None:
+        model = tiny_models.heterogeneous(family=family)
+        decoder = decoder_from_model(model, precision)
+        self._expect_parity(model, tmp_path, precision)
+        wanted = decoder.shape.weight_bytes(precision, SCALE_BYTES[self.runtime])
+        assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+        timed = tmp_path / "timed"
+        timed.mkdir()
+        assert self.operators(self.write(random_decoder(decoder.shape, precision), timed)) == self.operators(
+            self.write(decoder, timed)
+        )
+
     def test_scaled_rotary_embedding(self, tmp_path: Path) -> None:
         scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope = {**scaling, "rope_theta": 300.0, "original_max_position_embeddings": 64}
@@ -185,8 +198,8 @@ class WriterContract:
     def operators(path: Path) -> list[str]:
         raise NotImplementedError
 
-    def _expect_parity(self, model: PreTrainedModel, directory: Path) -> None:
+    def _expect_parity(self, model: PreTrainedModel, directory: Path, precision: Precision = "fp32") -> None:
         ids = tiny_models.tokens(FED)
-        found = tiny_models.session_logits(self.load(model, "fp32", directory), ids, PROMPT)
-        expected = tiny_models.torch_logits(model, ids)[:, PROMPT - 1 :]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance["fp32"])
+        found = tiny_models.session_logits(self.load(model, precision, directory), ids, PROMPT)
+        expected = tiny_models.torch_logits(tiny_models.rounded(model, precision), ids)[:, PROMPT - 1 :]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance[precision])

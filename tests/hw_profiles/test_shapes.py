@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hw_profiles.shapes import BlockShape, ModelShape, Workload, bits_per_weight
@@ -17,6 +19,13 @@ def test_parameters_by_hand() -> None:
     first = 4 * 6 + 2 * 4 * 3 + 6 * 4 + 3 * 4 * 5 + 2 * 4  # q, k and v, o, MLP, two norms
     second = 3 * 4 * 2 + 4
     assert TINY.parameters == first + second + 4 + 2 * 7 * 4
+
+
+def test_parameters_with_biases_and_norms_of_heads_by_hand() -> None:
+    biases, norms = 2 * 3 + 2 * 3, 2 * 3  # of q, k and v; of q and k
+    assert replace(TINY, attention_bias=True).parameters == TINY.parameters + biases
+    assert replace(TINY, qk_norm=True).parameters == TINY.parameters + norms
+    assert replace(TINY, qk_norm=True).weight_bytes("int4") == TINY.weight_bytes("int4") + 4 * norms
 
 
 def test_flops_by_hand() -> None:
@@ -39,9 +48,10 @@ def test_weight_and_cache_bytes() -> None:
 
 
 def test_json_keeps_a_shape_and_its_id() -> None:
-    again = ModelShape.from_json(TINY.to_json())
-    assert again == TINY
-    assert again.id == TINY.id != SMOLLM2_135M.id
+    shapes = [TINY, SMOLLM2_135M, replace(TINY, attention_bias=True), replace(TINY, qk_norm=True)]
+    assert [ModelShape.from_json(shape.to_json()) for shape in shapes] == shapes
+    assert len({shape.id for shape in shapes}) == 4
+    assert TINY.id == "f53e06dd9833"  # what databases and packs of version 0.1 call it
 
 
 @pytest.mark.parametrize("sizes", [(3, 2, 8), (0, 1, 8), (2, 0, 8), (2, 1, -1)])

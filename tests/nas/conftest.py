@@ -1,15 +1,16 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.families import LoadedModel, wrap
 
 
-def _tiny(
+def _tiny_model(
     model_type: str = "llama", *, tied: bool = True, bias: bool = False, vocabulary: int = 96, seed: int = 0
-) -> LoadedModel:
+) -> PreTrainedModel:
     """Three layers, three KV groups of two heads, width 128; norms and biases random, so that checks can fail."""
     sizes = {
         "vocab_size": vocabulary,
@@ -24,17 +25,25 @@ def _tiny(
         "initializer_range": 0.15,
         "pad_token_id": None,
     }
+    sizes |= {"attention_bias": True, "mlp_bias": True} if bias else {}
+    sizes |= {"sliding_window": None} if model_type == "mistral" else {}
     torch.manual_seed(seed)
-    if model_type == "mistral":
-        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=bias, mlp_bias=bias))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
-    return wrap(model, None, f"tiny-{model_type}")
+    return model.eval()
+
+
+def _tiny(model_type: str = "llama", **options: Any) -> LoadedModel:
+    return wrap(_tiny_model(model_type, **options), None, f"tiny-{model_type}")
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    return _tiny_model
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nas.families import fingerprint, load_model, wrap
+from nas.families import FAMILIES, fingerprint, load_config, load_model, wrap
+from nas.space import model_shape
 from nas.tokenizer import tokenizer_from_gguf
 
 MERGES = ["h e", "l l", "he ll", "Ġ w"]
@@ -66,15 +67,30 @@ def _write_gguf(path, model):
     writer.close()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_layer_by_layer_is_the_model(tiny, windows, model_type):
-    loaded = tiny(model_type, tied=False)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_layer_by_layer_is_the_model(tiny_model, windows, model_type, tied):
+    original = tiny_model(model_type, tied=tied)
+    loaded = wrap(original, None, model_type)
     with torch.no_grad():
         hidden = loaded.embed(windows)
         for layer in range(3):
             hidden = loaded.run_layer(layer, hidden)
         logits = loaded.head(loaded.final_norm(hidden))
-        torch.testing.assert_close(logits, loaded.model(windows).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, original(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_phi3_is_loaded_as_a_llama(tiny_model, tmp_path):
+    original = tiny_model("phi3")
+    original.save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.config.model_type == "llama"
+    assert model_shape(load_config(str(tmp_path))) == loaded.shape
+    assert loaded.fingerprint == wrap(original, None, "").fingerprint
+    original.config.rope_parameters["partial_rotary_factor"] = 0.75
+    with pytest.raises(ValueError, match=r"over whole heads, got partial_rotary_factor 0\.75"):
+        wrap(original, None, "partial")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -122,7 +138,7 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
         load_model(str(tmp_path / "empty"))
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="families llama, mistral, got model_type 'gpt2'"):
+    with pytest.raises(ValueError, match="families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'"):
         load_model(str(tmp_path / "gpt2"))
     model = tiny("mistral").model
     model.config.sliding_window = 16

@@ -32,7 +32,8 @@ def _logits(supernet, windows, subnet):
     return supernet.model(windows).logits
 
 
-VARIANTS = [{}, {"tied": False}, {"bias": True}, {"model_type": "mistral"}]
+FAMILIES = [{"model_type": name} for name in ("mistral", "qwen2", "qwen3", "phi3")]
+VARIANTS = [{}, {"tied": False}, {"bias": True}, *FAMILIES]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -56,7 +57,7 @@ def test_a_subnet_is_the_same_whatever_was_active_before(tiny, windows):
         assert torch.equal(_logits(supernet, windows, subnet), wanted)
 
 
-@pytest.mark.parametrize("variant", [{}, {"tied": False}, {"model_type": "mistral"}])
+@pytest.mark.parametrize("variant", [{}, {"tied": False}, *FAMILIES])
 def test_extraction_computes_what_activation_computes(tiny, windows, variant):
     supernet = _supernet(tiny(**variant), windows)
     for subnet in (SUBNET, supernet.space.full(32)):
@@ -68,8 +69,9 @@ def test_extraction_computes_what_activation_computes(tiny, windows, variant):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits):
-    supernet = _supernet(tiny(), windows)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits, model_type):
+    supernet = _supernet(tiny(model_type), windows)
     subnet = Subnet(SUBNET.layers, bits)
     model = supernet.extract(subnet)
     quantized = supernet.quantized(subnet)
