@@ -1,7 +1,8 @@
-"""Hugging Face folders of heterogeneous decoders: safetensors, config, tokenizer and the modelling file."""
+"""Hugging Face folders of decoders: safetensors, config, tokenizer and, where layers differ, the modelling file."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from export import heterogeneous
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
-from hw_profiles.shapes import BlockShape
+from hw_profiles.shapes import BlockShape, ModelShape
 
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
@@ -37,7 +38,7 @@ def register() -> None:
     AutoModelForCausalLM.register(HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM, exist_ok=True)
 
 
-def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> HeterogeneousLlamaForCausalLM:
+def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> PreTrainedModel:
     """An fp32 model with these blocks and uninitialised weights, named as in the base model minus what is skipped."""
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
     fields["num_hidden_layers"] = len(blocks)
@@ -45,9 +46,40 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
     config = HeterogeneousLlamaConfig([asdict(block) for block in blocks], family, **fields)
     with torch.device("meta"):
         model = HeterogeneousLlamaForCausalLM(config)
+    return _on_cpu(model)
+
+
+def is_plain(config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> bool:
+    """Whether the family's own architecture can say these blocks: alike, and others skipped whole."""
+    kept = set(blocks) - {BlockShape(0, 0, 0)}
+    if len(kept) != 1:
+        return False
+    (block,) = kept
+    # transformers refuses heads that do not divide the hidden size, though they have a dimension of their own
+    heads = block.num_attention_heads
+    return heads > 0 and block.intermediate_size > 0 and config.hidden_size % heads == 0
+
+
+def plain_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> PreTrainedModel:
+    """The same in the family's own architecture, layers renumbered without those skipped; for `is_plain` blocks."""
+    kept = [block for block in blocks if block.num_attention_heads]
+    config = copy.deepcopy(base_config)
+    config.head_dim = ModelShape.from_config(base_config, ()).head_dim
+    for field, value in asdict(kept[0]).items():
+        setattr(config, field, value)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: len(kept)]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return _on_cpu(model)
+
+
+def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
+    """A model built without memory, with its weights uninitialised."""
     model.to_empty(device="cpu")
     # rotary frequencies are a buffer outside the state dict: computed, not loaded
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     model.tie_weights()
     model.eval()
     return model

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.space import LayerChoice, Part, SearchSpace, Subnet
+from nas.pareto import pareto_front
+from nas.space import SKIPPED, LayerChoice, Part, SearchSpace, Subnet
 
 Floats = NDArray[np.float64]
 #: Milliseconds of each subnet.
@@ -83,6 +85,21 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
     None whose estimated KL exceeds `worst_kl`.
     """
     space = scores.space
+    optima = (_plain_optima if space.homogeneous else _optima)(scores, latency, bits)
+    distinct = [subnet for subnet in optima if subnet != space.full(bits)]
+    if distinct:
+        distinct = [s for s, kl in zip(distinct, scores.predict(distinct), strict=True) if kl <= worst_kl]
+    if len(distinct) <= count:
+        return distinct
+    latencies = latency(distinct)
+    steps = np.linspace(latencies.max(), latencies.min(), count)
+    nearest = sorted({int(np.abs(latencies - step).argmin()) for step in steps})
+    return [distinct[i] for i in nearest]
+
+
+def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
+    """By rising multiplier, so of falling latency."""
+    space = scores.space
     attention_ms, mlp_ms = part_costs(space, latency, bits)
     solutions: dict[Subnet, None] = {}
     for multiplier in _MULTIPLIERS:
@@ -94,30 +111,38 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
             LayerChoice(space.group_choices[g], space.width_choices[w]) for g, w in zip(groups, widths, strict=True)
         )
         solutions[Subnet(tuple(layers), bits)] = None
-    distinct = [subnet for subnet in solutions if subnet != space.full(bits)]
-    if distinct:
-        distinct = [s for s, kl in zip(distinct, scores.predict(distinct), strict=True) if kl <= worst_kl]
-    if len(distinct) <= count:
-        return distinct
-    latencies = latency(distinct)
-    steps = np.linspace(latencies.max(), latencies.min(), count)
-    nearest = sorted({int(np.abs(latencies - step).argmin()) for step in steps})
-    return [distinct[i] for i in nearest]
+    return list(solutions)
+
+
+def _plain_optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
+    """Of falling latency, where layers are alike: of every shared size and number of layers those that matter most."""
+    space = scores.space
+    subnets = []
+    for group, width in product(range(1, len(space.group_choices)), range(1, len(space.width_choices))):
+        size = LayerChoice(space.group_choices[group], space.width_choices[width])
+        lost = scores.attention[:, 0] + scores.mlp[:, 0] - scores.attention[:, group] - scores.mlp[:, width]
+        most_lost = lost.argsort(kind="stable")[::-1].tolist()
+        for count in range(1, space.depth + 1):
+            kept = set(most_lost[:count])
+            subnets.append(Subnet(tuple(size if i in kept else SKIPPED for i in range(space.depth)), bits))
+    return [subnets[i] for i in pareto_front(np.column_stack([scores.predict(subnets), latency(subnets)]))]
 
 
 def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float) -> Subnet | None:
     """The largest of those minima within `limit_ms`, and then, step by step, what gains most KL a millisecond.
 
+    Where layers are alike, the first is exact already.
+
     None where the smallest is too slow.
     """
     space = scores.space
-    known = [space.full(bits), *ladder(scores, latency, bits, len(_MULTIPLIERS))]
+    known = [space.full(bits), *(_plain_optima if space.homogeneous else _optima)(scores, latency, bits)]
     values_ms = latency(known)
     within = [(value_ms, subnet) for value_ms, subnet in zip(values_ms, known, strict=True) if value_ms <= limit_ms]
     if not within:
         return None
     value_ms, subnet = max(within, key=lambda pair: pair[0])
-    while larger := _one_size_up(space, subnet):
+    while not space.homogeneous and (larger := _one_size_up(space, subnet)):
         values_ms = latency(larger)
         gained = scores.predict([subnet])[0] - scores.predict(larger)
         rates = np.where(values_ms <= limit_ms, gained / np.maximum(values_ms - value_ms, _LEAST_MS), 0.0)

@@ -194,6 +194,12 @@ def search(
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     batch_size: BatchSize = 1,
+    homogeneous: Annotated[
+        bool, typer.Option(help="Layers of one size, others dropped whole: files of the plain architecture.")
+    ] = False,
+    text: Annotated[
+        list[Path], typer.Option(help="Your own text in place of ours, .txt or .jsonl: calibrates and guides.")
+    ] = [],  # noqa: B006
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
     seed: int = 0,
     allow_stale: AllowStale = False,
@@ -207,7 +213,7 @@ def search(
 
     from nas.families import load_model
     from nas.latency import LatencyModel
-    from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
+    from nas.protocol import open_evaluator, open_supernet, protocol_on
     from nas.search import SearchSettings
     from nas.search import search as run_search
     from nas.space import SearchSpace
@@ -224,7 +230,7 @@ def search(
     with Store(database) as store:
         device_id, threads = _device_and_threads(store, device, threads)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
-        space = SearchSpace.from_config(loaded.config)
+        space = SearchSpace.from_config(loaded.config, homogeneous=homogeneous)
         latency = LatencyModel.fit(
             store,
             device_id,
@@ -235,8 +241,8 @@ def search(
             learn_from_finalists=False,
             allow_stale=allow_stale,
         )
-        protocol = EvaluationProtocol(reform=reform)
-        study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict())
+        protocol = protocol_on(text, reform=reform)
+        study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
         note(f"{loaded.name}: {space.size:.1e} subnets; calibrating and reforming")
         supernet = open_supernet(loaded, space, protocol, cache)
         with progress_bar("search") as progress:
@@ -338,7 +344,7 @@ def export(
     from export.artefact import FORMATS
     from nas.artefacts import export_subnet
     from nas.families import load_model
-    from nas.protocol import EvaluationProtocol, fit_winner, open_supernet
+    from nas.protocol import fit_winner, open_supernet, protocol_on
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
     from nas.study import Study, StudyError
@@ -358,7 +364,11 @@ def export(
     loaded = load_model(model or study.model, trust_remote_code=trust_remote_code)
     if loaded.fingerprint != study.fingerprint:
         raise StudyError(f"{model or study.model} is not the model that study {study_name!r} was made of; give --model")
-    protocol = EvaluationProtocol(reform=bool(study.protocol["reform"]))
+    protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]))
+    if study.text and protocol.to_dict()["calibration_files"] != study.protocol["calibration_files"]:
+        raise StudyError(
+            f"the text of study {study_name!r} has changed since its search; search again as another study"
+        )
     supernet = open_supernet(loaded, study.space, protocol, cache)
     if fit and protocol.reform:
         with progress_bar("fit") as progress:

@@ -33,7 +33,7 @@ def evolve(
         pop_size=population,
         sampling=np.array(genes),
         crossover=UniformCrossover(prob=0.9),
-        mutation=ShiftCapacity(space.gene_sizes),
+        mutation=(ChangeShared if space.homogeneous else ShiftCapacity)(space.gene_sizes),
         eliminate_duplicates=True,
     )
     result = minimize(_Surrogate(space, objectives), algorithm, ("n_gen", generations), seed=seed)
@@ -103,6 +103,33 @@ class ShiftCapacity(Mutation):  # type: ignore[misc]
         row[gene] = np.clip(row[gene] + step, 0, self.gene_sizes[gene] - 1)
 
 
+class ChangeShared(Mutation):  # type: ignore[misc]
+    """Where layers are alike: a step of the size that they share, a layer skipped or kept again, or one for another."""
+
+    def __init__(self, gene_sizes: Genes, bits_probability: float = 0.02) -> None:
+        super().__init__(prob=1.0)
+        self.gene_sizes = gene_sizes
+        self.bits_probability = bits_probability
+
+    def _do(self, problem: Problem, X: Genes, *args: Any, random_state: np.random.Generator, **kwargs: Any) -> Genes:
+        changed = X.astype(np.int64)
+        for row in changed:
+            layers = row[:-1].reshape(-1, 2)
+            kept = layers.all(axis=1)
+            size = np.rint(layers[kept].mean(axis=0)).astype(np.int64) if kept.any() else np.ones(2, np.int64)
+            if random_state.random() < 0.5:
+                part = int(random_state.integers(2))
+                step = 1 if random_state.random() < 0.5 else -1
+                size[part] = np.clip(size[part] + step, 1, self.gene_sizes[part] - 1)
+            for group in (np.flatnonzero(kept), np.flatnonzero(~kept)):
+                if len(group) and random_state.random() < 0.5:
+                    kept[random_state.choice(group)] ^= True
+            layers[:] = np.outer(kept, size)
+            if random_state.random() < self.bits_probability:
+                row[-1] = random_state.integers(self.gene_sizes[-1])
+        return changed
+
+
 class _Surrogate(Problem):  # type: ignore[misc]
     def __init__(self, space: SearchSpace, objectives: Objectives) -> None:
         super().__init__(n_var=len(space.gene_sizes), n_obj=2, n_ieq_constr=1, xl=0, xu=space.gene_sizes - 1, vtype=int)
@@ -111,6 +138,6 @@ class _Surrogate(Problem):  # type: ignore[misc]
 
     def _evaluate(self, x: Genes, out: dict[str, Floats], *args: Any, **kwargs: Any) -> None:
         genes = x.astype(np.int64)
-        out["F"] = self.objectives([self.space.decode(row) for row in genes])
-        # at least one layer keeps attention
-        out["G"] = 1.0 - np.array(self.space.group_choices)[genes[:, :-1:2]].max(axis=1, keepdims=True)
+        subnets = [self.space.decode(row) for row in genes]
+        out["F"] = self.objectives(subnets)
+        out["G"] = np.array([[0.0 if keeps_attention(subnet) else 1.0] for subnet in subnets])

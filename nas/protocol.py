@@ -23,7 +23,8 @@ class EvaluationProtocol:
     """Windows of tokens: `calibration` for orders and weights, `search` for the KL of trials.
 
     Scores of single parts, of which there are many and which only rank, take the first `score_windows` of `search`.
-    A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`.
+    A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`. Where the two are
+    the same files, as with a user's own text, the search takes what follows the calibration.
     """
 
     calibration_windows: int = 128
@@ -38,14 +39,30 @@ class EvaluationProtocol:
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self)
         for name in ("calibration_files", "search_files"):
-            fields[name] = [sha256(Path(file).read_bytes()).hexdigest()[:16] for file in fields[name]]
+            fields[name] = [_digest(Path(file)) for file in fields[name]]
         return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:
         return file_windows(tokenizer, self.calibration_files, self.calibration_windows, self.calibration_tokens)
 
     def search(self, tokenizer: Any) -> torch.Tensor:
-        return file_windows(tokenizer, self.search_files, self.search_windows, self.search_tokens)
+        shared = tuple(self.search_files) == tuple(self.calibration_files)
+        after = (self.calibration_windows, self.calibration_tokens) if shared else (0, 0)
+        return file_windows(tokenizer, self.search_files, self.search_windows, self.search_tokens, after=after)
+
+
+def protocol_on(text: Sequence[Path], *, reform: bool = True) -> EvaluationProtocol:
+    """The protocol on a user's own files, or on those of `data/` where there are none."""
+    if not text:
+        return EvaluationProtocol(reform=reform)
+    files = tuple(file.resolve() for file in text)
+    return EvaluationProtocol(reform=reform, calibration_files=files, search_files=files)
+
+
+def _digest(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"wanted a text file, but there is no {file}; name one with UTF-8 text")
+    return sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:

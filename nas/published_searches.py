@@ -21,7 +21,7 @@ from pymoo.operators.sampling.rnd import IntegerRandomSampling
 
 from nas.additive import Latency
 from nas.evolution import keeps_attention
-from nas.space import SearchSpace, Subnet
+from nas.space import LayerChoice, SearchSpace, Subnet
 
 Floats = NDArray[np.float64]
 Batches = Generator[list[Subnet], Sequence[float], None]
@@ -100,7 +100,8 @@ def _attending(space: SearchSpace, subnet: Subnet) -> Subnet:
     """Where no layer attends, the first one does, as little as it can: runtimes expect a KV cache."""
     if keeps_attention(subnet):
         return subnet
-    first = replace(subnet.layers[0], num_key_value_heads=space.group_choices[1])
+    least = LayerChoice(space.group_choices[1], space.width_choices[1])
+    first = least if space.homogeneous else replace(subnet.layers[0], num_key_value_heads=least.num_key_value_heads)
     return replace(subnet, layers=(first, *subnet.layers[1:]))
 
 

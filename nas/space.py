@@ -35,6 +35,10 @@ class LayerChoice:
         return self.num_key_value_heads if part == "attention" else self.intermediate_size
 
 
+#: A layer that is not there.
+SKIPPED = LayerChoice(0, 0)
+
+
 @dataclass(frozen=True)
 class Subnet:
     """One choice per layer and the bits of all blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too."""
@@ -69,6 +73,8 @@ class SearchSpace:
     group_choices: tuple[int, ...]
     width_choices: tuple[int, ...]
     bits_choices: tuple[int, ...] = (8, 4)
+    #: All layers that a subnet keeps are of one size and the others are skipped whole: the plain architecture.
+    homogeneous: bool = False
 
     def __post_init__(self) -> None:
         block = self.base.blocks[0]
@@ -82,6 +88,8 @@ class SearchSpace:
         ):
             if list(choices) != sorted(set(choices)) or not choices or choices[0] < 0 or choices[-1] != full:
                 raise ValueError(f"wanted {name} ascending from 0 or more to the full {full}, got {choices}")
+        if self.homogeneous and (self.group_choices[0] or self.width_choices[0]):
+            raise ValueError("wanted choices from 0 on in a homogeneous space, which skips whole layers")
         ragged = [width for width in self.width_choices if width % QUANTIZATION_BLOCK_SIZE]
         if ragged:
             raise ValueError(f"wanted widths in multiples of {QUANTIZATION_BLOCK_SIZE}, got {ragged}")
@@ -96,6 +104,7 @@ class SearchSpace:
         group_fractions: Sequence[float] = GROUP_FRACTIONS,
         width_fractions: Sequence[float] = WIDTH_FRACTIONS,
         bits_choices: Sequence[int] = (8, 4),
+        homogeneous: bool = False,
     ) -> SearchSpace:
         """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded."""
         base = model_shape(config)
@@ -103,7 +112,7 @@ class SearchSpace:
         groups = {round(block.num_key_value_heads * fraction) for fraction in group_fractions}
         unit = QUANTIZATION_BLOCK_SIZE
         widths = {round(block.intermediate_size * fraction / unit) * unit for fraction in width_fractions}
-        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices))
+        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices), homogeneous)
 
     def full(self, bits: int = 32) -> Subnet:
         return Subnet((LayerChoice(self.group_choices[-1], self.width_choices[-1]),) * self.depth, bits)
@@ -120,6 +129,9 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """How many subnets there are."""
+        if self.homogeneous:
+            shared = (len(self.group_choices) - 1) * (len(self.width_choices) - 1)
+            return int(shared * (2**self.depth - 1) + 1) * len(self.bits_choices)
         per_layer: int = len(self.group_choices) * len(self.width_choices)
         return int(per_layer**self.depth) * len(self.bits_choices)
 
@@ -128,17 +140,26 @@ class SearchSpace:
     ) -> Subnet:
         """A random subnet around a density d drawn from `density`: keeping f has the weight exp(-|f - d| / spread).
 
-        Independent uniform choices would put nearly all subnets close to the same size.
+        Independent uniform choices would put nearly all subnets close to the same size. Where layers are alike, the
+        density is the product of how many are kept and of how much each keeps.
         """
         target = rng.uniform(*density)
 
-        def draw(choices: tuple[int, ...]) -> list[int]:
+        def draw(choices: tuple[int, ...], count: int) -> list[int]:
             weights = np.exp(-np.abs(np.array(choices) / choices[-1] - target) / spread)
-            return [choices[i] for i in rng.choice(len(choices), self.depth, p=weights / weights.sum())]
+            return [choices[i] for i in rng.choice(len(choices), count, p=weights / weights.sum())]
 
-        layers = zip(draw(self.group_choices), draw(self.width_choices), strict=True)
+        if self.homogeneous:
+            share = rng.uniform(target, 1)
+            target /= share
+            kept = rng.permutation(self.depth) < max(1, round(share * self.depth))
+            size = LayerChoice(draw(self.group_choices[1:], 1)[0], draw(self.width_choices[1:], 1)[0])
+            layers = [size if keep else SKIPPED for keep in kept]
+        else:
+            sizes = zip(draw(self.group_choices, self.depth), draw(self.width_choices, self.depth), strict=True)
+            layers = [LayerChoice(groups, width) for groups, width in sizes]
         bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
-        return Subnet(tuple(LayerChoice(groups, width) for groups, width in layers), bits)
+        return Subnet(tuple(layers), bits)
 
     def validate(self, subnet: Subnet) -> None:
         """ValueError where depth or a size is not one of the choices, or bits below 16 are not searched."""
@@ -153,6 +174,11 @@ class SearchSpace:
                     f"wanted num_key_value_heads out of {self.group_choices} and intermediate_size out of "
                     f"{self.width_choices}, got {layer} in layer {index}"
                 )
+        sizes = set(subnet.layers) - {SKIPPED}
+        if self.homogeneous and (
+            len(sizes) > 1 or any(0 in (s.num_key_value_heads, s.intermediate_size) for s in sizes)
+        ):
+            raise ValueError(f"wanted layers of one size, others skipped whole, got {len(sizes)} sizes or half a layer")
 
     def __contains__(self, subnet: object) -> bool:
         if not isinstance(subnet, Subnet) or subnet.bits not in self.bits_choices:
@@ -179,12 +205,18 @@ class SearchSpace:
         return np.array([*genes, self.bits_choices.index(subnet.bits)], dtype=np.int64)
 
     def decode(self, genes: npt.NDArray[np.integer[Any]]) -> Subnet:
-        """The subnet of the indices [2 * depth + 1] that `encode` gives; ValueError where one is out of range."""
+        """The subnet of the indices [2 * depth + 1] that `encode` gives; ValueError where one is out of range.
+
+        In a homogeneous space layers that keep both parts share their mean size, and the others are skipped.
+        """
         if genes.shape != (2 * self.depth + 1,) or (genes < 0).any() or (genes >= self.gene_sizes).any():
             raise ValueError(f"wanted {2 * self.depth + 1} indices of 0 or more below {self.gene_sizes}, got {genes}")
-        layers = tuple(
-            LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w in genes[:-1].reshape(-1, 2).tolist()
-        )
+        chosen = genes[:-1].reshape(-1, 2)
+        if self.homogeneous:
+            kept = (chosen > 0).all(axis=1)
+            shared = np.rint(chosen[kept].mean(axis=0)) if kept.any() else np.zeros(2)
+            chosen = np.outer(kept, shared).astype(np.int64)
+        layers = tuple(LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w in chosen.tolist())
         return Subnet(layers, self.bits_choices[int(genes[-1])])
 
     @property
@@ -214,15 +246,18 @@ class SearchSpace:
         return replace(self.base, blocks=tuple(self._blocks[layer] for layer in subnet.layers))
 
     def to_json(self) -> str:
+        """As earlier versions wrote it, unless it is homogeneous: studies are found by it."""
         fields = asdict(self) | {"base": json.loads(self.base.to_json())}
+        if not self.homogeneous:
+            del fields["homogeneous"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
         fields = json.loads(text)
         base = ModelShape.from_json(json.dumps(fields["base"]))
-        choices = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
-        return cls(base, *choices)
+        groups, widths, bits = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
+        return cls(base, groups, widths, bits, fields.get("homogeneous", False))
 
 
 def model_shape(config: Any) -> ModelShape:

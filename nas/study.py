@@ -6,12 +6,13 @@ Quality does not depend on the device and latency not on the weights, so one stu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, get_args
 
-from sqlalchemy import ForeignKey, PrimaryKeyConstraint, select
+from sqlalchemy import Connection, ForeignKey, PrimaryKeyConstraint, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -54,6 +55,8 @@ class _Study(_Base):
     space: Mapped[str]
     protocol: Mapped[str]
     created_at: Mapped[str]
+    #: JSON list of the paths of a user's own text.
+    text: Mapped[str] = mapped_column(server_default="[]")
 
 
 class _Trial(_Base):
@@ -81,14 +84,28 @@ class _Score(_Base):
     kl: Mapped[float]
 
 
-SCHEMA = Schema("nas", _Base.metadata.sorted_tables)
+def _version_2(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE studies ADD COLUMN text VARCHAR DEFAULT '[]' NOT NULL")
+
+
+SCHEMA = Schema("nas", _Base.metadata.sorted_tables, migrations=[_version_2])
 
 
 class Study:
-    """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured."""
+    """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured, and on which text.
+
+    `text` says where that is, if it is a user's own.
+    """
 
     def __init__(
-        self, store: Store, name: str, model: str, fingerprint: str, space: SearchSpace, protocol: Mapping[str, object]
+        self,
+        store: Store,
+        name: str,
+        model: str,
+        fingerprint: str,
+        space: SearchSpace,
+        protocol: Mapping[str, object],
+        text: Sequence[Path] = (),
     ) -> None:
         self.store = store
         self.name = name
@@ -96,12 +113,20 @@ class Study:
         self.fingerprint = fingerprint
         self.space = space
         self.protocol = dict(protocol)
+        self.text = tuple(text)
 
     @classmethod
     def create(
-        cls, store: Store, name: str, model: str, fingerprint: str, space: SearchSpace, protocol: Mapping[str, object]
+        cls,
+        store: Store,
+        name: str,
+        model: str,
+        fingerprint: str,
+        space: SearchSpace,
+        protocol: Mapping[str, object],
+        text: Sequence[Path] = (),
     ) -> Study:
-        """The study of that name, made now if there is none.
+        """The study of that name, made now if there is none; the same text may have moved since.
 
         Raises StudyError where the name belongs to a study of another model, space or protocol.
         """
@@ -120,7 +145,8 @@ class Study:
                 raise StudyError(
                     f"study {name!r} was made for another {what} (it is of {row.model}); give another --study name"
                 )
-        return cls(store, name, model, fingerprint, space, protocol)
+            row.text = json.dumps([str(file.resolve()) for file in text])
+        return cls(store, name, model, fingerprint, space, protocol, text)
 
     @classmethod
     def load(cls, store: Store, name: str) -> Study:
@@ -132,7 +158,8 @@ class Study:
                 names = ", ".join(sorted(session.scalars(select(_Study.name)))) or "none"
                 raise StudyError(f"there is no study {name!r} in {store.where} (there: {names}); run nas search first")
             space, protocol = SearchSpace.from_json(row.space), json.loads(row.protocol)
-            return cls(store, name, row.model, row.fingerprint, space, protocol)
+            text = [Path(file) for file in json.loads(row.text)]
+            return cls(store, name, row.model, row.fingerprint, space, protocol, text)
 
     def trials(self) -> list[Trial]:
         """In the order they were made."""

@@ -25,7 +25,7 @@ from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
 from nas.reformation import Reformed, reform
 from nas.rounding import round_inputs, round_with_feedback
-from nas.space import PARTS, Part, SearchSpace, Subnet
+from nas.space import PARTS, SKIPPED, Part, SearchSpace, Subnet
 
 #: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
 RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
@@ -238,14 +238,19 @@ class Supernet:
         return weights
 
     def extract(self, subnet: Subnet) -> Any:
-        """A standalone heterogeneous Hugging Face model with `subnet`'s weights in fp32, not yet rounded."""
-        from export.huggingface import heterogeneous_model
+        """A standalone Hugging Face model with `subnet`'s weights in fp32, not yet rounded.
 
-        model = heterogeneous_model(self.loaded.config, self.space.model_shape(subnet).blocks)
+        Of the family's own architecture where that can say it, with the layers kept renumbered; else heterogeneous.
+        """
+        from export.huggingface import heterogeneous_model, is_plain, plain_model
+
+        blocks = self.space.model_shape(subnet).blocks
+        make = plain_model if is_plain(self.loaded.config, blocks) else heterogeneous_model
+        model = make(self.loaded.config, blocks)
         family = self.loaded.family
         state = {
-            f"{family.layers}.{index}.{name}": tensor
-            for index in range(self.space.depth)
+            f"{path}.{name}": tensor
+            for index, path in self._extracted_layers(subnet).items()
             for name, tensor in self.layer_weights(subnet, index).items()
         }
         norm = self.model.get_submodule(family.final_norm)
@@ -255,6 +260,16 @@ class Supernet:
         model.load_state_dict(state, strict=True)
         model.requires_grad_(False).eval()
         return model
+
+    def _extracted_layers(self, subnet: Subnet) -> dict[int, str]:
+        """Paths in `extract`'s model of the layers that are there."""
+        from export.huggingface import is_plain
+
+        kept = list(range(self.space.depth))
+        if is_plain(self.loaded.config, self.space.model_shape(subnet).blocks):
+            kept = [index for index in kept if subnet.layers[index] != SKIPPED]
+            return {index: f"{self.loaded.family.layers}.{number}" for number, index in enumerate(kept)}
+        return {index: f"{self.loaded.family.layers}.{index}" for index in kept}
 
     def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
@@ -302,13 +317,13 @@ class Supernet:
             return {}
         self.activate(subnet)
         quantized: dict[str, QuantizedWeight] = {}
-        for index, layer in enumerate(subnet.layers):
+        for index, path in self._extracted_layers(subnet).items():
             for part in PARTS:
                 own = self._own_weights(subnet, index, part)
-                shared = self._quantized.get((index, part, layer.size(part), subnet.bits), {})
+                shared = self._quantized.get((index, part, subnet.layers[index].size(part), subnet.bits), {})
                 for name, tensor in (shared if own is None else own.rounded).items():
                     if isinstance(tensor, QuantizedWeight):
-                        quantized[f"{family.layers}.{index}.{name}"] = tensor
+                        quantized[f"{path}.{name}"] = tensor
         embedding, head = self._ends.values()
         quantized[f"{family.embedding}.weight"] = quantize(embedding, bits)
         if not self._tied:

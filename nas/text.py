@@ -1,7 +1,13 @@
-"""Windows of tokens cut from text files, and the text slices in `data/`."""
+"""Windows of tokens cut from text files, and the text slices in `data/`.
+
+A file is plain UTF-8 text, or `.jsonl` with an object a line: `text`, or an instruction with its answer as `messages`
+(role and content) or as `instruction`, `input` and `output`, which are put into the tokenizer's chat template if it has
+one.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +22,19 @@ SEARCH_FILES = (DATA_FOLDER / "wikitext2_search.txt", DATA_FOLDER / "c4_search.t
 TEST_FILES = (DATA_FOLDER / "wikitext2_test.txt",)
 
 
-def token_windows(tokenizer: Any, text: str, windows: int, length: int, *, seed: int | None = None) -> torch.Tensor:
+def token_windows(
+    tokenizer: Any, text: str, windows: int, length: int, *, seed: int | None = None, skipped: int = 0
+) -> torch.Tensor:
     """Token ids int64 [windows, length], not overlapping: the text's first, or with a seed a random choice.
 
-    Raises ValueError where the text is too short.
+    The first `skipped` tokens are left out. Raises ValueError where the text is too short.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][skipped:]
     available = len(ids) // length
     if windows < 1 or available < windows:
         raise ValueError(
-            f"wanted {windows} windows of {length} tokens, got text for {available}; give more text or ask less"
+            f"wanted {windows} windows of {length} tokens{f' after {skipped} others' if skipped else ''}, got text for "
+            f"{available}; give more text or ask less"
         )
     if seed is None:
         chosen = np.arange(windows)
@@ -37,19 +46,68 @@ def token_windows(tokenizer: Any, text: str, windows: int, length: int, *, seed:
 
 
 def file_windows(
-    tokenizer: Any, files: Sequence[Path], windows: int, length: int, *, seed: int | None = None
+    tokenizer: Any,
+    files: Sequence[Path],
+    windows: int,
+    length: int,
+    *,
+    seed: int | None = None,
+    after: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
-    """Token ids int64 [windows, length], as many from each file; the first files give what is left over."""
-    shares = [windows // len(files) + (i < windows % len(files)) for i in range(len(files))]
+    """Token ids int64 [windows, length], as many from each file; the first files give what is left over.
+
+    None of them is in the windows (number, length) `after` which they come, taken from the same files.
+    """
+    skipped = [share * after[1] for share in _shares(after[0], len(files))]
     parts = [
-        token_windows(tokenizer, _read(file), share, length, seed=seed)
-        for file, share in zip(files, shares, strict=True)
+        token_windows(tokenizer, read_text(file, tokenizer), share, length, seed=seed, skipped=skip)
+        for file, share, skip in zip(files, _shares(windows, len(files)), skipped, strict=True)
         if share
     ]
     return torch.cat(parts)
 
 
-def _read(file: Path) -> str:
+def _shares(windows: int, files: int) -> list[int]:
+    return [windows // files + (i < windows % files) for i in range(files)]
+
+
+def read_text(file: Path, tokenizer: Any) -> str:
+    """All that a file says, in the form that the model reads; ValueError where it is none of those that we know."""
     if not file.is_file():
         raise ValueError(f"wanted a text file, but there is no {file}; name one with UTF-8 text")
-    return file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"wanted UTF-8 text in {file}, got something else at byte {error.start}; convert it"
+        ) from error
+    if file.suffix != ".jsonl":
+        return text
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return "\n\n".join(_said(line, f"{file}, line {number}", tokenizer) for number, line in lines)
+
+
+def _said(line: str, where: str, tokenizer: Any) -> str:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"wanted a JSON object in {where}, got something else ({error}); mend the line") from error
+    match fields:
+        case {"text": str(text)}:
+            return text
+        case {"messages": [*messages]} if all(_is_message(message) for message in messages):
+            pass
+        case {"instruction": str(instruction), "output": str(output)}:
+            asked = "\n".join(filter(None, (instruction, fields.get("input"))))
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+        case _:
+            raise ValueError(
+                f"wanted text, messages, or instruction and output in {where}, got none; rename its fields"
+            )
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n".join(message["content"] for message in messages)
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

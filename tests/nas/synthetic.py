@@ -20,9 +20,9 @@ Floats = NDArray[np.float64]
 PART_WEIGHTS = {"attention": 0.6, "mlp": 1.0}
 
 
-def tiny_space(layers: int = 6, bits: tuple[int, ...] = (8, 4)) -> SearchSpace:
+def tiny_space(layers: int = 6, bits: tuple[int, ...] = (8, 4), homogeneous: bool = False) -> SearchSpace:
     full = ModelShape(64, 16, 256, True, (BlockShape(4, 2, 128),) * layers)
-    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits)
+    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits, homogeneous)
 
 
 def latency_ms(subnets: Sequence[Subnet]) -> Floats:

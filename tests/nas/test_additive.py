@@ -6,6 +6,7 @@ import pytest
 
 from hw_profiles import BlockShape
 from nas.additive import AdditiveScores, fill_in, ladder, optimum, scored_choices
+from nas.pareto import pareto_front
 from nas.space import LayerChoice, SearchSpace, Subnet
 from tests.nas.synthetic import latency_ms, tiny_space
 
@@ -133,6 +134,28 @@ def test_the_optimum_of_a_budget_is_near_the_best_of_all_and_leaves_no_room(limi
     assert best <= scores.predict([found])[0] < 1.15 * best
     larger = [s for s in within if all(a <= b for a, b in zip(space.encode(found), space.encode(s), strict=True))]
     assert larger == [found]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_layers_are_alike_the_front_and_the_optima_are_exact(seed):
+    """Against every subnet of a small space."""
+    space = tiny_space(layers=4, bits=(8,), homogeneous=True)
+    scores = random_scores(space, seed)
+    full = space.full(8)
+    everything = list({space.decode(np.array(genes)) for genes in product(*map(range, space.gene_sizes))})
+    attending = [subnet for subnet in everything if any(layer.num_key_value_heads for layer in subnet.layers)]
+    points = np.column_stack([scores.predict(attending), latency_ms(attending)])
+    front = {tuple(points[i]) for i in pareto_front(points)}
+    steps = ladder(scores, latency_ms, 8, count=1000)
+    assert set(steps) <= set(attending) - {full}
+    assert {*zip(scores.predict(steps), latency_ms(steps), strict=True)} == front - {
+        tuple(points[attending.index(full)])
+    }
+    for limit_ms in (1.5, 2.5, 3.5):
+        within = [subnet for subnet in attending if latency_ms([subnet])[0] <= limit_ms]
+        found = optimum(scores, latency_ms, 8, limit_ms)
+        assert found in within
+        assert scores.predict([found])[0] == scores.predict(within).min()
 
 
 def test_no_subnet_meets_a_budget_below_the_smallest():

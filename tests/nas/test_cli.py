@@ -31,6 +31,7 @@ from nas.space import SearchSpace
 from nas.study import Study, Trial
 from nas.tables import answer_fields
 from nas.terminal import emit, progress_bar
+from nas.text import SEARCH_FILES
 from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_memory, fill_profile, tiny_space
 
 
@@ -459,7 +460,10 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
 
     full_bytes = check_memory_is_profiled(nas, counts, on_device)
 
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": line}) + "\n" for line in SEARCH_FILES[0].read_text().splitlines()))
     search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
+    search = (*search, "--text", "own.jsonl")
     with monkeypatch.context() as upgraded:
         upgraded.setattr("hw_profiles.runtimes.onnxruntime.OnnxRuntime.version", lambda _: "99.0")
         refused = nas(*search)
@@ -503,6 +507,12 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         assert exported.code == 0
         assert exported.json["subnet"] == answer["subnet"]
         folders.append(format_)
+    said = own.read_text()
+    own.write_text(said.replace("e", "a"))
+    changed = nas("export", "--study", "s", "--subnet", answer["subnet"], "--output", "again")
+    assert changed.code == 2
+    assert "the text of study 's' has changed since its search; search again as another study" in changed.sentence
+    own.write_text(said)
     verified = nas("verify", *folders, "--rounds", "1", "--tpot-ms", "1000", *on_device)
     assert verified.code == 0
     rows = verified.json["folders"]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nas.evolution import ShiftCapacity, choose_batch, evolve
+from nas.evolution import ChangeShared, ShiftCapacity, choose_batch, evolve
 from nas.pareto import hypervolume
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
 from tests.nas.synthetic import latency_ms, lost, tiny_space
 
 Floats = NDArray[np.float64]
@@ -53,6 +53,22 @@ def test_mutation_stays_in_range_and_changes_something(start: list[int]) -> None
     assert (changed < sizes).all()
     assert (changed != X).any(axis=1).mean() > 0.6
     assert set(changed[:, -1]) == {0, 1}
+
+
+def test_shared_sizes_layers_and_bits_all_change_and_layers_stay_alike() -> None:
+    space = tiny_space(5, homogeneous=True)
+    size = LayerChoice(1, 64)
+    start = Subnet((size, SKIPPED, size, size, SKIPPED), 8)
+    X = np.tile(space.encode(start), (400, 1))
+    changed = ChangeShared(space.gene_sizes, 0.5)._do(None, X.copy(), random_state=np.random.default_rng(0))
+    found = [space.decode(row) for row in changed]
+    assert all((space.encode(subnet) == row).all() for subnet, row in zip(found, changed, strict=True))
+    kept = [sum(layer != SKIPPED for layer in subnet.layers) for subnet in (start, *found)]
+    assert {count - kept[0] for count in kept[1:]} == {-1, 0, 1}
+    assert len({tuple(layer != SKIPPED for layer in s.layers) for s in found}) > 5
+    assert len({layer for s in found for layer in s.layers}) >= 4
+    assert {s.bits for s in found} == {8, 4}
+    assert (changed != X).any(axis=1).mean() > 0.7
 
 
 def every_subnet(space: SearchSpace) -> list[Subnet]:

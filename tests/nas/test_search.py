@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 from hw_profiles import Store
 from nas.pareto import hypervolume
 from nas.search import SearchSettings, search
-from nas.space import LayerChoice, SearchSpace, Subnet
-from nas.study import Study, Trial
+from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.study import ALGORITHMS, Algorithm, Study, Trial
 from tests.nas.synthetic import SyntheticEvaluator, latency_ms, tiny_space
 
 SETTINGS = SearchSettings(evaluations=26, batch=6, seeds_per_bits=5, population=24, generations=8)
@@ -62,6 +63,14 @@ def test_runs_to_the_count_in_order_without_duplicates(
     assert all(trial.quality.kl == evaluator.kl(trial.subnet) for trial in trials)
     assert len(set(evaluator.scored)) == len(evaluator.scored)
     assert all(trial.subnet in space and any(c.num_key_value_heads for c in trial.subnet.layers) for trial in trials)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_layers_are_alike_throughout_where_they_should(store: Store, algorithm: Algorithm) -> None:
+    space = tiny_space(homogeneous=True)
+    trials = run(store, SyntheticEvaluator(space), replace(SETTINGS, algorithm=algorithm, budget_ms=6.0))
+    assert len(trials) == 2 + SETTINGS.evaluations or algorithm == "additive"
+    assert all(trial.subnet in space and len({*trial.subnet.layers} - {SKIPPED}) == 1 for trial in trials)
 
 
 def test_beats_as_many_random_subnets(uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:

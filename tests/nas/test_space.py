@@ -1,11 +1,14 @@
 import re
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 from transformers import LlamaConfig
 
 from hw_profiles.shapes import BlockShape
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from tests.nas.synthetic import tiny_space
 
 
 @pytest.fixture
@@ -64,6 +67,36 @@ def test_samples_spread_over_sizes_and_repeat_with_the_seed(space):
     assert np.percentile(kept, 95) > 0.75
     assert {s.bits for s in samples} == {8, 4}
     assert samples[0] == space.sample(np.random.default_rng(0))
+
+
+def test_layers_of_a_homogeneous_space_are_alike(space):
+    space = replace(space, homogeneous=True)
+    rng = np.random.default_rng(0)
+    samples = [space.sample(rng) for _ in range(300)]
+    assert all(len({*s.layers} - {SKIPPED}) == 1 for s in samples)
+    assert all(space.decode(space.encode(s)) == s and s in space for s in samples)
+    assert {sum(layer != SKIPPED for layer in s.layers) for s in samples} == {1, 2, 3, 4}
+    assert {layer for s in samples for layer in s.layers} == {
+        SKIPPED,
+        *(LayerChoice(g, w) for g in space.group_choices[1:] for w in space.width_choices[1:]),
+    }
+    for halves in ((LayerChoice(3, 0), LayerChoice(0, 96)), (LayerChoice(1, 96), LayerChoice(2, 96))):
+        with pytest.raises(ValueError, match="wanted layers of one size, others skipped whole"):
+            space.validate(Subnet((*halves, SKIPPED, SKIPPED), 8))
+    with pytest.raises(ValueError, match="wanted choices from 0 on in a homogeneous space"):
+        replace(space, group_choices=(1, 3))
+
+
+def test_a_homogeneous_space_counts_its_subnets_and_decodes_to_them_alone():
+    space = tiny_space(2, bits=(8,), homogeneous=True)
+    decoded = {space.decode(np.array(genes)) for genes in product(*map(range, space.gene_sizes))}
+    assert len(decoded) == space.size == 2 * 4 * 3 + 1
+    assert all(subnet in space for subnet in decoded)
+    half, whole = LayerChoice(1, 64), LayerChoice(2, 128)
+    assert space.decode(np.array([1, 2, 2, 4, 0])).layers[0] in (half, LayerChoice(2, 96))
+    assert space.decode(np.array([2, 4, 2, 0, 0])).layers == (whole, SKIPPED)
+    assert SearchSpace.from_json(space.to_json()) == space != tiny_space(2, bits=(8,))
+    assert "homogeneous" not in tiny_space(2).to_json()  # as studies of earlier versions have it
 
 
 def test_ends_of_the_space(space):

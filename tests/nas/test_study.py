@@ -89,6 +89,25 @@ def test_a_name_belongs_to_one_model_space_and_protocol(store: Store, changes: d
     assert Study.load(store, "s").space == SPACE
 
 
+def test_where_a_users_own_text_is_may_change(store: Store, tmp_path: Path) -> None:
+    assert Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).text == Study.load(store, "s").text == ()
+    for place in (tmp_path / "here.txt", tmp_path / "there.txt"):
+        Study.create(store, "s", "m", "0123", SPACE, PROTOCOL, [place])
+        assert Study.load(store, "s").text == (place,)
+
+
+def test_studies_of_version_1_are_brought_up_to_date(store: Store, database_url: str) -> None:
+    trials = random_trials(2)
+    Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).add(trials[0])
+    with store.transaction() as session:
+        session.execute(text("ALTER TABLE studies DROP COLUMN text"))
+        session.execute(text("UPDATE schema_version SET version = 1 WHERE name = 'nas'"))
+    with Store(database_url) as later:
+        study = Study.load(later, "s")
+        study.add(trials[1])
+        assert (study.trials(), study.text, study.protocol) == (trials, (), PROTOCOL)
+
+
 def test_an_unknown_name_is_answered_with_those_there_are(store: Store) -> None:
     with pytest.raises(StudyError, match=r"no study 'c' in (sqlite|postgresql).* \(there: none\)"):
         Study.load(store, "c")
@@ -144,6 +163,7 @@ def test_a_study_of_before_versions_were_written_goes_on(store: Store, database_
     trials = random_trials(2)
     Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).add(trials[0])
     with store.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE studies DROP COLUMN text"))
         assert connection.execute(text("DELETE FROM schema_version WHERE name = 'nas'")).rowcount == 1
     with Store(database_url) as again:
         study = Study.create(again, "s", "m", "0123", SPACE, PROTOCOL)
@@ -155,7 +175,7 @@ def test_a_study_of_a_later_llm_nas_is_refused(store: Store) -> None:
     Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99 WHERE name = 'nas'"))
-    with pytest.raises(StoreError, match="the tables of nas have schema version 99, wanted at most 1; use the llm-nas"):
+    with pytest.raises(StoreError, match="the tables of nas have schema version 99, wanted at most 2; use the llm-nas"):
         Study.load(store, "s")
 
 

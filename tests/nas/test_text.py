@@ -1,7 +1,9 @@
+import json
+
 import pytest
 import torch
 
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, token_windows
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, read_text, token_windows
 
 
 def _letters(text, add_special_tokens, verbose):
@@ -29,6 +31,54 @@ def test_files_share_the_windows(tmp_path):
     assert file_windows(_letters, files, 3, 2).tolist() == [[97, 97], [97, 97], [98, 98]]
     with pytest.raises(ValueError, match="there is no"):
         file_windows(_letters, [tmp_path / "c"], 1, 1)
+
+
+def test_windows_after_others_of_the_same_files(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    files[0].write_text("abcdefghij")
+    files[1].write_text("klmnopqrst")
+    assert file_windows(_letters, files, 2, 2, after=(3, 2)).tolist() == [[101, 102], [109, 110]]
+    with pytest.raises(ValueError, match="wanted 2 windows of 4 tokens after 4 others, got text for 1"):
+        file_windows(_letters, files, 4, 4, after=(2, 4))
+
+
+class _Chat:
+    chat_template = "there is one"
+
+    @staticmethod
+    def apply_chat_template(messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+def test_records_are_read_as_the_model_reads_them(tmp_path):
+    file = tmp_path / "own.jsonl"
+    records = [
+        {"text": "plain", "url": "unused"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+        {"instruction": "Say it.", "output": "it"},
+    ]
+    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    chatted = "plain\n\n<user>hi<assistant>yes\n\n<user>Add.\n1 + 1<assistant>2\n\n<user>Say it.<assistant>it"
+    assert read_text(file, _Chat()) == chatted
+    assert read_text(file, None) == "plain\n\nhi\nyes\n\nAdd.\n1 + 1\n2\n\nSay it.\nit"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{"text": "a"}\nnot json', r"JSON object in .*own\.jsonl, line 2"),
+        (b'{"title": "a"}', "line 1, got none; rename its fields"),
+        (b'["a"]', "line 1, got none"),
+        (b'{"messages": [{"role": "user"}]}', "line 1, got none"),
+        (b'{"text": "\xff"}', "got something else at byte 10; convert it"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, named):
+    (tmp_path / "own.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=named):
+        read_text(tmp_path / "own.jsonl", None)
 
 
 def test_slices_share_no_paragraph():
