@@ -16,6 +16,7 @@ import torch
 from structured_peers import kept_parameters
 from torch import nn
 
+from nas.calibration import moments
 from nas.families import computing, fast_dtype
 from nas.space import PARTS
 from nas.supernet import Supernet
@@ -80,10 +81,10 @@ def _principal(batches: list[torch.Tensor], dimensions: int) -> torch.Tensor:
     """Onto the leading components of the normed stream, as the paper has it."""
     total = torch.zeros(())
     for batch in batches:
-        x = batch.flatten(0, -2).double()
+        x = batch.flatten(0, -2).float()
         x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-        total = total + x.T @ x
-    leading = torch.linalg.eigh(total).eigenvectors[:, -dimensions:]
+        total = total + moments(x, x)
+    leading = torch.linalg.eigh(total.double()).eigenvectors[:, -dimensions:]
     return (leading @ leading.T).float()
 
 

@@ -242,6 +242,7 @@ def search(
             allow_stale=allow_stale,
         )
         protocol = protocol_on(text, reform=reform)
+        protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
         note(f"{loaded.name}: {space.size:.1e} subnets; calibrating and reforming")
         supernet = open_supernet(loaded, space, protocol, cache)

@@ -36,7 +36,9 @@ def unfused_config(config: Any) -> Any:
 
     rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
-        raise ValueError(f"wanted rotary embeddings over whole heads, got partial_rotary_factor {rotated}")
+        raise ValueError(
+            f"wanted rotary embeddings over whole heads, got partial_rotary_factor {rotated}; take another model"
+        )
     head_dim = getattr(config, "head_dim", None)
     return LlamaConfig(head_dim=head_dim, **{name: getattr(config, name) for name in _CONFIG_FIELDS})
 

@@ -461,6 +461,10 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     full_bytes = check_memory_is_profiled(nas, counts, on_device)
 
     own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "too short"}')
+    short_of_text = nas("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--text", "own.jsonl", *on_device)
+    assert short_of_text.code == 2
+    assert "wanted 4 windows of 32 tokens after 512 others, got text for 0" in short_of_text.json["error"]
     own.write_text("".join(json.dumps({"text": line}) + "\n" for line in SEARCH_FILES[0].read_text().splitlines()))
     search = ("search", "tiny", "--study", "s", "--runtime", "onnxruntime", "--evaluations", "10", *on_device)
     search = (*search, "--text", "own.jsonl")
