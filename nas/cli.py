@@ -241,10 +241,15 @@ def search(
             learn_from_finalists=False,
             allow_stale=allow_stale,
         )
+        members = tables.space_fields(space, latency)
+        note(f"{loaded.name}: {tables.space(members)}")
+        if budget_ms is not None and budget_ms < (least_ms := members["smallest"]["low_ms"]):
+            sentence = f"wanted {budget_ms:g} ms, but embedding and head alone take {least_ms:.3g} ms; allow more"
+            raise typer.Exit(fail(sentence, EXIT_UNMET, {"space": members}))
         protocol = protocol_on(text, reform=reform)
         protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
-        note(f"{loaded.name}: {space.size:.1e} subnets; calibrating and reforming")
+        note("calibrating and reforming")
         supernet = open_supernet(loaded, space, protocol, cache)
         with progress_bar("search") as progress:
             trials = run_search(space, open_evaluator(supernet, protocol), latency.value_ms, study, settings, progress)
@@ -262,7 +267,7 @@ def search(
     ]
     cost = {"evaluations": len(trials), "tokens": sum(t.quality.tokens for t in trials),
             "seconds": time.perf_counter() - started}  # fmt: skip
-    emit({"study": study_name, "trials": rows, **cost}, as_json, tables.trials(study_name, rows))
+    emit({"study": study_name, "space": members, "trials": rows, **cost}, as_json, tables.trials(study_name, rows))
 
 
 @app.command()

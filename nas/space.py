@@ -123,6 +123,12 @@ class SearchSpace:
         return Subnet((LayerChoice(self.group_choices[0], self.width_choices[0]),) * self.depth, min(self.bits_choices))
 
     @property
+    def middle(self) -> Subnet:
+        """The middle of every choice: how the space is spread between its ends."""
+        layer = LayerChoice(*(choices[len(choices) // 2] for choices in (self.group_choices, self.width_choices)))
+        return Subnet((layer,) * self.depth, sorted(self.bits_choices)[len(self.bits_choices) // 2])
+
+    @property
     def depth(self) -> int:
         return len(self.base.blocks)
 

@@ -14,7 +14,9 @@ from hw_profiles.staleness import ProfileSummary
 if TYPE_CHECKING:  # they bring torch
     from export import Verification
     from nas.budget import Answer
+    from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
+    from nas.space import SearchSpace
 
 Fields = dict[str, Any]
 
@@ -90,6 +92,30 @@ def memory(rows: Sequence[Fields]) -> Table:
             "" if row["mape"] is None else f"{row['mape']:.1%}",
         )
     return table
+
+
+def space_fields(space: SearchSpace, latency: LatencyModel) -> Fields:
+    """How many subnets a search may choose from, and three of them with their predicted latency."""
+    members = {"smallest": space.smallest, "middle": space.middle, "full": space.full(max(space.bits_choices))}
+    predicted = latency.predict(list(members.values()))
+    return {"subnets": space.size} | {
+        name: {
+            "parameters": space.model_shape(subnet).parameters,
+            "bits": subnet.bits,
+            "value_ms": float(predicted.value_ms[i]),
+            "low_ms": float(predicted.low_ms[i]),
+            "high_ms": float(predicted.high_ms[i]),
+        }
+        for i, (name, subnet) in enumerate(members.items())
+    }
+
+
+def space(fields: Fields) -> str:
+    members = []
+    for name in ("smallest", "middle", "full"):
+        member = fields[name]
+        members.append(f"{name} {member['parameters'] / 1e6:.3g} M, {member['bits']} bits, {member['value_ms']:.3g} ms")
+    return f"{float(fields['subnets']):.1e} subnets: {'; '.join(members)}"
 
 
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:

@@ -473,8 +473,15 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         refused = nas(*search)
         assert refused.code == 2
         assert "but 99.0 is installed; run nas profile --runtime onnxruntime" in refused.json["error"]
+    hopeless = nas(*search, "--budget-ms", "0.0001")
+    assert hopeless.code == 1
+    assert "wanted 0.0001 ms, but embedding and head alone take" in hopeless.json["error"]
     searched = nas(*search)
     assert searched.code == 0
+    members = [searched.json["space"][name] for name in ("smallest", "middle", "full")]
+    assert [member["parameters"] for member in members] == sorted(member["parameters"] for member in members)
+    assert 0 < members[0]["value_ms"] < members[2]["value_ms"]
+    assert searched.json["space"]["subnets"] == SearchSpace.from_config(load_config("tiny")).size
     trials = searched.json["trials"]
     assert [trial["role"] for trial in trials[:2]] == ["full", "full"]
     assert len({trial["id"] for trial in trials}) == len(trials) == 12
