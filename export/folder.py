@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +39,7 @@ def export_folder(
         else:
             decoder = decoder_from_model(model, precision, quantized)
             tokenizer.save_pretrained(unfinished)
-            generation = generation_config(model.config, tokenizer)
+            generation = generation_config(model, tokenizer)
             generation.save_pretrained(unfinished)
             if manifest.format == "onnx":
                 write_onnx(decoder, unfinished)
@@ -52,12 +51,16 @@ def export_folder(
     return directory
 
 
-def generation_config(config: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy decoding that ends where the tokenizer says that a turn ends."""
+def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Greedy decoding that ends where the tokenizer says that a turn ends, and where the model itself does."""
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = [end for end in dict.fromkeys((tokenizer.eos_token_id, *ends)) if end is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.config.pad_token_id
     return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
+        pad_token_id=pad if pad is not None else next(iter(ends), None),
         do_sample=False,
     )
 

@@ -64,9 +64,12 @@ def write_genai_config(decoder: Decoder, generation: GenerationConfig, directory
             "type": "llama",
             "vocab_size": shape.vocab_size,
             "context_length": decoder.max_position_embeddings,
-            "bos_token_id": generation.bos_token_id,
-            "eos_token_id": generation.eos_token_id,
-            "pad_token_id": generation.pad_token_id if generation.pad_token_id is not None else generation.eos_token_id,
+            # it refuses null
+            **{
+                name: getattr(generation, name)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+                if getattr(generation, name) is not None
+            },
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL_FILE,

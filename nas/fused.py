@@ -64,4 +64,5 @@ def unfused(model: Any) -> Any:
     plain.load_state_dict(state, strict=True, assign=True)
     plain.model.rotary_emb = type(plain.model.rotary_emb)(config)
     plain.tie_weights()
+    plain.generation_config = model.generation_config
     return plain

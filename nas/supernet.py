@@ -5,6 +5,7 @@ Nothing is masked and nothing is trained. RoPE frequencies, the attention scale 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import tempfile
@@ -258,6 +259,7 @@ class Supernet:
         state |= {f"{family.final_norm}.{name}": tensor for name, tensor in norm.state_dict().items()}
         state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
         model.load_state_dict(state, strict=True)
+        model.generation_config = copy.deepcopy(self.model.generation_config)
         model.requires_grad_(False).eval()
         return model
 

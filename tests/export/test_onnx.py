@@ -141,12 +141,13 @@ def test_unequal_heads_per_kv_head(tmp_path: Path) -> None:
 
 def test_genai_config_counts_the_slots_of_the_cache(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
     decoder = decoder_from_model(models[True], "fp32")
-    write_genai_config(decoder, GenerationConfig(bos_token_id=1, eos_token_id=tiny_models.EOS), tmp_path)
+    generation = GenerationConfig(bos_token_id=1, eos_token_id=tiny_models.EOS, pad_token_id=0)
+    write_genai_config(decoder, generation, tmp_path)
     model = json.loads((tmp_path / "genai_config.json").read_text())["model"]
     assert model["decoder"]["num_hidden_layers"] == 3
     assert model["decoder"]["head_size"] == tiny_models.HEAD_DIM
     assert model["context_length"] == tiny_models.MAX_POSITIONS
-    assert (model["eos_token_id"], model["pad_token_id"]) == (tiny_models.EOS, tiny_models.EOS)
+    assert (model["eos_token_id"], model["pad_token_id"]) == (tiny_models.EOS, 0)
 
 
 def test_bf16_is_refused(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
