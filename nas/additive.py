@@ -85,8 +85,7 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
     None whose estimated KL exceeds `worst_kl`.
     """
     space = scores.space
-    optima = (_plain_optima if space.homogeneous else _optima)(scores, latency, bits)
-    distinct = [subnet for subnet in optima if subnet != space.full(bits)]
+    distinct = [subnet for subnet in _optima(scores, latency, bits) if subnet != space.full(bits)]
     if distinct:
         distinct = [s for s, kl in zip(distinct, scores.predict(distinct), strict=True) if kl <= worst_kl]
     if len(distinct) <= count:
@@ -98,8 +97,10 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
 
 
 def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
-    """By rising multiplier, so of falling latency."""
+    """Of falling latency: those of rising multipliers, or where layers are alike, of all that may be best."""
     space = scores.space
+    if space.homogeneous:
+        return _plain_optima(scores, latency, bits)
     attention_ms, mlp_ms = part_costs(space, latency, bits)
     solutions: dict[Subnet, None] = {}
     for multiplier in _MULTIPLIERS:
@@ -115,7 +116,7 @@ def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]
 
 
 def _plain_optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
-    """Of falling latency, where layers are alike: of every shared size and number of layers those that matter most."""
+    """Pareto-best of every shared size and number of layers, with the layers that matter most."""
     space = scores.space
     subnets = []
     for group, width in product(range(1, len(space.group_choices)), range(1, len(space.width_choices))):
@@ -136,7 +137,7 @@ def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float
     None where the smallest is too slow.
     """
     space = scores.space
-    known = [space.full(bits), *(_plain_optima if space.homogeneous else _optima)(scores, latency, bits)]
+    known = [space.full(bits), *_optima(scores, latency, bits)]
     values_ms = latency(known)
     within = [(value_ms, subnet) for value_ms, subnet in zip(values_ms, known, strict=True) if value_ms <= limit_ms]
     if not within:

@@ -83,7 +83,7 @@ def read_text(file: Path, tokenizer: Any) -> str:
         ) from error
     if file.suffix != ".jsonl":
         return text
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return "\n\n".join(_said(line, f"{file}, line {number}", tokenizer) for number, line in lines)
 
 
@@ -98,14 +98,19 @@ def _said(line: str, where: str, tokenizer: Any) -> str:
         case {"messages": [*messages]} if all(_is_message(message) for message in messages):
             pass
         case {"instruction": str(instruction), "output": str(output)}:
-            asked = "\n".join(filter(None, (instruction, fields.get("input"))))
+            asked = "\n".join(filter(None, (instruction, str(fields.get("input") or ""))))
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
         case _:
             raise ValueError(
                 f"wanted text, messages, or instruction and output in {where}, got none; rename its fields"
             )
     if getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        from jinja2 import TemplateError
+
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(f"wanted messages that the chat template takes in {where}, got: {error}") from error
     return "\n".join(message["content"] for message in messages)
 
 

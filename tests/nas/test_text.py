@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from jinja2 import TemplateError
 
 from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, read_text, token_windows
 
@@ -48,6 +49,8 @@ class _Chat:
     @staticmethod
     def apply_chat_template(messages, tokenize):
         assert not tokenize
+        if messages[0]["role"] == "tool":
+            raise TemplateError("a tool may not begin")
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
 
@@ -57,12 +60,18 @@ def test_records_are_read_as_the_model_reads_them(tmp_path):
         {"text": "plain", "url": "unused"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
         {"instruction": "Add.", "input": "1 + 1", "output": "2"},
-        {"instruction": "Say it.", "output": "it"},
+        {"instruction": "Say\u2028it.", "output": "it"},
     ]
-    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    chatted = "plain\n\n<user>hi<assistant>yes\n\n<user>Add.\n1 + 1<assistant>2\n\n<user>Say it.<assistant>it"
+    file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n\n")
+    chatted = "plain\n\n<user>hi<assistant>yes\n\n<user>Add.\n1 + 1<assistant>2\n\n<user>Say\u2028it.<assistant>it"
     assert read_text(file, _Chat()) == chatted
-    assert read_text(file, None) == "plain\n\nhi\nyes\n\nAdd.\n1 + 1\n2\n\nSay it.\nit"
+    assert read_text(file, None) == "plain\n\nhi\nyes\n\nAdd.\n1 + 1\n2\n\nSay\u2028it.\nit"
+
+
+def test_messages_that_the_template_refuses_are_named(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"messages": [{"role": "tool", "content": "42"}]}')
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 1, got: a tool may not begin"):
+        read_text(tmp_path / "own.jsonl", _Chat())
 
 
 @pytest.mark.parametrize(
