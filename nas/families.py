@@ -197,6 +197,9 @@ def _family(config: Any) -> Family:
         raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
     if row.sliding_window and getattr(config, row.sliding_window, None):
         raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if hidden % heads:
+        raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")
     return row
 
 

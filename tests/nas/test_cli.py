@@ -323,7 +323,11 @@ def test_errors_of_the_system(
 
 def test_control_c(nas: Nas, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.report.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
-    outcome = nas("report", "--study", "s", "--threads", "1")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        outcome = nas("report", "--study", "s", "--threads", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.sentence == "stopped; run the same command again to go on from here"
 

@@ -140,6 +140,10 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'"):
         load_model(str(tmp_path / "gpt2"))
+    model = tiny("qwen3").model
+    model.config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="heads that divide the hidden size, as transformers does, got 5 for 96"):
+        wrap(model, None, "odd")
     model = tiny("mistral").model
     model.config.sliding_window = 16
     with pytest.raises(ValueError, match="full attention in every layer"):
