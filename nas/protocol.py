@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from nas.families import LoadedModel, fast_dtype
 from nas.sequential import Progress, fit_in_sequence
 from nas.space import SearchSpace, Subnet
 from nas.supernet import Supernet
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, text_digest
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class EvaluationProtocol:
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self)
         for name in ("calibration_files", "search_files"):
-            fields[name] = [_digest(Path(file)) for file in fields[name]]
+            fields[name] = [text_digest(Path(file)) for file in fields[name]]
         return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:
@@ -57,12 +56,6 @@ def protocol_on(text: Sequence[Path], *, reform: bool = True) -> EvaluationProto
         return EvaluationProtocol(reform=reform)
     files = tuple(file.resolve() for file in text)
     return EvaluationProtocol(reform=reform, calibration_files=files, search_files=files)
-
-
-def _digest(file: Path) -> str:
-    if not file.is_file():
-        raise ValueError(f"wanted a text file, but there is no {file}; name one with UTF-8 text")
-    return sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:

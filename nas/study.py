@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, ForeignKey, PrimaryKeyConstraint, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -91,29 +91,20 @@ def _version_2(connection: Connection) -> None:
 SCHEMA = Schema("nas", _Base.metadata.sorted_tables, migrations=[_version_2])
 
 
+@dataclass(frozen=True, eq=False)
 class Study:
     """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured, and on which text.
 
     `text` says where that is, if it is a user's own.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        model: str,
-        fingerprint: str,
-        space: SearchSpace,
-        protocol: Mapping[str, object],
-        text: Sequence[Path] = (),
-    ) -> None:
-        self.store = store
-        self.name = name
-        self.model = model
-        self.fingerprint = fingerprint
-        self.space = space
-        self.protocol = dict(protocol)
-        self.text = tuple(text)
+    store: Store
+    name: str
+    model: str
+    fingerprint: str
+    space: SearchSpace
+    protocol: Mapping[str, Any]
+    text: Sequence[Path] = ()
 
     @classmethod
     def create(
@@ -158,7 +149,7 @@ class Study:
                 names = ", ".join(sorted(session.scalars(select(_Study.name)))) or "none"
                 raise StudyError(f"there is no study {name!r} in {store.where} (there: {names}); run nas search first")
             space, protocol = SearchSpace.from_json(row.space), json.loads(row.protocol)
-            text = [Path(file) for file in json.loads(row.text)]
+            text = tuple(Path(file) for file in json.loads(row.text))
             return cls(store, name, row.model, row.fingerprint, space, protocol, text)
 
     def trials(self) -> list[Trial]:

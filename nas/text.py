@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,8 @@ def _shares(windows: int, files: int) -> list[int]:
 
 def read_text(file: Path, tokenizer: Any) -> str:
     """All that a file says, in the form that the model reads; ValueError where it is none of those that we know."""
-    if not file.is_file():
-        raise ValueError(f"wanted a text file, but there is no {file}; name one with UTF-8 text")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = _content(file).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"wanted UTF-8 text in {file}, got something else at byte {error.start}; convert it"
@@ -85,6 +84,17 @@ def read_text(file: Path, tokenizer: Any) -> str:
         return text
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return "\n\n".join(_said(line, f"{file}, line {number}", tokenizer) for number, line in lines)
+
+
+def text_digest(file: Path) -> str:
+    """Sixteen hex digits, equal for files of equal content."""
+    return sha256(_content(file)).hexdigest()[:16]
+
+
+def _content(file: Path) -> bytes:
+    if not file.is_file():
+        raise ValueError(f"wanted a text file, but there is no {file}; name one with UTF-8 text")
+    return file.read_bytes()
 
 
 def _said(line: str, where: str, tokenizer: Any) -> str:
