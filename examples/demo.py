@@ -34,6 +34,7 @@ PROFILE_OPTIONS = {
     "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
     "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 0 --rounds 1",
 }
+RUNTIMES = "--runtime onnxruntime --runtime openvino"
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 
 console = Console()
@@ -84,7 +85,14 @@ class Demo:
     def run(self) -> None:
         targets = []
         for step, options in PROFILE_OPTIONS.items():
-            arguments = [*options.split(), *WORKLOADS.split(), "--memory-graphs", "0", *self.profile_options]
+            arguments = [
+                *options.split(),
+                *RUNTIMES.split(),
+                *WORKLOADS.split(),
+                "--memory-graphs",
+                "0",
+                *self.profile_options,
+            ]
             targets += self.nas("profile", self.model, *arguments, step=step)["targets"]
         full_tpot_ms = {
             row["target"].split("/")[1]: row["full_ms"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hw_profiles.shapes import PRECISIONS, ModelShape, Precision
 
-Format = Literal["huggingface", "openvino", "onnx"]
+Format = Literal["huggingface", "openvino", "onnx", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 MANIFEST_FILE = "llm-nas.json"
@@ -59,6 +59,10 @@ class Manifest:
     predictions: tuple[LatencyPrediction, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.base_model}, subnet {self.subnet_id}"
 
     def to_json(self) -> str:
         fields = {"manifest_version": _MANIFEST_VERSION, **asdict(self)}

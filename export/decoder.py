@@ -1,4 +1,4 @@
-"""A heterogeneous decoder as plain arrays: what the ONNX and OpenVINO writers both read.
+"""A heterogeneous decoder as plain arrays: what the writers of ONNX, OpenVINO and GGUF files all read.
 
 The writers see numpy only, so a decoder with random weights, made from a bare `ModelShape`, goes through the same code
 as a trained one: what is profiled is what is shipped.
@@ -87,11 +87,13 @@ class Layer:
 class Decoder:
     """Weights and constants of one decoder; `head` is the same object as `embedding` where the two are tied.
 
-    `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, in fp32 as transformers computes them.
+    `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, in fp32 as transformers computes them: the
+    powers of `rope_theta`, or scaled ones.
     """
 
     shape: ModelShape
     precision: Precision
+    rope_theta: float
     inverse_frequencies: Array
     rms_norm_eps: float
     max_position_embeddings: int
@@ -158,6 +160,7 @@ def decoder_from_model(
         matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
+        rope_theta=float(config.rope_parameters["rope_theta"]),
         # computed anew: a model cast to half precision has rounded its own
         inverse_frequencies=type(model.model.rotary_emb)(config=config).inv_freq.numpy(),
         rms_norm_eps=float(config.rms_norm_eps),
@@ -198,6 +201,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         head=embedding
         if shape.tie_word_embeddings
         else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
+        rope_theta=10_000.0,
         inverse_frequencies=(10_000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32),
         rms_norm_eps=1e-5,
         max_position_embeddings=8192,
@@ -212,6 +216,7 @@ def _assemble(
     matrix: Callable[[str, int, int], Matrix],
     embedding: Matrix,
     head: Matrix,
+    rope_theta: float,
     inverse_frequencies: Array,
     rms_norm_eps: float,
     max_position_embeddings: int,
@@ -249,6 +254,7 @@ def _assemble(
     return Decoder(
         shape,
         precision,
+        rope_theta,
         inverse_frequencies,
         rms_norm_eps,
         max_position_embeddings,

@@ -10,6 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from export.artefact import Manifest, Parity, whole_or_absent
 from export.decoder import decoder_from_model
+from export.gguf import write_gguf
+from export.gguf_tokenizer import tokenizer_metadata
 from export.huggingface import write_huggingface
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
@@ -38,8 +40,12 @@ def export_folder(
             write_huggingface(_rounded(model, precision, quantized or {}), tokenizer, unfinished)
         else:
             decoder = decoder_from_model(model, precision, quantized)
-            tokenizer.save_pretrained(unfinished)
             generation = generation_config(model, tokenizer)
+            if manifest.format == "gguf":  # one file with all of it
+                metadata = tokenizer_metadata(tokenizer, decoder.shape.vocab_size, generation)
+                write_gguf(decoder, unfinished, {"general.name": manifest.title} | metadata)
+                return directory
+            tokenizer.save_pretrained(unfinished)
             generation.save_pretrained(unfinished)
             if manifest.format == "onnx":
                 write_onnx(decoder, unfinished)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -140,6 +141,8 @@ def verify(
             exact = _agreement_with_fp32_activations(directory, threads, parity)
         elif manifest.format == "openvino" and manifest.precision == "bf16":
             exact = _agreement_in_fp32(directory, threads, parity)
+        elif manifest.format == "gguf":
+            exact = _agreement_of_fp32_copy(directory, threads, parity)
         generated = generate(directory, manifest.format, threads, prompt, new_tokens)
         checked.append((shipped, exact, generated))
     footprints = {
@@ -284,6 +287,8 @@ def generate(directory: Path, format_: Format, threads: int, prompt: str, new_to
 def _generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
     if format_ == "openvino":
         return _generate_openvino(directory, threads, prompt, new_tokens)
+    if format_ == "gguf":
+        return _generate_llamacpp(directory, threads, prompt, new_tokens)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -350,6 +355,20 @@ def _generate_openvino(directory: Path, threads: int, prompt: str, new_tokens: i
     return str(pipeline.generate(prompt, config))
 
 
+def _generate_llamacpp(directory: Path, threads: int, prompt: str, new_tokens: int) -> str:
+    import llama_cpp
+
+    from hw_profiles.runtimes.llamacpp import MODEL_FILE
+
+    model = llama_cpp.Llama(str(directory / MODEL_FILE), n_ctx=_MAX_TOKENS, n_threads=threads, verbose=False)
+    vocabulary, ids, output = llama_cpp.llama_model_get_vocab(model.model), model.tokenize(prompt.encode()), []
+    for token in islice(model.generate(ids, temp=0), new_tokens):
+        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+            break
+        output.append(token)
+    return str(model.detokenize(output, prev_tokens=ids).decode(errors="replace"))
+
+
 def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
     """Agreement of the same ONNX weights when MatMulNBits leaves the activations alone."""
     import onnx
@@ -376,3 +395,14 @@ def _agreement_in_fp32(directory: Path, threads: int, parity: Parity) -> LogitAg
 
     compiled = ov.Core().compile_model(directory / MODEL_FILE, "CPU", compile_properties(threads))
     return logit_agreement(OpenVinoSession(compiled, _MAX_TOKENS), parity)
+
+
+def _agreement_of_fp32_copy(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
+    """Agreement of the same GGUF weights when llama.cpp rounds neither activations nor its cache."""
+    from export.gguf import MODEL_FILE, write_fp32_copy
+    from hw_profiles.runtimes.llamacpp import LlamaCppRuntime
+
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        copy = write_fp32_copy(directory / MODEL_FILE, Path(scratch, MODEL_FILE))
+        session = LlamaCppRuntime().load_exact(copy, threads, _MAX_TOKENS)
+        return logit_agreement(session, parity, token_by_token=False)

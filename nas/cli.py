@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
 from hw_profiles.devices import pin
-from hw_profiles.runtimes import names
+from hw_profiles.runtimes import installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
 from nas import tables
@@ -73,13 +73,7 @@ _PROFILED: tuple[Precision, ...] = ("fp32", "int8", "int4")
 def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
     """What is here, and what is profiled."""
     here = detect()
-    available = {}
-    for name in RUNTIMES:
-        try:
-            engine = runtime(name)
-            available[name] = {"version": engine.version(), "names": names(engine)}
-        except ImportError:
-            continue
+    available = {engine.name: {"version": engine.version(), "names": names(engine)} for engine in installed()}
     with Store(database) as store:
         known = {device.id: device.title for device in store.devices()}
         summaries = [
@@ -97,7 +91,9 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
 @app.command()
 def profile(
     model: Annotated[str | None, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")] = None,
-    runtime_name: Annotated[list[str] | None, typer.Option("--runtime", help=f"Any of {_RUNTIMES}")] = None,
+    runtime_name: Annotated[
+        list[str] | None, typer.Option("--runtime", help=f"Any of {_RUNTIMES} All that are installed by default.")
+    ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(help=f"Any of {', '.join(PRECISIONS)}; {', '.join(_PROFILED)} by default."),
@@ -146,7 +142,7 @@ def profile(
         return
     if model is None:
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
-    runtimes = list(dict.fromkeys(runtime_name or RUNTIMES))
+    runtimes = list(dict.fromkeys(runtime_name or (engine.name for engine in installed())))
     precisions = [_precision(value) for value in dict.fromkeys(precision or _PROFILED)]
     prefills = [Workload("prefill", tokens, batch) for batch in batch_size for tokens in prompt_tokens]
     decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]

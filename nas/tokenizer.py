@@ -6,24 +6,14 @@ so that digits and spaces come out as other tokens than the model was trained on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-#: `tokenizer.ggml.pre` -> how text is cut before byte-pair merging. The names are llama.cpp's
-#: (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, `tokenizer_pre ==`).
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-}
+from export.gguf_tokenizer import PRE_TOKENIZERS
 
 #: `tokenizer.ggml.token_type` values that are matched before merging (gguf.TokenType).
 _CONTROL, _USER_DEFINED = 3, 4
@@ -35,15 +25,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any:
     Raises ValueError where the file's tokenizer is not byte-level BPE, or its pre-tokenizer is not in the table.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"wanted a GGUF tokenizer of model gpt2 and pre-tokenizer {' or '.join(sorted(_PRE_TOKENIZERS))}, "
+            f"wanted a GGUF tokenizer of model gpt2 and pre-tokenizer {' or '.join(sorted(PRE_TOKENIZERS))}, "
             f"got {kind} and {pre}; load the model's Hugging Face folder instead"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     types: list[int] = metadata["tokenizer.ggml.token_type"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -66,10 +67,20 @@ def _openvino(device: str = CPU) -> Runtime:
     return OpenVinoRuntime(device)
 
 
+def _llamacpp(device: str = CPU) -> Runtime:
+    from hw_profiles.runtimes.llamacpp import LlamaCppRuntime
+
+    return LlamaCppRuntime(device)
+
+
 #: Constructors: of the engine on its CPU, and, given one of its other devices, on that.
-RUNTIMES: dict[str, Callable[..., Runtime]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNTIMES: dict[str, Callable[..., Runtime]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "llamacpp": _llamacpp,
+}
 #: Bytes of a quantised block's scale in the files that an engine reads: MatMulNBits wants it in the activations' type.
-SCALE_BYTES = {"onnxruntime": 4, "openvino": 2}
+SCALE_BYTES = {"onnxruntime": 4, "openvino": 2, "llamacpp": 2}
 
 
 def runtime(name: str) -> Runtime:
@@ -90,6 +101,15 @@ def runtime(name: str) -> Runtime:
             "these, or install what that device needs"
         )
     return RUNTIMES[engine](name.removeprefix(f"{engine}:"))
+
+
+def installed() -> list[Runtime]:
+    """The engines whose packages are here, each on its CPU."""
+    found = []
+    for construct in RUNTIMES.values():
+        with suppress(ImportError):
+            found.append(construct())
+    return found
 
 
 def engine_of(name: str) -> str:

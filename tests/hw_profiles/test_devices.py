@@ -117,7 +117,7 @@ import numpy as np
 
 pin(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
-    for name, write in (("onnxruntime", tiny_graphs.write_onnx), ("openvino", tiny_graphs.write_openvino)):
+    for name, write in tiny_graphs.WRITERS.items():
         write(Path(folder))
         runtime(name).load(Path(folder), 2, 8).step(np.zeros((1, 4), np.int64))
 print(detect().cpus, detect().cores)

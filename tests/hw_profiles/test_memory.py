@@ -54,7 +54,7 @@ print(_peak_bytes() - before)
 def test_a_graph_in_a_process_of_its_own(name: str, workload: Workload, tmp_path: Path) -> None:
     """This process holds far more than the tiny graph's, which must not show; nor must it be held to this one."""
     held = bytearray(b"\1" * 300_000_000)
-    write = {"onnxruntime": tiny_graphs.write_onnx, "openvino": tiny_graphs.write_openvino}[name]
+    write = tiny_graphs.WRITERS[name]
     found = measure_memory(name, write(tmp_path).parent, 1, workload, tiny_graphs.VOCAB_SIZE)
     assert 15e6 < found.baseline_bytes < found.peak_bytes < len(held)
     assert (found.step_joules is None) == (EnergyMeter.find() is None)

@@ -24,9 +24,8 @@ MAX_TOKENS = 32
 Write = Callable[[Path], Path]
 
 WRITERS: dict[str, Write] = {
-    "onnxruntime": tiny_graphs.write_onnx,
+    **tiny_graphs.WRITERS,
     "onnxruntime:OpenVINO": tiny_graphs.write_onnx_without_fused_attention,  # the provider has no GroupQueryAttention
-    "openvino": tiny_graphs.write_openvino,
 }
 LISTED_HERE = [name for engine in RUNTIMES for name in names(runtime(engine))]
 #: Which of these is here, the contract runs on.
@@ -150,13 +149,13 @@ def test_version_and_devices(case: tuple[Runtime, Write]) -> None:
 
 
 def test_unknown_runtime_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="one of onnxruntime, openvino, got 'tvm'"):
+    with pytest.raises(ValueError, match="one of onnxruntime, openvino, llamacpp, got 'tvm'"):
         runtime("tvm")
     assert [runtime(name).name for name in RUNTIMES] == list(RUNTIMES)
 
 
 def test_importing_the_package_loads_no_runtime_and_no_database() -> None:
-    heavy = "{'onnxruntime', 'openvino', 'torch', 'transformers', 'sqlalchemy'}"
+    heavy = "{'onnxruntime', 'openvino', 'llama_cpp', 'torch', 'transformers', 'sqlalchemy'}"
     code = f"import sys, hw_profiles.__main__; sys.exit(', '.join({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 

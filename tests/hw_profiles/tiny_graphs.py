@@ -1,9 +1,10 @@
-"""Decoders of one or two attention layers and random weights, in the formats of the two runtimes."""
+"""Decoders of one or two attention layers and random weights, in the formats of the runtimes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx
 import openvino as ov
@@ -170,3 +171,40 @@ def write_openvino(directory: Path) -> Path:
     path = directory / "openvino_model.xml"
     ov.save_model(openvino_model(), path, compress_to_fp16=False)
     return path
+
+
+def write_gguf(directory: Path) -> Path:
+    """Two layers of a Llama with two KV heads."""
+    rng = np.random.default_rng(0)
+    path = directory / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(MAX_POSITIONS)
+    writer.add_embedding_length(HIDDEN_SIZE)
+    writer.add_feed_forward_length(HIDDEN_SIZE)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB_SIZE)
+    writer.add_tokenizer_model("none")
+    writer.add_tensor("token_embd.weight", _weights(rng, VOCAB_SIZE, HIDDEN_SIZE))
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN_SIZE, np.float32))
+    rows = {"attn_q": 4 * HEAD_DIM, "attn_k": 2 * HEAD_DIM, "attn_v": 2 * HEAD_DIM, "ffn_gate": HIDDEN_SIZE}
+    for i in range(2):
+        for name, count in {**rows, "ffn_up": HIDDEN_SIZE, "ffn_down": HIDDEN_SIZE}.items():
+            writer.add_tensor(f"blk.{i}.{name}.weight", _weights(rng, count, HIDDEN_SIZE))
+        writer.add_tensor(f"blk.{i}.attn_output.weight", _weights(rng, HIDDEN_SIZE, 4 * HEAD_DIM))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(HIDDEN_SIZE, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+#: By engine.
+WRITERS = {"onnxruntime": write_onnx, "openvino": write_openvino, "llamacpp": write_gguf}

@@ -114,7 +114,7 @@ def test_no_command_shows_the_help_and_fails(nas: Nas) -> None:
 MISTAKES = {
     ("profile", "./nonesuch"): "there is no nonesuch; check the path",
     ("profile", "gpt2"): "one of the families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
-    ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, got 'tpu'",
+    ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, llamacpp, got 'tpu'",
     ("profile", "gpt2", "--runtime", "openvino:XPU"): "lists here (openvino, ",
     ("profile", "gpt2", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
     ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
@@ -261,7 +261,7 @@ def test_devices_lists_what_is_profiled(nas: Nas, study: Study) -> None:
     assert all(row["repeat_noise"] == {"decode 128": 0.0, "prefill 128": 0.0} for row in found["profiled"])
     assert {row["runtime_version"] for row in found["profiled"]} == {runtime("openvino").version()}
     assert [row["stale"] for row in found["profiled"]] == [False, False]
-    assert set(found["runtimes"]) == {"openvino", "onnxruntime"}
+    assert set(found["runtimes"]) == {"openvino", "onnxruntime", "llamacpp"}
     for_people = nas("devices").out
     assert "openvino/int4/1 thread" in for_people
     assert "STALE" not in for_people

@@ -1,0 +1,265 @@
+"""Write a decoder as the GGUF file that llama.cpp and everything built on it runs.
+
+Layers that are alike make a file of the family's own architecture; others one of `deci`, whose heads and widths are
+lists (https://github.com/ggml-org/llama.cpp/blob/master/src/models/deci.cpp). Integers and scales go unchanged into
+the blocks of Q4_0 and Q8_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as TensorType
+from numpy.typing import NDArray
+
+from export.decoder import Array, AttentionWeights, Decoder, Layer, Matrix, MlpWeights, PackedMatrix
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, ModelShape, Precision
+
+MODEL_FILE = "model.gguf"
+
+#: The narrowest that llama.cpp runs.
+_WIDTH_OF_NO_MLP = 1
+_FILE_TYPES: dict[Precision, gguf.LlamaFileType] = {
+    "fp32": gguf.LlamaFileType.ALL_F32,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+_HETEROGENEOUS = "deci"
+#: Architectures that rotate pairs of neighbours, where Hugging Face's weights have them half a head apart.
+_ROTATING_NEIGHBOURS = ("llama", _HETEROGENEOUS)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """`heads` is above 0 where rows are to be put into the order of neighbours, head by head."""
+
+    name: str
+    values: Matrix
+    heads: int = 0
+
+
+def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write `model.gguf`, tensor by tensor, and return its path; `metadata` is that of name and tokenizer.
+
+    Without metadata the file has no tokens, which suffices for timing. Raises ValueError for what llama.cpp does not
+    compute: normed heads (Qwen3) where layers differ, rotary scaling beside biases, no layer at all.
+    """
+    layers = _merged(decoder.layers)
+    architecture = _architecture(decoder, layers)
+    if architecture == _HETEROGENEOUS:
+        layers = _with_zeros(layers, decoder.shape)
+    path = directory / MODEL_FILE
+    writer = gguf.GGUFWriter(path, architecture)
+    _describe(writer, decoder, layers)
+    for key, value in (metadata or {"tokenizer.ggml.model": "none"}).items():
+        _add(writer, key, value)
+    tensors = list(_tensors(decoder, layers, architecture))
+    for tensor in tensors:
+        kind, shape = _type(tensor.values), _stored_shape(tensor.values)
+        stored = np.uint8 if kind != TensorType.F32 else np.float32
+        size = int(np.prod(shape)) * np.dtype(stored).itemsize
+        writer.add_tensor_info(tensor.name, shape, np.dtype(stored), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(_stored(_reordered(tensor)))
+    writer.close()
+    return path
+
+
+def write_fp32_copy(source: Path, target: Path) -> Path:
+    """Write the same GGUF file with every tensor as fp32, as gguf's own reader understands it; return `target`."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(key, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _merged(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The same without empty layers, and with an attention whose MLP is skipped beside the MLP that comes next."""
+    merged: list[Layer] = []
+    for layer in layers:
+        if layer.attention is None and layer.mlp is not None and merged and merged[-1].mlp is None:
+            merged[-1] = Layer(merged[-1].attention, layer.mlp)
+        elif layer.attention is not None or layer.mlp is not None:
+            merged.append(layer)
+    return tuple(merged)
+
+
+def _with_zeros(layers: tuple[Layer, ...], shape: ModelShape) -> tuple[Layer, ...]:
+    """The same with parts that add nothing, where llama.cpp cannot do without: any MLP, and the first attention.
+
+    It leaves a layer's attention out where there is no MLP behind it, and learns a head's size from the first layer.
+    """
+    norm = np.ones(shape.hidden_size, np.float32)
+    rows = np.zeros((_WIDTH_OF_NO_MLP, shape.hidden_size), np.float32)
+    mlp = MlpWeights(norm, rows, rows, np.ascontiguousarray(rows.T))
+    layers = tuple(replace(layer, mlp=layer.mlp or mlp) for layer in layers)
+    if layers[0].attention is None:
+        head = np.zeros((shape.head_dim, shape.hidden_size), np.uint16)  # bf16: any width will do, half the bytes
+        attention = AttentionWeights(norm, head, head, head, np.ascontiguousarray(head.T))
+        layers = (replace(layers[0], attention=attention), *layers[1:])
+    return layers
+
+
+def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
+    shape = decoder.shape
+    if not layers:
+        raise ValueError("wanted a layer that keeps its attention or its MLP, got none; export to onnx")
+    sizes = {_sizes(decoder, layer) for layer in layers}
+    alike = len(sizes) == 1 and 0 not in next(iter(sizes))
+    if shape.qk_norm and not alike:
+        raise ValueError(
+            "wanted layers of one shape, since llama.cpp runs normed heads (Qwen3) in such models alone, got "
+            f"{len(sizes)} shapes; search with --homogeneous, or export to openvino or onnx"
+        )
+    name = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias and alike else "llama"
+    if name in ("qwen2", "qwen3") and _rope_factors(decoder) is not None:
+        raise ValueError(f"wanted plain rotary embeddings beside those of {name}, got scaled ones; export to onnx")
+    return name if alike else _HETEROGENEOUS
+
+
+def _sizes(decoder: Decoder, layer: Layer) -> tuple[int, int, int]:
+    """Heads, KV heads and width."""
+    head_dim = decoder.shape.head_dim
+    return (
+        layer.attention.q.shape[0] // head_dim if layer.attention else 0,
+        layer.attention.k.shape[0] // head_dim if layer.attention else 0,
+        layer.mlp.gate.shape[0] if layer.mlp else 0,
+    )
+
+
+def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ...]) -> None:
+    shape = decoder.shape
+    heads, groups, widths = (list(sizes) for sizes in zip(*(_sizes(decoder, layer) for layer in layers), strict=True))
+    if writer.arch == _HETEROGENEOUS:
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(groups)
+        writer.add_feed_forward_length(widths)
+    else:
+        writer.add_head_count(heads[0])
+        writer.add_head_count_kv(groups[0])
+        writer.add_feed_forward_length(widths[0])
+    writer.add_block_count(len(layers))
+    writer.add_context_length(decoder.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(decoder.rope_theta)
+    writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    writer.add_file_type(_FILE_TYPES[decoder.precision])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+        writer.add_key_value(key, value, kinds[type(value)])
+
+
+def _tensors(decoder: Decoder, layers: tuple[Layer, ...], architecture: str) -> Iterator[_Tensor]:
+    yield _Tensor("token_embd.weight", decoder.embedding)
+    yield _Tensor("output_norm.weight", decoder.norm)
+    if decoder.head is not decoder.embedding:
+        yield _Tensor("output.weight", decoder.head)
+    if (factors := _rope_factors(decoder)) is not None:
+        yield _Tensor("rope_freqs.weight", factors)
+    for index, layer in enumerate(layers):
+        block, (heads, groups, _) = f"blk.{index}", _sizes(decoder, layer)
+        if layer.attention is not None:
+            rotated = architecture in _ROTATING_NEIGHBOURS
+            yield from _attention(block, layer.attention, heads if rotated else 0, groups if rotated else 0)
+        if layer.mlp is not None:
+            yield from _mlp(block, layer.mlp)
+
+
+def _attention(block: str, weights: AttentionWeights, heads: int, groups: int) -> Iterator[_Tensor]:
+    yield _Tensor(f"{block}.attn_norm.weight", weights.norm)
+    yield _Tensor(f"{block}.attn_q.weight", weights.q, heads)
+    yield _Tensor(f"{block}.attn_k.weight", weights.k, groups)
+    yield _Tensor(f"{block}.attn_v.weight", weights.v)
+    yield _Tensor(f"{block}.attn_output.weight", weights.o)
+    for name, bias, rotated in zip("qkv", weights.biases, (heads, groups, 0), strict=False):
+        yield _Tensor(f"{block}.attn_{name}.bias", bias, rotated)
+    for name, norm in zip("qk", weights.head_norms, strict=False):
+        yield _Tensor(f"{block}.attn_{name}_norm.weight", norm)
+
+
+def _mlp(block: str, weights: MlpWeights) -> Iterator[_Tensor]:
+    yield _Tensor(f"{block}.ffn_norm.weight", weights.norm)
+    yield _Tensor(f"{block}.ffn_gate.weight", weights.gate)
+    yield _Tensor(f"{block}.ffn_up.weight", weights.up)
+    yield _Tensor(f"{block}.ffn_down.weight", weights.down)
+
+
+def _rope_factors(decoder: Decoder) -> Array | None:
+    """What the frequencies of rope_theta are divided by; None where they are the model's own."""
+    exponents = np.arange(0, decoder.shape.head_dim, 2) / decoder.shape.head_dim
+    factors = decoder.rope_theta**-exponents / decoder.inverse_frequencies
+    return None if np.allclose(factors, 1, rtol=1e-5) else factors.astype(np.float32)
+
+
+def _reordered(tensor: _Tensor) -> Matrix:
+    """Rows [heads x head_dim, ...] with the two halves of each head dealt out in turn."""
+    if not tensor.heads:
+        return tensor.values
+
+    def reorder(rows: NDArray[Any]) -> NDArray[Any]:
+        halves = rows.reshape(tensor.heads, 2, -1, *rows.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+    values = tensor.values
+    if isinstance(values, PackedMatrix):
+        return PackedMatrix(reorder(values.integers), reorder(values.scales), values.bits)
+    return reorder(values)
+
+
+def _type(values: Matrix) -> TensorType:
+    if isinstance(values, PackedMatrix):
+        return TensorType.Q4_0 if values.bits == 4 else TensorType.Q8_0
+    return TensorType.BF16 if values.dtype == np.uint16 else TensorType.F32
+
+
+def _stored_shape(values: Matrix) -> tuple[int, ...]:
+    """Of the array that `_stored` makes: bytes but for fp32."""
+    if isinstance(values, PackedMatrix):
+        rows, columns = values.shape
+        return rows, columns // QUANTIZATION_BLOCK_SIZE * (2 + QUANTIZATION_BLOCK_SIZE * values.bits // 8)
+    return values.shape if values.dtype == np.float32 else (values.shape[0], 2 * values.shape[1])
+
+
+def _stored(values: Matrix) -> NDArray[Any]:
+    """As the file has it: a block of 32 weights is its fp16 scale, then the integers.
+
+    Of four bits, byte i holds weight i below and weight i + 16 above, both with 8 added.
+    """
+    if not isinstance(values, PackedMatrix):
+        return values if values.dtype == np.float32 else values.view(np.uint8)
+    blocks = values.integers.reshape(-1, QUANTIZATION_BLOCK_SIZE)
+    if values.bits == 4:
+        codes, half = (blocks + 8).astype(np.uint8), QUANTIZATION_BLOCK_SIZE // 2
+        integers = codes[:, :half] | codes[:, half:] << 4
+    else:
+        integers = blocks.view(np.uint8)
+    scales = np.ascontiguousarray(values.scales).reshape(-1, 1).view(np.uint8)
+    return np.concatenate([scales, integers], axis=1).reshape(_stored_shape(values))

@@ -1,0 +1,140 @@
+"""GGUF files against torch, in llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llama_cpp")
+import gguf
+import llama_cpp
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from export.decoder import Decoder, decoder_from_model, random_decoder
+from export.gguf import MODEL_FILE, write_fp32_copy, write_gguf
+from hw_profiles.runtimes import Session, runtime
+from hw_profiles.runtimes.llamacpp import LlamaCppRuntime
+from hw_profiles.shapes import BlockShape, ModelShape, Precision
+
+from . import tiny_models
+from .writer_contract import FED, PROMPT, Sessions, WriterContract
+
+PLAIN = (BlockShape(4, 2, 96), BlockShape(4, 2, 96))
+
+
+class TestGguf(WriterContract):
+    """Of the weights in the file, its cache and its activations in fp32; what rounding these does is further down."""
+
+    runtime = "llamacpp"
+    tolerance = {"fp32": 1e-4, "bf16": 1e-3, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
+    graph_bytes = 12_000
+    reserves_cache = True
+
+    @staticmethod
+    def write(decoder: Decoder, directory: Path) -> Path:
+        return write_gguf(decoder, directory)
+
+    def load(self, model: PreTrainedModel, precision: Precision, directory: Path) -> Session:
+        path = self.write(decoder_from_model(model, precision), directory)
+        (directory / "fp32").mkdir()
+        copy = write_fp32_copy(path, directory / "fp32" / MODEL_FILE)
+        return LlamaCppRuntime().load_exact(copy, 1, tiny_models.MAX_POSITIONS)
+
+    @staticmethod
+    def weight_bytes(directory: Path) -> int:
+        return sum(tensor.n_bytes for tensor in gguf.GGUFReader(directory / MODEL_FILE).tensors)
+
+    def test_the_cache_holds_what_the_shape_says(self, models: dict[bool, PreTrainedModel], sessions: Sessions) -> None:
+        """llama.cpp says what the positions of one sequence take, with 12 bytes for where each of them is."""
+        session = sessions(models[True], "int4")
+        sizes = []
+        for length in (9, 10):
+            session.reset(batch_size=2)
+            session.step(tiny_models.tokens(length, batch=2).numpy())
+            sizes.append(llama_cpp.llama_state_seq_get_size(session._context.pointer, 1))  # type: ignore[attr-defined]
+        assert 0 <= sizes[1] - sizes[0] - tiny_models.shape(tied=True).kv_cache_bytes(1) <= 12
+
+    @staticmethod
+    def operators(path: Path) -> list[str]:
+        """The graph is llama.cpp's: what it follows from are the architecture and the tensors."""
+        reader = gguf.GGUFReader(path)
+        tensors = [f"{t.name} {t.tensor_type.name} {t.shape.tolist()}" for t in reader.tensors]
+        return [reader.fields["general.architecture"].contents(), *sorted(tensors)]
+
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+    def test_families_that_differ_in_their_attention(self, family: str, precision: Precision, tmp_path: Path) -> None:
+        model = tiny_models.heterogeneous(blocks=PLAIN, family=family)
+        self._expect_parity(model, tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == family
+        wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
+        assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+
+    def test_layers_with_biases_that_differ(self, precision: Precision, tmp_path: Path) -> None:
+        self._expect_parity(tiny_models.heterogeneous(family="qwen2"), tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "deci"
+
+    def test_attention_meets_the_mlp_of_the_next_layer(self, tmp_path: Path) -> None:
+        """An attention without MLP and an MLP without attention are one layer of llama.cpp's, without zeros."""
+        blocks = (BlockShape(4, 2, 0), BlockShape(0, 0, 0), BlockShape(0, 0, 96), BlockShape(4, 2, 96))
+        model = tiny_models.heterogeneous(blocks=blocks)
+        self._expect_parity(model, tmp_path)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "llama"
+        wanted = decoder_from_model(model, "fp32").shape.weight_bytes("fp32")
+        assert self.weight_bytes(tmp_path) == wanted
+
+
+def test_layers_alike_are_the_familys_own_architecture(tmp_path: Path) -> None:
+    """Loaded back by transformers, which shares nothing with the writer."""
+    model = tiny_models.heterogeneous(blocks=PLAIN)
+    write_gguf(decoder_from_model(model, "fp32"), tmp_path, {"tokenizer.ggml.model": "gpt2"} | _no_tokens())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=MODEL_FILE)
+    ids = tiny_models.tokens(FED)
+    expected = tiny_models.torch_logits(model, ids)
+    np.testing.assert_allclose(tiny_models.torch_logits(loaded, ids), expected, rtol=0, atol=1e-4)
+
+
+def _no_tokens() -> dict[str, object]:
+    return {
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(tiny_models.VOCAB_SIZE)],
+        "tokenizer.ggml.token_type": [1] * tiny_models.VOCAB_SIZE,
+        "tokenizer.ggml.merges": ["t 1"],
+    }
+
+
+@pytest.mark.parametrize("precision", TestGguf.tolerance)
+def test_shipped_files_round_the_cache_and_activations_a_little(
+    models: dict[bool, PreTrainedModel], precision: Precision, tmp_path: Path
+) -> None:
+    write_gguf(decoder_from_model(models[True], precision), tmp_path)
+    session = runtime("llamacpp").load(tmp_path, threads=1, max_tokens=32)
+    ids = tiny_models.tokens(FED)
+    found = tiny_models.session_logits(session, ids, PROMPT)
+    expected = tiny_models.torch_logits(tiny_models.rounded(models[True], precision), ids)[:, PROMPT - 1 :]
+    kl = tiny_models.mean_kl(expected, found)
+    assert kl < (1e-5 if precision == "fp32" else 0.02)
+    if precision == "int4":  # rounding the activations costs far less than rounding the weights did
+        unrounded = tiny_models.torch_logits(models[True], ids)[:, PROMPT - 1 :]
+        assert kl < 0.1 * tiny_models.mean_kl(unrounded, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (replace(tiny_models.shape(tied=True), qk_norm=True), "since llama.cpp runs normed heads"),
+        (replace(tiny_models.shape(tied=True), blocks=(BlockShape(0, 0, 0),)), "wanted a layer that keeps"),
+    ],
+    ids=["normed heads", "nothing kept"],
+)
+def test_what_llamacpp_does_not_compute_is_named(shape: ModelShape, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_gguf(random_decoder(shape, "int8"), tmp_path)
+
+
+def test_scaled_rotary_embedding_beside_biases_is_named(tmp_path: Path) -> None:
+    shape = replace(tiny_models.shape(tied=True), blocks=PLAIN, attention_bias=True)
+    decoder = random_decoder(shape, "fp32")
+    with pytest.raises(ValueError, match="wanted plain rotary embeddings beside those of qwen2"):
+        write_gguf(replace(decoder, inverse_frequencies=decoder.inverse_frequencies / 2), tmp_path)
