@@ -47,8 +47,21 @@ class LatencyPrediction:
 
 
 @dataclass(frozen=True)
+class TextQuality:
+    """On `tokens` of text that nothing was chosen by: mean KL from the full model in nats, and both perplexities."""
+
+    kl: float
+    perplexity: float
+    full_perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """`files` maps each file's name to its size in bytes; sizes are filled in when the folder is complete."""
+    """`files` maps each file's name to its size in bytes; sizes are filled in when the folder is complete.
+
+    `licence` is the base model's, as its own files name it.
+    """
 
     format: Format
     precision: Precision
@@ -57,6 +70,8 @@ class Manifest:
     base_fingerprint: str
     subnet_id: str
     predictions: tuple[LatencyPrediction, ...] = ()
+    quality: TextQuality | None = None
+    licence: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -76,6 +91,8 @@ class Manifest:
         if fields["precision"] not in PRECISIONS:
             raise ValueError("unknown precision")
         fields["shape"] = ModelShape.from_json(json.dumps(fields["shape"]))
+        if fields.get("quality") is not None:
+            fields["quality"] = TextQuality(**fields["quality"])
         fields["predictions"] = tuple(LatencyPrediction(**entry) for entry in fields["predictions"])
         fields["files"] = {str(name): int(size) for name, size in fields["files"].items()}
         return cls(**fields)

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from export import LatencyPrediction, Manifest, Parity, export_folder
-from export.artefact import Format
+from export.artefact import Format, TextQuality
+from nas.card import write_card
+from nas.evaluate import Evaluator
 from nas.space import Subnet
 from nas.supernet import Supernet
 
@@ -26,6 +28,7 @@ def export_subnet(
     directory: Path,
     windows: torch.Tensor,
     predictions: Sequence[LatencyPrediction] = (),
+    quality: TextQuality | None = None,
 ) -> Path:
     """Write `subnet` at its own bits, with the active supernet's logits on `windows` [N, 128 or more] as evidence."""
     manifest = Manifest(
@@ -36,11 +39,22 @@ def export_subnet(
         base_fingerprint=supernet.loaded.fingerprint,
         subnet_id=subnet.id,
         predictions=tuple(predictions),
+        quality=quality,
+        licence=supernet.loaded.licence,
         versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
     )
     model = supernet.extract(subnet)
     evidence = parity(supernet, subnet, windows)
-    return export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, supernet.quantized(subnet))
+    export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, supernet.quantized(subnet))
+    write_card(directory)
+    return directory
+
+
+def text_quality(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> TextQuality:
+    """Of `subnet` with the weights that it would be exported with, beside the full model, on windows [N, T]."""
+    evaluator = Evaluator(supernet, windows)
+    found, full = evaluator.evaluate(subnet), evaluator.evaluate(supernet.space.full(32))
+    return TextQuality(found.kl, found.perplexity, full.perplexity, windows.numel())
 
 
 @torch.inference_mode()

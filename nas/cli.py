@@ -344,7 +344,7 @@ def export(
 ) -> None:
     """Write a subnet as a folder that stock runtimes load."""
     from export.artefact import FORMATS
-    from nas.artefacts import export_subnet
+    from nas.artefacts import export_subnet, text_quality
     from nas.families import load_model
     from nas.protocol import fit_winner, open_supernet, protocol_on
     from nas.protocol import test_windows as unseen_windows
@@ -375,10 +375,11 @@ def export(
     if fit and protocol.reform:
         with progress_bar("fit") as progress:
             fit_winner(supernet, chosen, protocol, cache, progress)
-    windows = unseen_windows(loaded.tokenizer, 4, 256)
+    windows = unseen_windows(loaded.tokenizer, 4, 512)
+    quality = text_quality(supernet, chosen, windows)
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
     for name, folder in folders.items():
-        export_subnet(supernet, chosen, name, folder, windows, predictions[name])
+        export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality)
     result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}
     emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.precision}" for folder in folders.values()))
 
@@ -411,6 +412,7 @@ def verify(
     """
     from export import read_manifest
     from export import verify as run_verify
+    from nas.card import record_verification
 
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
     limits_ms = {work: ms for work, ms in ((prefill, ttft_ms), (decode, tpot_ms)) if ms is not None}
@@ -443,6 +445,12 @@ def verify(
     ]
     generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]
     emit({"folders": rows}, as_json, tables.verifications(rows), *generated)
+    for row in rows:
+        if Path(row["directory"]) in directories:
+            try:
+                record_verification(Path(row["directory"]), row, detect(), threads)
+            except OSError as error:
+                note(f"{row['directory']}: not written into its card ({os_error_sentence(error)})")
     if not all(row["parity_holds"] and row["within_budget"] for row in rows):
         raise typer.Exit(EXIT_UNMET)
 

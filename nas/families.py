@@ -71,6 +71,8 @@ class LoadedModel:
     name: str
     fingerprint: str
     family: Family
+    #: As the model's own files name it.
+    licence: str | None = None
 
     @property
     def config(self) -> Any:
@@ -124,12 +126,12 @@ def computing(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def wrap(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None) -> LoadedModel:
     """A Hugging Face model that is already in memory as a LoadedModel; ValueError where its family has no row."""
     if _family(model.config).fused:
         model = unfused(model)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config))
+    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config), licence)
 
 
 def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -139,8 +141,8 @@ def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
     """
     source = _locate(model)
     if isinstance(source, Path):
-        model_, tokenizer = load_gguf(source)
-        return wrap(model_, tokenizer, source.stem)
+        model_, tokenizer, licence = load_gguf(source)
+        return wrap(model_, tokenizer, source.stem, licence)
     return _load_huggingface(source, trust_remote_code)
 
 
@@ -217,7 +219,21 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise _not_there(source, error) from error
-    return wrap(model, tokenizer, Path(source).name)
+    return wrap(model, tokenizer, Path(source).name, _licence(source))
+
+
+def _licence(source: str) -> str | None:
+    """What the model card of a folder, or of a Hugging Face id in the cache, names; nothing is fetched for it."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    card = Path(source, "README.md") if Path(source).is_dir() else try_to_load_from_cache(source, "README.md")
+    try:
+        licence = (
+            ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if Path(str(card)).is_file() else None
+        )
+    except (OSError, ValueError):  # no text, or no card's format
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _not_there(source: str, error: OSError) -> ValueError:

@@ -25,8 +25,8 @@ _GGUF_BLOCK_NAMES = {
 _GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A Llama model in fp32 and its tokenizer; ValueError where the file is no sound GGUF of architecture llama.
+def load_gguf(path: Path) -> tuple[Any, Any, str | None]:
+    """A Llama model in fp32, its tokenizer and its licence; ValueError where the file is no sound GGUF of a Llama.
 
     transformers' own loading reads the metadata twice and builds a name table for every tensor: 16 s where
     this takes 4.
@@ -40,7 +40,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         model = _llama_model(_llama_config(metadata, tied="output.weight" not in tensors), tensors)
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _damaged(path, error) from error
-    return model, tokenizer
+    return model, tokenizer, metadata.get("general.license")
 
 
 def gguf_config(path: Path) -> Any:

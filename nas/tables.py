@@ -209,6 +209,8 @@ def verification_fields(
         "shipped_max_logit_difference": result.shipped.max_logit_difference,
         "shipped_mean_kl": result.shipped.mean_kl,
         "parity_holds": result.parity_holds,
+        "prefill_tokens": prefill.tokens,
+        "decode_tokens": decode.tokens,
         "ttft_ms": ttft.median_ms,
         "ttft_spread_ms": ttft.spread_ms,
         "ttft_at_profile_speed_ms": result.at_profile_speed_ms(prefill),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-pytest.importorskip("llama_cpp")
 import gguf
 import llama_cpp
+import numpy as np
+import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export.decoder import Decoder, decoder_from_model, random_decoder

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import pytest
-
-llama_cpp = pytest.importorskip("llama_cpp")
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -17,7 +16,9 @@ from export.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_metadata
 
 from . import tiny_models
 
-TRAINING = Path(__file__).read_text() + "The year 2024, it's 1,234.5 miles; WE'LL see — naïve café, 東京 and мир.\n\n" * 9
+TRAINING = (
+    Path(__file__).read_text() + "The year 2024, it's 1,234.5 miles; WE'LL see — naïve café, 東京 and мир.\n\n" * 9
+)
 TEXTS = [
     "The capital of France is",
     "it's 12345 and I'll  pay 3.50\n\n\tfor   x=7;",
@@ -35,7 +36,9 @@ def byte_level(pre: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([TRAINING], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
 

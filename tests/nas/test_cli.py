@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -374,9 +375,9 @@ def test_a_bar_that_never_moves_is_not_shown(capsys: pytest.CaptureFixture[str])
 
 
 def save_tiny_llama(folder: Path) -> None:
-    """Random weights large enough that dropping parts changes what it says; one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"<|end|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    """Random weights large enough that dropping parts changes what it says; one token a byte, but for one pair."""
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "qz"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("q", "z")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
@@ -521,7 +522,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     assert "decode at 8 to 20 tokens" in " ".join(outside.err.split())
 
     folders = []
-    for format_ in ("openvino", "onnx", "huggingface"):
+    for format_ in ("openvino", "onnx", "huggingface", "gguf"):
         exported = nas(
             "export", "--study", "s", "--subnet", answer["subnet"], "--output", format_, "--format", format_, *on_device
         )
@@ -539,6 +540,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     rows = verified.json["folders"]
     assert [row["format"] for row in rows] == folders
     assert all(row["parity_holds"] and row["within_budget"] and row["generated"] for row in rows)
+    check_cards(tmp_path, rows, monkeypatch)
     check_limits_of_memory(nas, full_bytes, on_device)
     missed = nas("verify", "onnx", "--rounds", "1", "--tpot-ms", "0.000001", *on_device)
     assert missed.code == 1
@@ -738,6 +740,20 @@ def check_limits_at_the_profiles_speed(nas: Nas, tmp_path: Path, on_device: tupl
     missing = nas(*verify[:4], "--threads", "1", "--context-tokens", "9", "--tpot-ms", "1", "--rounds", "1")
     assert missing.code == 2
     assert "was not profiled for decode at 9 tokens" in missing.sentence
+
+
+def check_cards(tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card says what `nas verify` said, and its instructions for Python run as they stand."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for row in rows:
+        card = (tmp_path / row["directory"] / "README.md").read_text()
+        assert f"{row['tpot_ms']:.2f} ms |" in card
+        assert "1 threads: parity holds." in card
+        assert re.search(r"On 2,048 tokens .* perplexity \d", card)
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, f"{row['format']}: {run.stderr}"
+        assert run.stdout.strip(), row["format"]
 
 
 def check_bf16(nas: Nas, on_device: tuple[str, ...]) -> None:
