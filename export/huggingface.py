@@ -16,6 +16,8 @@ from export import heterogeneous
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
 from hw_profiles.shapes import BlockShape, ModelShape
 
+#: Of one safetensors file: what file systems, hubs and resumed downloads are at ease with.
+MAX_SHARD_SIZE = "4GB"
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
 #: Keys of a config that describe where it came from, not what it is, or windows that no layer has.
@@ -95,7 +97,7 @@ def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             "AutoConfig": f"{module.stem}.{HeterogeneousLlamaConfig.__name__}",
             "AutoModelForCausalLM": f"{module.stem}.{HeterogeneousLlamaForCausalLM.__name__}",
         }
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
     # transformers 4 reads rope_theta only and would silently fall back to 10,000
     config_file = directory / "config.json"
     config = json.loads(config_file.read_text())

@@ -403,6 +403,9 @@ def _agreement_of_fp32_copy(directory: Path, threads: int, parity: Parity) -> Lo
     from hw_profiles.runtimes.llamacpp import LlamaCppRuntime
 
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        copy = write_fp32_copy(directory / MODEL_FILE, Path(scratch, MODEL_FILE))
+        try:
+            copy = write_fp32_copy(directory / MODEL_FILE, Path(scratch, MODEL_FILE))
+        except (ValueError, LookupError, ArithmeticError, NotImplementedError) as error:  # what gguf raises
+            raise _not_working(directory, "read back", error) from error
         session = LlamaCppRuntime().load_exact(copy, threads, _MAX_TOKENS)
         return logit_agreement(session, parity, token_by_token=False)

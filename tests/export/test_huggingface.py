@@ -130,3 +130,20 @@ def test_a_plain_llama_stays_one(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert type(loaded) is LlamaForCausalLM
     np.testing.assert_array_equal(tiny_models.torch_logits(loaded, IDS), tiny_models.torch_logits(model, IDS))
+
+
+def test_large_models_come_in_several_files(
+    models: dict[bool, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("export.huggingface.MAX_SHARD_SIZE", "100KB")
+    write_huggingface(tiny_models.heterogeneous(), tokenizer, tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 120_000 for shard in shards)
+    register()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = tiny_models.torch_logits(models[True], IDS)
+    np.testing.assert_allclose(tiny_models.torch_logits(loaded, IDS), expected, rtol=0, atol=1e-5)

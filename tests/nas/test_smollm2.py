@@ -7,6 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from export import verify
+from export.verify import generate
+from hw_profiles import Workload
+from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
 from nas.families import load_model
 from nas.space import LayerChoice, SearchSpace, Subnet
@@ -65,3 +69,52 @@ def test_quality_and_extraction(smollm2):
         wanted = supernet.model(windows[:1, :64]).logits
         got = supernet.extract(mixed)(windows[:1, :64]).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village,",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The three laws of motion are",
+    "My favourite recipe for bread starts with",
+    "In 1969, the first people",
+    "Question: How many legs does a spider have?\nAnswer:",
+    "Dear Sir or Madam,",
+    "The difference between a virus and a bacterium is",
+)
+
+
+@pytest.mark.parametrize("format_", ["huggingface", "openvino", "onnx", "gguf"])
+def test_runtimes_say_the_64_tokens_that_torch_says(smollm2, format_, tmp_path):
+    """A subnet of different layers at fp32, through the generators of the runtimes themselves."""
+    supernet = Supernet(smollm2, SearchSpace.from_config(smollm2.config))
+    supernet.prepare(file_windows(smollm2.tokenizer, CALIBRATION_FILES, 16, 256, seed=0))
+    subnet = Subnet((LayerChoice(3, 1536), LayerChoice(2, 1152), LayerChoice(3, 768)) * 10, 32)
+    folder = export_subnet(
+        supernet, subnet, format_, tmp_path / "out", file_windows(smollm2.tokenizer, TEST_FILES, 1, 128)
+    )
+    (verified,) = verify([folder], threads=2, workloads=[Workload("decode", 16)], rounds=1)
+    assert verified.exact.max_logit_difference < 1e-3
+    model = supernet.extract(subnet)
+    for prompt in PROMPTS:
+        ids = smollm2.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
+        if format_ == "onnx":
+            assert genai_tokens(folder, ids.tolist()[0], len(expected)) == expected, prompt
+        else:
+            text = smollm2.tokenizer.decode(expected, skip_special_tokens=True)
+            assert generate(folder, format_, 2, prompt, 64) == text, prompt
+
+
+def genai_tokens(folder, ids, count):
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + count, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(ids) :]
