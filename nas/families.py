@@ -227,10 +227,10 @@ def _licence(source: str) -> str | None:
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     card = Path(source, "README.md") if Path(source).is_dir() else try_to_load_from_cache(source, "README.md")
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
     try:
-        licence = (
-            ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if Path(str(card)).is_file() else None
-        )
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError):  # no text, or no card's format
         return None
     return licence if isinstance(licence, str) else None

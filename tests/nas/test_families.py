@@ -170,5 +170,16 @@ def test_tokenizer_adds_a_bos_only_where_the_file_says_so():
 
 
 def test_an_unknown_pre_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="got gpt2 and qwen2; load the model's Hugging Face folder"):
-        tokenizer_from_gguf(_metadata(**{"tokenizer.ggml.pre": "qwen2"}))
+    with pytest.raises(ValueError, match="got gpt2 and deepseek-llm; load the model's Hugging Face folder"):
+        tokenizer_from_gguf(_metadata(**{"tokenizer.ggml.pre": "deepseek-llm"}))
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"), [("---\nlicense: mit\n---\n# Tiny\n", "mit"), ("# Tiny\n", None), (None, None)]
+)
+def test_the_licence_is_that_of_the_models_own_card(tiny, tmp_path, card, licence):
+    tiny().model.save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert load_model(str(tmp_path)).licence == licence
