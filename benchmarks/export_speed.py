@@ -131,14 +131,19 @@ def write_theirs(
         command = ["optimum.commands.optimum_cli", "export", "openvino", "--model", str(huggingface), "--task",
                    "text-generation-with-past", "--weight-format", precision, *four, str(directory)]  # fmt: skip
     else:
-        options = ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"] if precision == "int4" else []
+        # int8 for the head, as ours has it
+        four = ["int4_block_size=32", "int4_accuracy_level=4", "int4_algo_config=rtn_last"]
+        options = ["--extra_options", *four] if precision == "int4" else []
         command = ["onnxruntime_genai.models.builder", "-m", str(huggingface), "-o", str(directory), "-e", "cpu",
                    "-p", precision, "-c", str(parent / "cache"), *options]  # fmt: skip
     if not any(directory.glob("*.xml")) and not any(directory.glob("*.onnx")):
         run([str(python), "-m", *command])
         for file in directory.glob("*.onnx"):
             name_head_dim(file, head_dim)
-    return directory, " ".join(command[1:]).replace(str(huggingface), "MODEL").replace(str(directory), "OUT")
+    said = " ".join(command[1:])
+    for path, name in ((huggingface, "MODEL"), (directory, "OUT"), (parent, "FOLDER")):
+        said = said.replace(str(path), name)
+    return directory, said
 
 
 def name_head_dim(file: Path, head_dim: int) -> None:

@@ -43,7 +43,10 @@ def export_folder(
             generation = generation_config(model, tokenizer)
             if manifest.format == "gguf":  # one file with all of it
                 metadata = tokenizer_metadata(tokenizer, decoder.shape.vocab_size, generation)
-                write_gguf(decoder, unfinished, {"general.name": manifest.title} | metadata)
+                metadata["general.name"] = manifest.title
+                if manifest.licence is not None:
+                    metadata["general.license"] = manifest.licence
+                write_gguf(decoder, unfinished, metadata)
                 return directory
             tokenizer.save_pretrained(unfinished)
             generation.save_pretrained(unfinished)

@@ -7,7 +7,8 @@ the blocks of Q4_0 and Q8_0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,8 @@ def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | 
     for key, value in (metadata or {"tokenizer.ggml.model": "none"}).items():
         _add(writer, key, value)
     tensors = list(_tensors(decoder, layers, architecture))
-    for tensor in tensors:
-        kind, shape = _type(tensor.values), _stored_shape(tensor.values)
-        stored = np.uint8 if kind != TensorType.F32 else np.float32
-        size = int(np.prod(shape)) * np.dtype(stored).itemsize
-        writer.add_tensor_info(tensor.name, shape, np.dtype(stored), size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_stored(_reordered(tensor)))
-    writer.close()
+    types = {tensor.name: (_type(tensor.values), _stored_shape(tensor.values)) for tensor in tensors}
+    _write_tensors(writer, types, (_stored(_reordered(tensor)) for tensor in tensors))
     return path
 
 
@@ -82,13 +74,25 @@ def write_fp32_copy(source: Path, target: Path) -> Path:
         if not key.startswith("GGUF.") and key != "general.architecture":
             kind = field.types[0]
             writer.add_key_value(key, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    types = {tensor.name: (TensorType.F32, tuple(map(int, reversed(tensor.shape)))) for tensor in reader.tensors}
+    values = (gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32) for tensor in reader.tensors)
+    _write_tensors(writer, types, values)
+    return target
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter, types: Mapping[str, tuple[TensorType, tuple[int, ...]]], values: Iterable[NDArray[Any]]
+) -> None:
+    """Complete the file with the tensors of these types and shapes, of which one at a time is in memory."""
+    for name, (kind, shape) in types.items():
+        stored = np.dtype(np.float32 if kind == TensorType.F32 else np.uint8)
+        writer.add_tensor_info(name, shape, stored, math.prod(shape) * stored.itemsize, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for value in values:
+        writer.write_tensor_data(value)
     writer.close()
-    return target
 
 
 def _merged(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

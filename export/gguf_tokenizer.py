@@ -58,7 +58,7 @@ def tokenizer_metadata(
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens = [names.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     types = [int(TokenType.NORMAL if index in names else TokenType.UNUSED) for index in range(vocab_size)]
-    for added in state["added_tokens"]:
+    for added in (token for token in state["added_tokens"] if token["id"] < vocab_size):
         types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if state["model"]["byte_fallback"]:

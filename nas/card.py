@@ -6,6 +6,7 @@ Made from the manifest when the folder is written, and again with the measuremen
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_card(directory: Path) -> None:
         latencies=_latencies(manifest, verified),
         verified=verified,
     )
-    (directory / CARD_FILE).write_text(text)
+    _write(directory / CARD_FILE, text)
 
 
 def record_verification(directory: Path, fields: Mapping[str, Any], device: Device, threads: int) -> None:
@@ -69,8 +70,19 @@ def record_verification(directory: Path, fields: Mapping[str, Any], device: Devi
         "threads": threads,
         "verdict": verdict,
     }
-    (directory / VERIFICATION_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    _write(directory / VERIFICATION_FILE, json.dumps(record, indent=2, sort_keys=True) + "\n")
     write_card(directory)
+
+
+def _write(path: Path, text: str) -> None:
+    """In place of what lies there, never through it: in a folder from elsewhere it may be a link to another file."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with part.open("x") as file:
+            file.write(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _latencies(manifest: Manifest, verified: Mapping[str, Any] | None) -> list[dict[str, str]]:

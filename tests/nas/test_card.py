@@ -8,7 +8,7 @@ import pytest
 from export import LatencyPrediction, Manifest
 from export.artefact import FORMATS, Format, TextQuality, whole_or_absent
 from hw_profiles import BlockShape, Device, ModelShape
-from nas.card import CARD_FILE, record_verification, write_card
+from nas.card import CARD_FILE, VERIFICATION_FILE, record_verification, write_card
 
 SHAPE = ModelShape(64, 16, 512, True, (BlockShape(4, 2, 96), BlockShape(4, 2, 0), BlockShape(0, 0, 0)))
 MANIFEST = Manifest(
@@ -68,3 +68,15 @@ def test_nothing_is_said_of_what_is_not_known(tmp_path: Path) -> None:
     assert "Quality" not in card
     assert "predicted" not in card
     assert card.endswith("That of tiny-llama; see there.\n")
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """A folder from elsewhere may name a file of the user's README.md."""
+    directory, own = folder(tmp_path), tmp_path / "own"
+    own.write_text("mine")
+    for name in (CARD_FILE, VERIFICATION_FILE):
+        (directory / name).symlink_to(own)
+    record_verification(directory, FIELDS, DEVICE, 4)
+    assert own.read_text() == "mine"
+    assert "7.65 ms" in (directory / CARD_FILE).read_text()
+    assert sorted(path.name for path in directory.iterdir()) == [CARD_FILE, "llm-nas.json", "model", VERIFICATION_FILE]
