@@ -85,6 +85,11 @@ def main() -> None:
             full += full_rows(name, precision, options, timings, {"ours": path, "theirs": theirs})
         for name, path in ours.items():
             subnets += subnet_rows(loaded, name, precision, path, folder / "subnets", arguments)
+    if arguments.json and arguments.json.exists():  # of what was not run now
+        before = json.loads(arguments.json.read_text())
+        full = [row for row in before["full"] if row["precision"] not in arguments.precision] + full
+        subnets = [row for row in before["subnets"] if row["precision"] not in arguments.precision] + subnets
+        export_s = before["export_s"] | export_s
     show(full, subnets, export_s)
     if arguments.json:
         write_result(arguments, full, subnets, export_s)
@@ -131,8 +136,8 @@ def write_theirs(
         command = ["optimum.commands.optimum_cli", "export", "openvino", "--model", str(huggingface), "--task",
                    "text-generation-with-past", "--weight-format", precision, *four, str(directory)]  # fmt: skip
     else:
-        # int8 for the head, as ours has it
-        four = ["int4_block_size=32", "int4_accuracy_level=4", "int4_algo_config=rtn_last"]
+        # int8 for the head, as ours has it: shared with the embedding it would be int4
+        four = ["block_size=32", "accuracy_level=4", "algo_config=rtn_last", "shared_embeddings=false"]
         options = ["--extra_options", *four] if precision == "int4" else []
         command = ["onnxruntime_genai.models.builder", "-m", str(huggingface), "-o", str(directory), "-e", "cpu",
                    "-p", precision, "-c", str(parent / "cache"), *options]  # fmt: skip
