@@ -14,6 +14,7 @@ from hw_profiles.shapes import ModelShape, Precision
 
 #: The format each runtime reads.
 FORMAT_OF_RUNTIME: dict[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino", "llamacpp": "gguf"}
+RUNTIME_OF_FORMAT: dict[Format, str] = {format_: name for name, format_ in FORMAT_OF_RUNTIME.items()}
 
 
 def build_onnx(shape: ModelShape, precision: Precision, directory: Path) -> Path:

@@ -9,16 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from export.artefact import ArtefactError, Format, Manifest, Parity, model_bytes, read_manifest
-from export.builders import BUILDERS, FORMAT_OF_RUNTIME
+from export.builders import BUILDERS, RUNTIME_OF_FORMAT
+from export.generation import MAX_TOKENS, generate, not_working, open_session
 from hw_profiles.measurement import median_error
 from hw_profiles.memory import Footprint, measure_memory
 from hw_profiles.runtimes import Session, runtime
@@ -30,8 +29,6 @@ MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_MEAN_KL = 1e-3
 #: Timings of as many rounds each, at most, before noise decides on a limit.
 MOST_TIMINGS = 3
-_RUNTIME_OF_FORMAT = {format_: name for name, format_ in FORMAT_OF_RUNTIME.items()}
-_MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def verify(
     `memory_of` that torch runs, whose own memory would hide that of the model.
     """
     manifests = [read_manifest(directory) for directory in directories]
-    max_tokens = max(_MAX_TOKENS, tokens_needed(workloads))
+    max_tokens = max(MAX_TOKENS, tokens_needed(workloads))
     sessions = {
         str(directory): open_session(directory, manifest.format, threads, max_tokens)
         for directory, manifest in zip(directories, manifests, strict=True)
@@ -197,12 +194,12 @@ def _is_close(result: Verification, limits_ms: Mapping[tuple[Path, Workload], fl
 def _footprints(
     directory: Path, manifest: Manifest, threads: int, workloads: Sequence[Workload]
 ) -> dict[Workload, Footprint]:
-    if manifest.format not in _RUNTIME_OF_FORMAT:
+    if manifest.format not in RUNTIME_OF_FORMAT:
         raise ValueError(
-            f"memory is measured of {' and '.join(_RUNTIME_OF_FORMAT)} folders, got {directory}, which is "
+            f"memory is measured of {' and '.join(RUNTIME_OF_FORMAT)} folders, got {directory}, which is "
             f"{manifest.format}; verify it without a limit of memory"
         )
-    name, vocab_size = _RUNTIME_OF_FORMAT[manifest.format], manifest.shape.vocab_size
+    name, vocab_size = RUNTIME_OF_FORMAT[manifest.format], manifest.shape.vocab_size
     return {work: measure_memory(name, directory, threads, work, vocab_size) for work in workloads}
 
 
@@ -221,7 +218,7 @@ def _load_references(
             continue
         key = f"{manifest.format} {manifest.precision} of the profile"
         if key not in sessions:
-            engine = runtime(_RUNTIME_OF_FORMAT[manifest.format])
+            engine = runtime(RUNTIME_OF_FORMAT[manifest.format])
             directory = scratch / f"{manifest.format}-{manifest.precision}"
             directory.mkdir()
             path = BUILDERS[engine.name](reference.shape, manifest.precision, directory)
@@ -229,22 +226,6 @@ def _load_references(
             reference_of[key] = key
         reference_of[name] = key
     return reference_of
-
-
-def open_session(directory: Path, format_: Format, threads: int, max_tokens: int = _MAX_TOKENS) -> Session:
-    """The folder as a session of its own runtime; a Hugging Face folder runs in torch."""
-    try:
-        if format_ == "huggingface":
-            return TorchSession(directory, threads)
-        return runtime(_RUNTIME_OF_FORMAT[format_]).load(directory, threads, max_tokens)
-    except ImportError:
-        raise
-    except Exception as error:  # what the loaders raise shares no base class but Exception
-        raise _not_working(directory, "load", error) from error
-
-
-def _not_working(directory: Path, what: str, error: Exception) -> ArtefactError:
-    return ArtefactError(f"{directory} does not {what} ({' '.join(str(error).split())}); export again")
 
 
 def logit_agreement(session: Session, parity: Parity, token_by_token: bool = True) -> LogitAgreement:
@@ -271,104 +252,6 @@ def logit_agreement(session: Session, parity: Parity, token_by_token: bool = Tru
     return LogitAgreement(float(np.max(differences)), float(np.maximum(np.mean(kls), 0.0)), len(kls))
 
 
-def generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
-    """Greedy continuation of a prompt through the runtime's own generator, onnxruntime's being a plain loop.
-
-    Raises ArtefactError where the folder's tokenizer or generator does not work.
-    """
-    try:
-        return _generate(directory, format_, threads, prompt, new_tokens)
-    except (ImportError, ArtefactError):
-        raise
-    except Exception as error:  # what tokenizers and openvino_genai raise shares no base class but Exception
-        raise _not_working(directory, "generate", error) from error
-
-
-def _generate(directory: Path, format_: Format, threads: int, prompt: str, new_tokens: int) -> str:
-    if format_ == "openvino":
-        return _generate_openvino(directory, threads, prompt, new_tokens)
-    if format_ == "gguf":
-        return _generate_llamacpp(directory, threads, prompt, new_tokens)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    session = open_session(directory, format_, threads)
-    if isinstance(session, TorchSession):
-        output = session.model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :].tolist()
-    else:
-        output, next_ids = [], ids.numpy()
-        while len(output) < new_tokens and (not output or output[-1] != tokenizer.eos_token_id):
-            output.append(int(session.step(next_ids)[0].argmax()))
-            next_ids = np.array([[output[-1]]], np.int64)
-    return str(tokenizer.decode(output, skip_special_tokens=True))
-
-
-class TorchSession:
-    """A Hugging Face folder as a `Session`, with transformers' KV cache. Runs our own code, never the folder's."""
-
-    def __init__(self, directory: Path, threads: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        from export.huggingface import register
-
-        register()
-        torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        ).eval()
-        self._cache = None
-
-    def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
-        self._cache = None
-        if past_tokens:
-            self.step(np.zeros((batch_size, past_tokens), np.int64))
-
-    @torch.inference_mode()
-    def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        output = self.model(
-            input_ids=torch.from_numpy(np.array(token_ids)),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = output.past_key_values
-        logits: NDArray[np.float32] = output.logits[:, -1].numpy()
-        return logits
-
-
-def _generate_openvino(directory: Path, threads: int, prompt: str, new_tokens: int) -> str:
-    import openvino as ov
-    import openvino_genai
-
-    from hw_profiles.runtimes.openvino import MODEL_FILE, arithmetic, compile_properties
-
-    asked = arithmetic(ov.Core().read_model(directory / MODEL_FILE))
-    # not the default paged attention: in 2026.4 it can corrupt the heap where layers differ in heads
-    properties = {**compile_properties(threads, asked), "ATTENTION_BACKEND": "SDPA"}
-    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **properties)
-    config = openvino_genai.GenerationConfig()
-    config.max_new_tokens = new_tokens
-    config.do_sample = False
-    config.apply_chat_template = False
-    config.set_eos_token_id(pipeline.get_tokenizer().get_eos_token_id())
-    return str(pipeline.generate(prompt, config))
-
-
-def _generate_llamacpp(directory: Path, threads: int, prompt: str, new_tokens: int) -> str:
-    import llama_cpp
-
-    from hw_profiles.runtimes.llamacpp import MODEL_FILE
-
-    model = llama_cpp.Llama(str(directory / MODEL_FILE), n_ctx=_MAX_TOKENS, n_threads=threads, verbose=False)
-    vocabulary, ids, output = llama_cpp.llama_model_get_vocab(model.model), model.tokenize(prompt.encode()), []
-    for token in islice(model.generate(ids, temp=0), new_tokens):
-        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
-            break
-        output.append(token)
-    return str(model.detokenize(output, prev_tokens=ids).decode(errors="replace"))
-
-
 def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
     """Agreement of the same ONNX weights when MatMulNBits leaves the activations alone."""
     import onnx
@@ -383,7 +266,7 @@ def _agreement_with_fp32_activations(directory: Path, threads: int, parity: Pari
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         onnx.save(model, Path(scratch, MODEL_FILE))
         shutil.copy(directory / DATA_FILE, scratch)
-        session = runtime("onnxruntime").load(Path(scratch), threads, _MAX_TOKENS)
+        session = runtime("onnxruntime").load(Path(scratch), threads, MAX_TOKENS)
         return logit_agreement(session, parity, token_by_token=False)
 
 
@@ -394,7 +277,7 @@ def _agreement_in_fp32(directory: Path, threads: int, parity: Parity) -> LogitAg
     from hw_profiles.runtimes.openvino import MODEL_FILE, OpenVinoSession, compile_properties
 
     compiled = ov.Core().compile_model(directory / MODEL_FILE, "CPU", compile_properties(threads))
-    return logit_agreement(OpenVinoSession(compiled, _MAX_TOKENS), parity)
+    return logit_agreement(OpenVinoSession(compiled, MAX_TOKENS), parity)
 
 
 def _agreement_of_fp32_copy(directory: Path, threads: int, parity: Parity) -> LogitAgreement:
@@ -406,6 +289,6 @@ def _agreement_of_fp32_copy(directory: Path, threads: int, parity: Parity) -> Lo
         try:
             copy = write_fp32_copy(directory / MODEL_FILE, Path(scratch, MODEL_FILE))
         except (ValueError, LookupError, ArithmeticError, NotImplementedError) as error:  # what gguf raises
-            raise _not_working(directory, "read back", error) from error
-        session = LlamaCppRuntime().load_exact(copy, threads, _MAX_TOKENS)
+            raise not_working(directory, "read back", error) from error
+        session = LlamaCppRuntime().load_exact(copy, threads, MAX_TOKENS)
         return logit_agreement(session, parity, token_by_token=False)

@@ -14,6 +14,7 @@ from export.decoder import Decoder, decoder_from_model, random_decoder
 from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import BlockShape, Precision
+from tests.genai import genai_tokens
 
 from . import tiny_models
 from .writer_contract import FED, PROMPT, WriterContract
@@ -91,18 +92,6 @@ def test_two_files_and_one_buffer_for_past_and_present(models: dict[bool, PreTra
     assert runtime("onnxruntime").load(tmp_path, threads=1, max_tokens=32).shares_cache
 
 
-def _genai_tokens(directory: Path, ids: np.ndarray, count: int) -> list[int]:
-    genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(directory))
-    params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=ids.shape[1] + count, do_sample=False)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(ids.astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][ids.shape[1] :]
-
-
 def _expect_torchs_tokens(model: PreTrainedModel, precision: Precision, directory: Path) -> None:
     ids = tiny_models.tokens(11)
     expected = tiny_models.greedy(tiny_models.rounded(model, precision), ids, 24)
@@ -111,7 +100,7 @@ def _expect_torchs_tokens(model: PreTrainedModel, precision: Precision, director
     unused = min(set(range(tiny_models.VOCAB_SIZE)) - set(expected))  # so that the text does not end early
     generation = GenerationConfig(bos_token_id=unused, eos_token_id=unused, pad_token_id=unused)
     write_genai_config(decoder, generation, directory)
-    assert _genai_tokens(directory, ids.numpy(), 24) == expected
+    assert genai_tokens(directory, ids[0].tolist(), 24) == expected
 
 
 @pytest.mark.parametrize("precision", TestOnnx.tolerance)

@@ -26,7 +26,8 @@ from export import (
     verify,
 )
 from export.artefact import FORMATS, MANIFEST_FILE, Format
-from export.verify import MAX_LOGIT_DIFFERENCE, MAX_MEAN_KL, LogitAgreement, generate, logit_agreement
+from export.generation import generate
+from export.verify import MAX_LOGIT_DIFFERENCE, MAX_MEAN_KL, LogitAgreement, logit_agreement
 from hw_profiles.shapes import PRECISIONS, Precision, Workload
 from hw_profiles.timing import Timing, measure
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import verify
 from export.artefact import FORMATS
-from export.verify import generate
+from export.generation import generate
 from hw_profiles import Workload
 from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
@@ -17,6 +17,7 @@ from nas.families import load_model
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.text import CALIBRATION_FILES, TEST_FILES, file_windows
+from tests.genai import genai_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -116,15 +117,3 @@ def test_runtimes_say_the_64_tokens_that_torch_says(smollm2, exported, format_):
         else:
             text = smollm2.tokenizer.decode(expected, skip_special_tokens=True)
             assert generate(folders[format_], format_, 2, prompt, 64) == text, prompt
-
-
-def genai_tokens(folder, ids, count):
-    genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(folder))
-    params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(ids) + count, do_sample=False)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(ids) :]
