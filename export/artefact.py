@@ -72,6 +72,8 @@ class Manifest:
     predictions: tuple[LatencyPrediction, ...] = ()
     quality: TextQuality | None = None
     licence: str | None = None
+    #: How its weights were trained, in words; None where they were not.
+    tuning: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 

@@ -60,6 +60,14 @@ def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
     return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales.squeeze(-1).to(torch.float16), bits)
 
 
+def quantize_to(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> QuantizedWeight:
+    """Round a matrix [out, in] to the nearest integers of given fp16 scales [out, in / 32]; where they are 0, to 0."""
+    rows, columns = weight.shape
+    blocks = weight.detach().float().reshape(rows, -1, QUANTIZATION_BLOCK_SIZE)
+    integers, _ = _round(blocks, scales.unsqueeze(-1), bits)
+    return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales, bits)
+
+
 def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
     """The fp32 matrix [out, in] that the runtimes compute with."""
     rows, columns = quantized.shape

@@ -29,8 +29,12 @@ def export_subnet(
     windows: torch.Tensor,
     predictions: Sequence[LatencyPrediction] = (),
     quality: TextQuality | None = None,
+    tuning: str | None = None,
 ) -> Path:
-    """Write `subnet` at its own bits, with the active supernet's logits on `windows` [N, 128 or more] as evidence."""
+    """Write `subnet` at its own bits, with the active supernet's logits on `windows` [N, 128 or more] as evidence.
+
+    `tuning` says how its weights were trained, if they were.
+    """
     manifest = Manifest(
         format=format_,
         precision=subnet.precision,
@@ -41,6 +45,7 @@ def export_subnet(
         predictions=tuple(predictions),
         quality=quality,
         licence=supernet.loaded.licence,
+        tuning=tuning,
         versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
     )
     model = supernet.extract(subnet)
@@ -53,7 +58,7 @@ def export_subnet(
 def text_quality(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> TextQuality:
     """Of `subnet` with the weights that it would be exported with, beside the full model, on windows [N, T]."""
     evaluator = Evaluator(supernet, windows)
-    found, full = evaluator.evaluate(subnet), evaluator.evaluate(supernet.space.full(32))
+    found, full = evaluator.evaluate(subnet), evaluator.evaluate_full_model()
     return TextQuality(found.kl, found.perplexity, full.perplexity, windows.numel())
 
 

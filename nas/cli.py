@@ -54,6 +54,9 @@ PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.
 ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
 TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
+ModelMoved = Annotated[
+    str | None, typer.Option("--model", help="Where the study's model is, if it moved since the search.")
+]
 AllowStale = Annotated[
     bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
 ]
@@ -319,6 +322,88 @@ def query(
 
 
 @app.command()
+def tune(
+    study_name: StudyName,
+    subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
+    output: Annotated[Path, typer.Option(help="Folder for the tuned weights, which nas export takes with --tuned.")],
+    method: Annotated[
+        str, typer.Option(help="lora; nls: ranks drawn at each step, then searched; full: the projections themselves.")
+    ] = "lora",
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Of the adapter, 32 by default; several for nls: 32, 24 and 16.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
+    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
+    loss: Annotated[str, typer.Option(help="kl: to the full model; text: likelihood of the text itself.")] = "kl",
+    sandwich: Annotated[
+        bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
+    ] = False,
+    rank_evaluations: Annotated[int, typer.Option(help="nls: choices of ranks evaluated in the end.")] = 24,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 400,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop then, if that is sooner.")] = None,
+    batch: Annotated[int, typer.Option(help="Windows at once.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Such batches a step.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its largest; 0.001 for adapters and 0.0001 for full by default.")
+    ] = None,
+    text: Annotated[
+        list[Path], typer.Option(help="Text to tune on, .txt or .jsonl; what calibrated the study by default.")
+    ] = [],  # noqa: B006
+    precision: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
+    ] = None,
+    fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
+    seed: int = 0,
+    model: ModelMoved = None,
+    trust_remote_code: bool = False,
+    database: Database = _DATABASE,
+    cache: Cache = _CACHE,
+    as_json: Json = False,
+) -> None:
+    """Win back quality: train a subnet against the full model. Run again after an interruption to go on."""
+    from nas.protocol import fit_winner, open_evaluator, open_study
+    from nas.queries import find_subnet
+    from nas.recovery import TuneSettings, one_of_methods
+    from nas.recovery import tune as run_tune
+    from nas.study import Study
+    from nas.text import all_windows
+    from nas.training import TrainingSettings
+
+    method = one_of_methods(method)
+    ranks = tuple(rank or ((32, 24, 16) if method == "nls" else (32,)))
+    settings = TuneSettings(
+        method=method,
+        ranks=ranks,
+        alpha=alpha or 2.0 * max(ranks),
+        dropout=dropout,
+        rank_evaluations=rank_evaluations,
+        training=TrainingSettings(
+            steps=steps,
+            max_minutes=max_minutes,
+            batch=batch,
+            accumulation=accumulation,
+            learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
+            loss=loss,  # type: ignore[arg-type]  # checked by it
+            sampling="sandwich" if sandwich else "random" if method == "nls" else "largest",
+            seed=seed,
+        ),
+    )
+    with Store(database) as store:
+        study = Study.load(store, study_name)
+        chosen = find_subnet(study, subnet, None if precision is None else _precision(precision))
+    supernet, protocol = open_study(study, model, cache, trust_remote_code=trust_remote_code)
+    tokenizer = supernet.loaded.tokenizer
+    windows = all_windows(tokenizer, text, tokens) if text else protocol.tuning(tokenizer, tokens)
+    if fit and protocol.reform:
+        with progress_bar("fit") as progress:
+            fit_winner(supernet, chosen, protocol, cache, progress)
+    with progress_bar("tune") as progress:
+        tuned = run_tune(supernet, chosen, windows, open_evaluator(supernet, protocol), settings, output, progress)
+    emit(tables.tuned_fields(tuned, output), as_json, tables.tuned(tuned, output))
+
+
+@app.command()
 def export(
     study_name: StudyName,
     subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
@@ -332,7 +417,8 @@ def export(
     fit: Annotated[
         bool, typer.Option(help="Fit the subnet's weights in sequence, so that layers make up for those before them.")
     ] = True,
-    model: Annotated[str | None, typer.Option(help="Where the model is, if it moved since the search.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="Folder of nas tune: the weights that it gave the subnet.")] = None,
+    model: ModelMoved = None,
     threads: Threads = None,
     cpus: Cpus = None,
     prompt_tokens: PromptTokens = 128,
@@ -345,11 +431,11 @@ def export(
     """Write a subnet as a folder that stock runtimes load."""
     from export.artefact import FORMATS
     from nas.artefacts import export_subnet, text_quality
-    from nas.families import load_model
-    from nas.protocol import fit_winner, open_supernet, protocol_on
+    from nas.protocol import fit_winner, open_study
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
-    from nas.study import Study, StudyError
+    from nas.recovery import adopt_tuned
+    from nas.study import Study
 
     formats = [known for known in FORMATS if known in format_]
     if unknown := set(format_) - set(FORMATS):
@@ -363,23 +449,21 @@ def export(
             name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
             for name in formats
         }
-    loaded = load_model(model or study.model, trust_remote_code=trust_remote_code)
-    if loaded.fingerprint != study.fingerprint:
-        raise StudyError(f"{model or study.model} is not the model that study {study_name!r} was made of; give --model")
-    protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]))
-    if study.text and protocol.to_dict()["calibration_files"] != study.protocol["calibration_files"]:
-        raise StudyError(
-            f"the text of study {study_name!r} has changed since its search; search again as another study"
-        )
-    supernet = open_supernet(loaded, study.space, protocol, cache)
-    if fit and protocol.reform:
+    supernet, protocol = open_study(study, model, cache, trust_remote_code=trust_remote_code)
+    tuning = None
+    if tuned is not None:
+        found = adopt_tuned(supernet, tuned)
+        if found.subnet != chosen:
+            raise ValueError(f"wanted subnet {chosen.id} at {chosen.precision} in {tuned}, got another; see nas tune")
+        tuning = found.title
+    elif fit and protocol.reform:
         with progress_bar("fit") as progress:
             fit_winner(supernet, chosen, protocol, cache, progress)
-    windows = unseen_windows(loaded.tokenizer, 4, 512)
+    windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
     for name, folder in folders.items():
-        export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality)
+        export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality, tuning)
     result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}
     emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.precision}" for folder in folders.values()))
 

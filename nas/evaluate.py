@@ -43,7 +43,7 @@ class Evaluator:
         self.dtype = dtype or fast_dtype()
         self._inputs: list[torch.Tensor] = []  # of `score_windows`: the full model's states entering each layer
         with torch.no_grad(), computing(self.dtype):
-            supernet.activate(supernet.space.full(32))
+            supernet.activate_full_model()
             self._teacher = self._normed(self._run(supernet.loaded.embed(windows), 0))
             self._teacher_head = supernet.loaded.head.weight.detach()
             self._teacher_logits = self._keep_logits()
@@ -53,6 +53,15 @@ class Evaluator:
         """KL and perplexity of one subnet, which is left active."""
         start = time.perf_counter()
         self.supernet.activate(subnet)
+        return self._evaluate_active(start)
+
+    def evaluate_full_model(self) -> Quality:
+        """The same of the model as it was loaded."""
+        start = time.perf_counter()
+        self.supernet.activate_full_model()
+        return self._evaluate_active(start)
+
+    def _evaluate_active(self, start: float) -> Quality:
         with torch.no_grad(), computing(self.dtype):
             kl, nll = self._compare(self._run(self.supernet.loaded.embed(self.windows), 0))
         return Quality(kl, math.exp(nll), self.windows.numel(), time.perf_counter() - start)
@@ -60,14 +69,13 @@ class Evaluator:
     def block_kl(self, layer: int, part: Part, choice: int, bits: int = 32) -> float:
         """KL of the full fp32 model with one part of one layer at `choice` and `bits`; runs layers from there on."""
         supernet = self.supernet
-        full = supernet.space.full(32)
-        supernet.activate(full)
+        supernet.activate_full_model()
         with torch.no_grad(), computing(self.dtype):
             if not self._inputs:
                 self._remember_inputs()
             supernet.activate_part(layer, part, choice, bits)
             kl, _ = self._compare(self._run(self._inputs[layer], layer))
-        supernet.activate(full)
+        supernet.activate_full_model()
         return kl
 
     def reformation_error(self, layer: int, part: Part, choice: int) -> float:

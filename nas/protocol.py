@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from hw_profiles.profile import Progress
 from nas.evaluate import Evaluator
-from nas.families import LoadedModel, fast_dtype
-from nas.sequential import Progress, fit_in_sequence
+from nas.families import LoadedModel, fast_dtype, load_model
+from nas.sequential import fit_in_sequence
 from nas.space import SearchSpace, Subnet
+from nas.study import Study, StudyError
 from nas.supernet import Supernet
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, text_digest
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, all_windows, file_windows, text_digest
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class EvaluationProtocol:
     def calibration(self, tokenizer: Any) -> torch.Tensor:
         return file_windows(tokenizer, self.calibration_files, self.calibration_windows, self.calibration_tokens)
 
+    def tuning(self, tokenizer: Any, tokens: int) -> torch.Tensor:
+        """Windows [N, `tokens`] of all text that the search does not see."""
+        if tuple(self.search_files) == tuple(self.calibration_files):
+            return self.calibration(tokenizer).reshape(-1, tokens)
+        return all_windows(tokenizer, self.calibration_files, tokens)
+
     def search(self, tokenizer: Any) -> torch.Tensor:
         shared = tuple(self.search_files) == tuple(self.calibration_files)
         after = (self.calibration_windows, self.calibration_tokens) if shared else (0, 0)
@@ -70,6 +78,25 @@ def open_supernet(
     supernet = Supernet(loaded, space)
     supernet.prepare(protocol.calibration(loaded.tokenizer), reform=protocol.reform, cache_dir=cache_dir)
     return supernet
+
+
+def open_study(
+    study: Study, model: str | None, cache_dir: Path | None, *, trust_remote_code: bool = False
+) -> tuple[Supernet, EvaluationProtocol]:
+    """The prepared supernet that a study's trials were made of, of the model at `model` if it has moved.
+
+    Raises StudyError where that is another model, or the study's text has changed.
+    """
+    source = model or study.model
+    loaded = load_model(source, trust_remote_code=trust_remote_code)
+    if loaded.fingerprint != study.fingerprint:
+        raise StudyError(f"{source} is not the model that study {study.name!r} was made of; give --model")
+    protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]))
+    if study.text and protocol.to_dict()["calibration_files"] != study.protocol["calibration_files"]:
+        raise StudyError(
+            f"the text of study {study.name!r} has changed since its search; search again as another study"
+        )
+    return open_supernet(loaded, study.space, protocol, cache_dir), protocol
 
 
 def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:

@@ -6,13 +6,14 @@ evaluations' results. Resuming is therefore replaying: what is stored is looked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_profiles.profile import Progress
 from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scored_choices
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.published_searches import PUBLISHED
@@ -23,8 +24,6 @@ from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_TRIALS
 
 Floats = NDArray[np.float64]
-#: Told (steps done, steps in all, what is going on).
-Progress = Callable[[int, int, str], None]
 
 #: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
 _WORST_KL = 2.5

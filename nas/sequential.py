@@ -21,7 +21,7 @@ that the stream lacks of the full model's asks for what the part cannot know.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,15 @@ import torch
 from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
+from hw_profiles.profile import Progress
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import is_complete, load_layer, moments, save_layer, statistics_key
+from nas.calibration import moments, statistics_key
 from nas.families import computing, fast_dtype
 from nas.importance import normalise
+from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights, has_own, load_own, save_own
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, Part, Subnet
-from nas.supernet import OwnWeights, RoundedWeights, Supernet
-
-#: Told (parts done, parts in all, what is going on).
-Progress = Callable[[int, int, str], None]
+from nas.supernet import Supernet
 
 #: Ridge relative to each input's own energy.
 DAMPING = 0.1
@@ -71,12 +70,11 @@ def fit_in_sequence(
         fitted_on = statistics_key(supernet.loaded, windows)
         text = f"{_VERSION} {supernet.prepared_from} {fitted_on} {subnet.to_json()} {damping} {mended}"
         folder = cache_dir / f"sequential-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if is_complete(folder, supernet.space.depth, set()):
-            layers = [load_layer(folder, index, set()) for index in range(supernet.space.depth)]
-            supernet.adopt(subnet, [_unpack(tensors, subnet.bits) for tensors in layers])
+        if has_own(folder, supernet.space.depth):
+            supernet.adopt(subnet, load_own(folder, supernet.space.depth, subnet.bits))
             return
     streams = _Streams(supernet, subnet, windows)
-    own: list[dict[Part, OwnWeights]] = []
+    own: OwnLayers = []
     for index, layer in enumerate(subnet.layers):
         own.append({})
         for part in PARTS:
@@ -87,8 +85,7 @@ def fit_in_sequence(
             else:
                 streams.skip(index, part)
     if folder is not None:
-        for index, parts in enumerate(own):
-            save_layer(folder, index, _pack(parts))
+        save_own(folder, own)
     supernet.adopt(subnet, own)
 
 
@@ -114,7 +111,7 @@ class _Streams:
     def __init__(self, supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> None:
         self.supernet, self.subnet = supernet, subnet
         batches = torch.split(windows, max(1, _TOKENS_AT_ONCE // windows.shape[1]))
-        supernet.activate(supernet.space.full(32))
+        supernet.activate_full_model()
         self.full = [supernet.loaded.embed(batch) for batch in batches]
         supernet.activate_ends(HEAD_BITS[subnet.precision])
         self.own = [supernet.loaded.embed(batch) for batch in batches]
@@ -216,31 +213,3 @@ def _step(H: torch.Tensor, G: torch.Tensor, damping: float) -> torch.Tensor:
 
 def _rows(batch: torch.Tensor) -> torch.Tensor:
     return batch.flatten(0, -2).float()
-
-
-def _pack(parts: dict[Part, OwnWeights]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for part, own in parts.items():
-        for name, tensor in own.exact.items():
-            tensors[f"{part}|{name}"] = tensor.contiguous()
-            rounded = own.rounded[name]
-            if isinstance(rounded, QuantizedWeight):
-                tensors[f"{part}|{name}|integers"] = rounded.integers.contiguous()
-                tensors[f"{part}|{name}|scales"] = rounded.scales.contiguous()
-    return tensors
-
-
-def _unpack(tensors: dict[str, torch.Tensor], bits: int) -> dict[Part, OwnWeights]:
-    parts: dict[Part, OwnWeights] = {}
-    for key, tensor in tensors.items():
-        part, name, *kind = key.split("|")
-        if kind:
-            continue
-        own = parts.setdefault("attention" if part == "attention" else "mlp", OwnWeights({}, {}))
-        own.exact[name] = tensor
-        if f"{key}|integers" in tensors:
-            integers, scales = tensors[f"{key}|integers"], tensors[f"{key}|scales"]
-            own.rounded[name] = QuantizedWeight(integers, scales, bits)
-        else:
-            own.rounded[name] = fake_quantize(tensor, 16) if tensor.dim() == 2 and bits == 16 else tensor
-    return parts

@@ -24,12 +24,10 @@ from hw_profiles.shapes import HEAD_BITS
 from nas.calibration import LayerStatistics, Statistics, collect, is_complete, load_layer, save_layer
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
+from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights
 from nas.reformation import Reformed, reform
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, SKIPPED, Part, SearchSpace, Subnet
-
-#: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
-RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
 
 #: Channels dropped at a step of the elimination.
 _CHUNK = 32
@@ -60,14 +58,6 @@ class PartPlan:
     errors: dict[int, float]
 
 
-@dataclass(frozen=True, eq=False)
-class OwnWeights:
-    """What one part of one subnet holds in place of what it would share: fp32, and as rounded to the subnet's bits."""
-
-    exact: dict[str, torch.Tensor]
-    rounded: RoundedWeights
-
-
 class Supernet:
     """Wraps `loaded.model`, whose weights `activate` swaps: `model(input_ids)` gives the active subnet's logits.
 
@@ -83,7 +73,7 @@ class Supernet:
         self.space = space
         self.model = loaded.model
         self._layers = loaded.layers
-        self._modules = [{p: layer.get_submodule(self._path(p)) for p in PARTS} for layer in self._layers]
+        self._modules = [{p: layer.get_submodule(self.part_name(p)) for p in PARTS} for layer in self._layers]
         self._original = [
             {name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in self._layers
         ]
@@ -96,7 +86,7 @@ class Supernet:
         self.prepared_from = ""
         self._quantized: dict[tuple[int, Part, int, int], RoundedWeights] = {}
         self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
-        self._own: dict[Subnet, list[dict[Part, OwnWeights]]] = {}
+        self._own: dict[Subnet, OwnLayers] = {}
         self._active: dict[tuple[int, Part], tuple[int, int] | OwnWeights] = {
             (i, p): (self.full_size(p), 32) for i in range(space.depth) for p in PARTS
         }
@@ -108,7 +98,7 @@ class Supernet:
 
         With `reform` off subnets inherit their weights unchanged (same orders), to show what reformation is worth.
         """
-        self.activate(self.space.full(32))
+        self.activate_full_model()
         self._reform = reform
         self._quantized.clear()
         self._quantized_inputs.clear()
@@ -178,13 +168,20 @@ class Supernet:
                     self.install(index, part, own)
         self.activate_ends(HEAD_BITS[subnet.precision])
 
+    def activate_full_model(self) -> None:
+        """The model as it was loaded, even where the full subnet has weights of its own."""
+        for index in range(self.space.depth):
+            for part in PARTS:
+                self.activate_part(index, part, self.full_size(part), 32)
+        self.activate_ends(32)
+
     def activate_part(self, layer: int, part: Part, choice: int, bits: int) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
         if self._active[layer, part] == (choice, bits):
             return
         if choice == 0:
             skipped = SkippedAttention() if part == "attention" else SkippedMlp()
-            setattr(self._layers[layer], self._path(part), skipped)
+            setattr(self._layers[layer], self.part_name(part), skipped)
         else:
             self._put(layer, part, self._rounded(layer, part, choice, bits))
         self._active[layer, part] = (choice, bits)
@@ -196,15 +193,15 @@ class Supernet:
         self._put(layer, part, _dequantized(own.rounded))
         self._active[layer, part] = own
 
-    def adopt(self, subnet: Subnet, own: list[dict[Part, OwnWeights]]) -> None:
-        """From now on `subnet` has weights of its own, a dict for each layer; parts it lacks are the shared ones."""
+    def adopt(self, subnet: Subnet, own: OwnLayers) -> None:
+        """From now on `subnet` has these weights of its own."""
         self._own[subnet] = own
 
     def _own_weights(self, subnet: Subnet, layer: int, part: Part) -> OwnWeights | None:
         return self._own[subnet][layer].get(part) if subnet in self._own else None
 
     def _put(self, layer: int, part: Part, weights: dict[str, torch.Tensor]) -> None:
-        setattr(self._layers[layer], self._path(part), self._modules[layer][part])
+        setattr(self._layers[layer], self.part_name(part), self._modules[layer][part])
         for name, tensor in weights.items():
             _set(self._layers[layer], name, tensor)
 
@@ -251,7 +248,7 @@ class Supernet:
         family = self.loaded.family
         state = {
             f"{path}.{name}": tensor
-            for index, path in self._extracted_layers(subnet).items()
+            for index, path in self.extracted_layers(subnet).items()
             for name, tensor in self.layer_weights(subnet, index).items()
         }
         norm = self.model.get_submodule(family.final_norm)
@@ -263,7 +260,7 @@ class Supernet:
         model.requires_grad_(False).eval()
         return model
 
-    def _extracted_layers(self, subnet: Subnet) -> dict[int, str]:
+    def extracted_layers(self, subnet: Subnet) -> dict[int, str]:
         """Paths in `extract`'s model of the layers that are there."""
         from export.huggingface import is_plain
 
@@ -319,7 +316,7 @@ class Supernet:
             return {}
         self.activate(subnet)
         quantized: dict[str, QuantizedWeight] = {}
-        for index, path in self._extracted_layers(subnet).items():
+        for index, path in self.extracted_layers(subnet).items():
             for part in PARTS:
                 own = self._own_weights(subnet, index, part)
                 shared = self._quantized.get((index, part, subnet.layers[index].size(part), subnet.bits), {})
@@ -335,7 +332,7 @@ class Supernet:
     def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""
         if choice == self.full_size(part):
-            return {n: t for n, t in self._original[layer].items() if n.startswith(f"{self._path(part)}.")}
+            return {n: t for n, t in self._original[layer].items() if n.startswith(f"{self.part_name(part)}.")}
         plan = self.plan(layer, part)
         return self._sliced(layer, part, plan.order[:choice], plan.outputs[choice])
 
@@ -375,7 +372,8 @@ class Supernet:
         choices = self.space.group_choices if part == "attention" else self.space.width_choices
         return tuple(k for k in choices[:-1] if k)
 
-    def _path(self, part: Part) -> str:
+    def part_name(self, part: Part) -> str:
+        """Of the module within its layer."""
         return self.loaded.family.attention if part == "attention" else self.loaded.family.mlp
 
     def output_name(self, part: Part) -> str:

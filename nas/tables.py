@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # they bring torch
     from nas.budget import Answer
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
+    from nas.recovery import Tuned
     from nas.space import SearchSpace
 
 Fields = dict[str, Any]
@@ -184,6 +186,31 @@ def answer(found: Answer) -> Table:
         table.add_row("peak memory", f"{value} MB [{low}, {high}], {baseline} of it without a model")
         for name, joules in _joules_per_token(memory.step_joules).items():
             table.add_row(f"energy, {name}", f"{joules:.3g} J a token")
+    return table
+
+
+def tuned_fields(tuned: Tuned, folder: Path) -> Fields:
+    """What `nas tune` did; both qualities are on the text that the study's search saw."""
+    return {
+        "folder": str(folder),
+        "subnet": tuned.subnet.id,
+        "precision": tuned.subnet.precision,
+        "method": tuned.settings.method,
+        "kl": {"before": tuned.before.kl, "after": tuned.after.kl},
+        "perplexity": {"before": tuned.before.perplexity, "after": tuned.after.perplexity},
+        "steps": tuned.steps,
+        "tokens": tuned.tokens,
+        "seconds": tuned.seconds,
+        "ranks": dict(tuned.ranks),
+    }
+
+
+def tuned(tuned: Tuned, folder: Path) -> Table:
+    title = f"{folder}: {tuned.subnet.id} at {tuned.subnet.precision} by {tuned.settings.method}, {tuned.steps} steps"
+    table = Table("", "before", "after", title=title, caption="On the text of the search; nas export has unseen text.")
+    table.add_row("KL to the full model, nats", f"{tuned.before.kl:.4f}", f"{tuned.after.kl:.4f}")
+    table.add_row("perplexity", f"{tuned.before.perplexity:.2f}", f"{tuned.after.perplexity:.2f}")
+    table.add_row("tokens, seconds", "", f"{tuned.tokens:,}, {tuned.seconds:,.0f}")
     return table
 
 

@@ -68,6 +68,16 @@ def file_windows(
     return torch.cat(parts)
 
 
+def all_windows(tokenizer: Any, files: Sequence[Path], length: int) -> torch.Tensor:
+    """Every whole window of every file, int64 [windows, length]; ValueError where a file has none."""
+    parts = []
+    for file in files:
+        text = read_text(file, tokenizer)
+        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        parts.append(token_windows(tokenizer, text, max(1, tokens // length), length))
+    return torch.cat(parts)
+
+
 def _shares(windows: int, files: int) -> list[int]:
     return [windows // files + (i < windows % files) for i in range(files)]
 

@@ -152,6 +152,10 @@ MISTAKES = {
     ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
     ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
+    ("tune", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--method", "magic"): "wanted a method out of lora",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--loss", "l1"): "wanted one of kl, text, got l1",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--rank", "8", "--rank", "4"): "lora has one rank",
     ("report", "--study", "none"): "no study 'none'",
     ("verify", "nonesuch"): "nonesuch is not a folder that nas export wrote",
     ("verify", "gpt2"): "gpt2 is not a folder that nas export wrote",
@@ -529,6 +533,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         assert exported.code == 0
         assert exported.json["subnet"] == answer["subnet"]
         folders.append(format_)
+    check_tuning(nas, answer["subnet"], on_device)
     said = own.read_text()
     own.write_text(said.replace("e", "a"))
     changed = nas("export", "--study", "s", "--subnet", answer["subnet"], "--output", "again")
@@ -555,6 +560,26 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
 
     check_bf16(nas, on_device)
     check_damaged_folders(nas, tmp_path, on_device)
+
+
+def check_tuning(nas: Nas, subnet: str, on_device: tuple[str, ...]) -> None:
+    """Tuned weights are kept, exported and proven; those of another subnet are refused."""
+    tune = ("tune", "--study", "s", "--subnet", subnet, "--output", "tuned", "--json", "--method", "nls")
+    ranks = ("--rank", "8", "--rank", "4", "--rank-evaluations", "3", "--learning-rate", "0.003")
+    tuned = nas(*tune, *ranks, "--steps", "30", "--batch", "4", "--tokens", "64")
+    assert tuned.code == 0
+    assert tuned.json["kl"]["after"] < tuned.json["kl"]["before"]
+    assert set(tuned.json["ranks"].values()) <= {8, 4}
+    other = nas(*tune, *ranks, "--steps", "9", "--batch", "4", "--tokens", "64")
+    assert other.code == 2
+    assert "tuned holds what was tuned with another subnet, text or settings" in other.sentence
+    export = ("export", "--study", "s", "--tuned", "tuned", "--output", "tuned_onnx", "--format", "onnx", *on_device)
+    assert nas(*export, "--subnet", subnet).code == 0
+    assert nas("verify", "tuned_onnx", "--rounds", "1", *on_device).json["folders"][0]["parity_holds"]
+    assert "tuned by nls for 30 steps" in Path("tuned_onnx", "README.md").read_text()
+    wrong = nas(*export, "--subnet", "full")
+    assert wrong.code == 2
+    assert "got another; see nas tune" in wrong.sentence
 
 
 @pytest.mark.usefixtures("_single_thread")

@@ -1,0 +1,167 @@
+"""Super-adapters: LoRA at the largest rank, of which every smaller one is a prefix (NLS).
+
+Maps that read the same input share a rank: a group. A choice of ranks is a tuple of one rank for each group, in the
+order of `SuperAdapter.groups`, and what comes out is an ordinary PEFT adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from export.quantize import QuantizedWeight
+from nas.adapters.linear import ElasticLinear
+from nas.families import Family
+
+#: Of each group of ranks one is in use.
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SuperAdapter:
+    """Adapters of every projection of a decoder's layers; `choices` are the ranks to choose from, largest first."""
+
+    model: PeftModel
+    layers: Mapping[str, ElasticLinear]
+    #: Paths of the maps that share a rank, layer by layer.
+    groups: Sequence[tuple[str, ...]]
+    choices: Sequence[int]
+    alpha: float
+
+    @property
+    def maximal(self) -> Ranks:
+        return (self.choices[0],) * len(self.groups)
+
+    @property
+    def minimal(self) -> Ranks:
+        return (self.choices[-1],) * len(self.groups)
+
+    @property
+    def heuristic(self) -> Ranks:
+        """The middle of the choices everywhere, the larger of two: what NLS takes without a search."""
+        return (self.choices[(len(self.choices) - 1) // 2],) * len(self.groups)
+
+    def sample(self, rng: np.random.Generator) -> Ranks:
+        """Each group's rank drawn alone, evenly."""
+        return tuple(int(rank) for rank in rng.choice(self.choices, len(self.groups)))
+
+    def activate(self, ranks: Ranks) -> None:
+        for paths, rank in zip(self.groups, ranks, strict=True):
+            for path in paths:
+                self.layers[path].active_rank = rank
+
+    def ranks_by_path(self, ranks: Ranks) -> dict[str, int]:
+        return {path: rank for paths, rank in zip(self.groups, ranks, strict=True) for path in paths}
+
+    def parameters(self, ranks: Ranks) -> int:
+        """Numbers in A and B of these ranks."""
+        bases = {path: layer.get_base_layer() for path, layer in self.layers.items()}
+        by_path = self.ranks_by_path(ranks)
+        return sum(by_path[path] * (base.in_features + base.out_features) for path, base in bases.items())
+
+    def save(self, ranks: Ranks, folder: Path) -> None:
+        """The sub-adapter of `ranks` as a standard PEFT adapter, which `PeftModel.from_pretrained` loads.
+
+        s = alpha / R stays that of the super-adapter, so a smaller rank r has alpha r / R.
+        """
+        by_path, largest = self.ranks_by_path(ranks), self.choices[0]
+        config = _lora_config(list(by_path), largest, self.alpha)
+        config.rank_pattern = {path: rank for path, rank in by_path.items() if rank != largest}
+        config.alpha_pattern = {path: self.alpha * rank / largest for path, rank in config.rank_pattern.items()}
+        config.inference_mode = True
+        tensors = {}
+        for path, rank in by_path.items():
+            A, B = (matrix.detach() for matrix in self.layers[path].matrices())
+            tensors[f"base_model.model.{path}.lora_A.weight"] = A[:rank].contiguous()
+            tensors[f"base_model.model.{path}.lora_B.weight"] = B[:, :rank].contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+
+def attach(
+    model: Any,
+    family: Family,
+    choices: Sequence[int],
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    grids: Mapping[str, QuantizedWeight] | None = None,
+) -> SuperAdapter:
+    """Put adapters over all projections of `model`'s layers; B starts at 0, so nothing changes yet.
+
+    `masks` bool [out, in] and `grids` are by the projections' paths in `model`; paths they lack have none.
+    """
+    if not choices or min(choices) < 1 or list(choices) != sorted(set(choices), reverse=True):
+        raise ValueError(f"ranks must be different, above 0 and largest first, got {list(choices)}")
+    groups = rank_groups(model, family)
+    paths = [path for group in groups for path in group]
+    config = _lora_config(paths, choices[0], alpha, dropout)
+    config._register_custom_module({nn.Linear: ElasticLinear})
+    peft_model = get_peft_model(model, config)
+    layers = {path: model.get_submodule(path) for path in paths}
+    for path, layer in layers.items():
+        layer.constrain((masks or {}).get(path), (grids or {}).get(path))
+    adapter = SuperAdapter(peft_model, layers, groups, tuple(choices), alpha)
+    adapter.activate(adapter.maximal)
+    return adapter
+
+
+def rank_groups(model: Any, family: Family) -> list[tuple[str, ...]]:
+    """Paths of the projections of every layer, those together that read the same; parts that are not there are not."""
+    groups: list[tuple[str, ...]] = []
+    names = ((family.query, family.key, family.value), (family.output,), (family.gate, family.up), (family.down,))
+    for index in range(len(model.get_submodule(family.layers))):
+        layer = model.get_submodule(f"{family.layers}.{index}")
+        for group in names:
+            if hasattr(layer, group[0].partition(".")[0]):
+                groups.append(tuple(f"{family.layers}.{index}.{name}" for name in group))
+    return groups
+
+
+def hill_climb(
+    adapter: SuperAdapter, loss: Callable[[Ranks], float], evaluations: int, seed: int = 0
+) -> tuple[Ranks, float]:
+    """The best ranks found by single changes to a neighbouring choice, from the heuristic ones.
+
+    At most `evaluations` calls of `loss`, the start's among them; neighbours are tried in random order and the first
+    that is better is moved to. Stops early where none is.
+    """
+    rng = np.random.default_rng(seed)
+    best, best_loss = adapter.heuristic, loss(adapter.heuristic)
+    left = evaluations - 1
+    while left > 0:
+        for neighbour in _neighbours(adapter, best, rng)[:left]:
+            left -= 1
+            found = loss(neighbour)
+            if found < best_loss:
+                best, best_loss = neighbour, found
+                break
+        else:
+            break
+    return best, best_loss
+
+
+def _neighbours(adapter: SuperAdapter, ranks: Ranks, rng: np.random.Generator) -> list[Ranks]:
+    found = []
+    for group, rank in enumerate(ranks):
+        at = adapter.choices.index(rank)
+        for near in (at - 1, at + 1):
+            if 0 <= near < len(adapter.choices):
+                found.append((*ranks[:group], adapter.choices[near], *ranks[group + 1 :]))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def _lora_config(paths: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(paths), bias="none", task_type="CAUSAL_LM"
+    )

@@ -1,0 +1,76 @@
+"""Losses over a large vocabulary, a few hundred positions at a time: logits and their gradients are never all there.
+
+Shapes: hidden [M, D] what the head reads, head [V, D]. The head is frozen, so the gradient of hidden can be made in the
+forward pass, where the logits are at hand: (softmax(logits) - wanted) head / M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: 512 x a vocabulary of 50,000 x 4 bytes: 100 MB for each of two or three such matrices.
+_ROWS_AT_ONCE = 512
+
+#: Of logits [m, V] of the rows from `first` on: their losses [m] and the probabilities wanted, [m, V] in place of
+#: softmax's labels.
+_Wanted = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def kl_to_teacher(
+    hidden: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Mean KL(teacher || student) in nats over M positions; products of logits are in `dtype`."""
+
+    def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = _logits(teacher[first : first + len(logits)], teacher_head, dtype).log_softmax(-1)
+        p = log_p.exp()
+        return torch.linalg.vecdot(p, log_p - logits.log_softmax(-1)), p
+
+    return _HeadLoss.apply(hidden, head, wanted, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def next_token_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Mean negative log-likelihood of `targets` [M]."""
+
+    def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = targets[first : first + len(logits), None]
+        likelihoods = logits.log_softmax(-1).gather(-1, rows).squeeze(-1)
+        return -likelihoods, torch.zeros_like(logits).scatter_(-1, rows, 1.0)
+
+    return _HeadLoss.apply(hidden, head, wanted, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, wanted: _Wanted, dtype: torch.dtype
+    ) -> torch.Tensor:
+        gradient = torch.empty_like(hidden)
+        losses = torch.empty(len(hidden), device=hidden.device)
+        for first in range(0, len(hidden), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            logits = _logits(hidden[rows], head, dtype)
+            losses[rows], probabilities = wanted(first, logits)
+            difference = logits.softmax(-1).sub_(probabilities)
+            gradient[rows] = _product(difference, head, dtype)
+        ctx.save_for_backward(gradient.div_(len(hidden)))
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0], None, None, None
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _product(hidden, head.T, dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(dtype) @ b.to(dtype)).float()

@@ -1,0 +1,71 @@
+"""Weights that one subnet holds in place of those it would share, in memory and as a folder of files layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from export.quantize import QuantizedWeight, fake_quantize
+from nas.calibration import is_complete, load_layer, save_layer
+from nas.space import Part
+
+#: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
+RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnWeights:
+    """What one part of one subnet holds in place of what it would share: fp32, and as rounded to the subnet's bits."""
+
+    exact: dict[str, torch.Tensor]
+    rounded: RoundedWeights
+
+
+#: A dict for each layer; parts that a dict lacks are the shared ones.
+OwnLayers = list[dict[Part, OwnWeights]]
+
+
+def save_own(folder: Path, layers: Sequence[dict[Part, OwnWeights]]) -> None:
+    for index, parts in enumerate(layers):
+        save_layer(folder, index, _pack(parts))
+
+
+def has_own(folder: Path, depth: int) -> bool:
+    """Whether `save_own` wrote all layers there."""
+    return is_complete(folder, depth, set())
+
+
+def load_own(folder: Path, depth: int, bits: int) -> OwnLayers:
+    """What `save_own` wrote; ValueError where a file is missing or damaged."""
+    return [_unpack(load_layer(folder, index, set()), bits) for index in range(depth)]
+
+
+def _pack(parts: dict[Part, OwnWeights]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for part, own in parts.items():
+        for name, tensor in own.exact.items():
+            tensors[f"{part}|{name}"] = tensor.contiguous()
+            rounded = own.rounded[name]
+            if isinstance(rounded, QuantizedWeight):
+                tensors[f"{part}|{name}|integers"] = rounded.integers.contiguous()
+                tensors[f"{part}|{name}|scales"] = rounded.scales.contiguous()
+    return tensors
+
+
+def _unpack(tensors: dict[str, torch.Tensor], bits: int) -> dict[Part, OwnWeights]:
+    parts: dict[Part, OwnWeights] = {}
+    for key, tensor in tensors.items():
+        part, name, *kind = key.split("|")
+        if kind:
+            continue
+        own = parts.setdefault("attention" if part == "attention" else "mlp", OwnWeights({}, {}))
+        own.exact[name] = tensor
+        if f"{key}|integers" in tensors:
+            integers, scales = tensors[f"{key}|integers"], tensors[f"{key}|scales"]
+            own.rounded[name] = QuantizedWeight(integers, scales, bits)
+        else:
+            own.rounded[name] = fake_quantize(tensor, 16) if tensor.dim() == 2 and bits == 16 else tensor
+    return parts

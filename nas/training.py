@@ -1,0 +1,249 @@
+"""Training a subnet against the full model, through transformers' Trainer: checkpoints, resume, a limit of time.
+
+The same code runs on a GPU, where there is one. Shapes: windows int64 [N, T].
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback
+
+from hw_profiles.profile import Progress
+from nas.adapters.elastic import Ranks, SuperAdapter
+from nas.distillation import kl_to_teacher, next_token_loss
+from nas.families import LoadedModel, fast_dtype
+
+#: kl: to the full model's distribution of the next token. text: the likelihood of the text itself.
+Loss = Literal["kl", "text"]
+#: What becomes of a super-adapter's ranks at a step. sandwich: the largest, the smallest and a random choice together,
+#: the others learning from the largest (in-place distillation, Yu et al., arXiv 2003.11142).
+Sampling = Literal["largest", "random", "sandwich"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A step takes `batch` windows, `accumulation` times. It ends after `steps`, or `max_minutes` if that is sooner.
+
+    The learning rate rises over the first 5 % of that and falls along a cosine to 0.
+    """
+
+    steps: int = 400
+    max_minutes: float | None = None
+    batch: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    loss: Loss = "kl"
+    sampling: Sampling = "largest"
+    seed: int = 0
+    #: Seconds between checkpoints.
+    checkpoint_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.accumulation) < 1 or not 0 < self.learning_rate < 1:
+            raise ValueError(f"steps, batch and accumulation must be at least 1, the learning rate below, got {self}")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"--max-minutes must be above 0, got {self.max_minutes:g}")
+        for value, known in ((self.loss, get_args(Loss)), (self.sampling, get_args(Sampling))):
+            if value not in known:
+                raise ValueError(f"wanted one of {', '.join(known)}, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """`losses` of every step since the last start."""
+
+    steps: int
+    seconds: float
+    losses: Sequence[float]
+
+
+def train(
+    student: Any,
+    teacher: LoadedModel,
+    windows: torch.Tensor,
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    adapter: SuperAdapter | None = None,
+    progress: Progress = lambda done, total, what: None,
+) -> TrainingResult:
+    """Train what of `student` requires gradients, in place; with `adapter`, `student` is the model under it.
+
+    Checkpoints go to `folder`, and a run that finds one there goes on from it. `teacher.model` must compute the full
+    model. On return both are on the CPU.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        bf16=_dtype() == torch.bfloat16,
+        save_strategy="no",  # the clock says when
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    clock = _Clock(settings, progress)
+    trained = student if adapter is None else adapter.model
+    trainer = _Distillation(trained, student, teacher, windows, settings, clock, adapter, arguments)
+    teacher.model.to(trainer.args.device)
+    try:
+        checkpoint = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        teacher.model.to("cpu")
+        student.to("cpu").eval()
+    return TrainingResult(trainer.state.global_step, clock.seconds, trainer.losses)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest that was written whole: the Trainer writes its own state last."""
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _dtype() -> torch.dtype:
+    """Of matrix products."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return fast_dtype()
+
+
+class _Clock(TrainerCallback, ExportableState):
+    """Knows how far the run is, by steps or by time, over restarts; asks for checkpoints and for the end."""
+
+    def __init__(self, settings: TrainingSettings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.step = 0
+        self.loss = math.nan
+        self._before_s = 0.0
+        self._started = self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before_s + time.monotonic() - self._started
+
+    @property
+    def fraction(self) -> float:
+        """Of the run that is over."""
+        limit = self.settings.max_minutes
+        by_time = 0.0 if limit is None else self.seconds / (60 * limit)
+        return min(1.0, max(self.step / self.settings.steps, by_time))
+
+    def learning_rate_factor(self) -> float:
+        return min(self.fraction / 0.05, 1.0) * (1 + math.cos(math.pi * self.fraction)) / 2
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        self._before_s = kept["attributes"]["seconds"] if state.global_step and kept else 0.0
+        self.step = state.global_step
+        self._started = self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+        control.should_training_stop = self.fraction >= 1
+        now = time.monotonic()
+        if now - self._saved > self.settings.checkpoint_s and not control.should_training_stop:
+            control.should_save = True
+            self._saved = now
+        total = max(self.step, round(self.step / self.fraction))
+        self.progress(self.step, total, f"{self.settings.loss} {self.loss:.3f} nats")
+
+
+class _Distillation(Trainer):
+    def __init__(
+        self,
+        trained: nn.Module,
+        student: Any,
+        teacher: LoadedModel,
+        windows: torch.Tensor,
+        settings: TrainingSettings,
+        clock: _Clock,
+        adapter: SuperAdapter | None,
+        arguments: TrainingArguments,
+    ) -> None:
+        # a Dataset is anything with a length and items
+        rows: Any = [{"input_ids": window} for window in windows]
+        super().__init__(model=trained, args=arguments, train_dataset=rows, callbacks=[clock])
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = False  # a mean over the batch
+        self.student, self.teacher, self.settings, self.clock, self.adapter = student, teacher, settings, clock, adapter
+        self.losses: list[float] = []
+        self._decoder = teacher.family.layers.rpartition(".")[0]
+        self._calls = 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda _: self.clock.learning_rate_factor()
+        )
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = inputs["input_ids"]
+        target = None
+        if self.settings.loss == "kl":
+            with torch.no_grad():
+                target = self._read(self.teacher.model, tokens)
+        ranks = self._ranks()
+        loss, hidden = self._pass(tokens, target, self.teacher.head.weight, ranks[0])
+        for others in ranks[1:]:
+            loss = loss + self._pass(tokens, hidden.detach(), self._head, others)[0]
+        loss = loss / len(ranks)
+        self.clock.loss = float(loss.detach())
+        self.losses.append(self.clock.loss)
+        return loss
+
+    def _ranks(self) -> list[Ranks | None]:
+        """Of this step: a function of the seed and the step alone, so that a resumed run draws the same."""
+        if self.adapter is None or self.settings.sampling == "largest":
+            return [None]
+        drawn = self.state.global_step * self.settings.accumulation + self._calls % self.settings.accumulation
+        self._calls += 1
+        sampled = self.adapter.sample(np.random.default_rng((self.settings.seed, drawn)))
+        if self.settings.sampling == "random":
+            return [sampled]
+        return [self.adapter.maximal, self.adapter.minimal, sampled]
+
+    def _pass(
+        self, tokens: torch.Tensor, target: torch.Tensor | None, target_head: torch.Tensor, ranks: Ranks | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of the student with `ranks`, and what its head reads, [N, T, D]; `target` is what the teacher's does."""
+        if self.adapter is not None and ranks is not None:
+            self.adapter.activate(ranks)
+        hidden = self._read(self.student, tokens)
+        if target is None:
+            targets = tokens[:, 1:].flatten()
+            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype()), hidden
+        flat = (hidden.flatten(0, 1), self._head, target.flatten(0, 1), target_head)
+        return kl_to_teacher(*flat, _dtype()), hidden
+
+    @property
+    def _head(self) -> torch.Tensor:
+        weight: torch.Tensor = self.student.get_submodule(self.teacher.family.head).weight
+        return weight
+
+    def _read(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [N, T, D]."""
+        decoder = model.get_submodule(self._decoder)
+        hidden: torch.Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden

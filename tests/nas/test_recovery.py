@@ -1,0 +1,204 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from export.quantize import dequantize
+from nas.evaluate import Evaluator
+from nas.families import LoadedModel
+from nas.recovery import TUNED_FILE, Tuned, TuneSettings, adopt_tuned, tune
+from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.supernet import Supernet
+from nas.training import TrainingSettings, last_checkpoint
+
+TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3, checkpoint_s=0)
+SETTINGS = {
+    "lora": TuneSettings("lora", (4,), 8.0, training=TRAINING),
+    "nls": TuneSettings("nls", (8, 4, 2), 16.0, rank_evaluations=5, training=replace(TRAINING, sampling="random")),
+    "full": TuneSettings("full", training=replace(TRAINING, learning_rate=1e-3)),
+}
+Make = Callable[[], tuple[Supernet, Evaluator]]
+
+
+@pytest.fixture
+def make(tiny: Callable[..., LoadedModel], windows: torch.Tensor) -> Make:
+    """A prepared supernet as a new process would have it, and what evaluates its subnets."""
+
+    def made() -> tuple[Supernet, Evaluator]:
+        loaded = tiny()
+        supernet = Supernet(loaded, SearchSpace.from_config(loaded.config))
+        supernet.prepare(windows)
+        return supernet, Evaluator(supernet, windows[:4])
+
+    return made
+
+
+def _subnet(bits: int) -> Subnet:
+    """With a layer without attention, one without MLP and a narrow one."""
+    return Subnet((LayerChoice(2, 64), LayerChoice(0, 96), LayerChoice(3, 0)), bits)
+
+
+@torch.no_grad()
+def _logits(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> torch.Tensor:
+    supernet.activate(subnet)
+    logits: torch.Tensor = supernet.model(input_ids=windows).logits
+    return logits
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("method", ["lora", "nls", "full"])
+def test_tuning_wins_back_quality_that_a_folder_keeps(
+    make: Make, windows: torch.Tensor, tmp_path: Path, method: str, bits: int
+) -> None:
+    supernet, evaluator = make()
+    subnet = _subnet(bits)
+    before = evaluator.evaluate(subnet)
+    tuned = tune(supernet, subnet, windows, evaluator, SETTINGS[method], tmp_path / "tuned")
+    assert tuned.before.kl == before.kl
+    assert tuned.after.kl < 0.95 * before.kl
+    assert tuned.after.kl == evaluator.evaluate(subnet).kl
+    assert (tuned.steps, tuned.tokens) == (12, 12 * 4 * 32)
+    assert not (tmp_path / "tuned" / "checkpoints").exists()
+    others, _ = make()
+    read = adopt_tuned(others, tmp_path / "tuned")
+    assert read == tuned
+    assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_trained_is_what_is_extracted_and_shipped(
+    make: Make, windows: torch.Tensor, tmp_path: Path, method: str
+) -> None:
+    supernet, evaluator = make()
+    subnet = _subnet(4)
+    tune(supernet, subnet, windows, evaluator, SETTINGS[method], tmp_path)
+    model = supernet.extract(subnet)
+    state = model.state_dict()
+    quantized = supernet.quantized(subnet)
+    for name, integers in quantized.items():
+        # within half a step of what was trained, or at the end of the grid
+        step = integers.scales.float().abs().repeat_interleave(32, 1)
+        off = (dequantize(integers) - state[name]).abs() / step
+        inside = (integers.integers > -8) & (integers.integers < 7)
+        assert float(off[inside & (step > 0)].max()) <= 0.51 or name.startswith("model.embed")
+        state[name] = dequantize(integers)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=windows).logits, _logits(supernet, subnet, windows), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_adapter_fits_the_untuned_model_in_stock_peft(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    subnet = _subnet(32)
+    untuned = supernet.extract(subnet)
+    tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["nls"], tmp_path)
+    stock = PeftModel.from_pretrained(untuned, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        found = stock(input_ids=windows).logits
+    assert (found - _logits(supernet, subnet, windows)).abs().max() < 1e-4
+    assert set(tuned.ranks.values()) <= {8, 4, 2}
+
+
+def test_the_full_model_may_be_tuned_beside_itself(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    full = supernet.space.full(32)
+    wanted = _logits(supernet, full, windows)
+    text = replace(SETTINGS["lora"], training=replace(TRAINING, loss="text"))
+    tuned = tune(supernet, full, windows, evaluator, text, tmp_path)
+    assert tuned.before.kl == 0
+    assert tuned.after.kl > 0
+    assert not torch.equal(_logits(supernet, full, windows), wanted)
+    assert evaluator.evaluate_full_model().kl == 0
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["lora", "nls", "full"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    make: Make, windows: torch.Tensor, tmp_path: Path, method: str
+) -> None:
+    def run(folder: Path, stop_at: int | None) -> Tuned:
+        supernet, evaluator = make()
+
+        def progress(done: int, total: int, what: str) -> None:
+            seen.append(done)
+            if done == stop_at:
+                raise _StopError
+
+        return tune(supernet, _subnet(4), windows, evaluator, SETTINGS[method], folder, progress)
+
+    seen: list[int] = []
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(_StopError):
+        run(tmp_path / "stopped", 7)
+    assert last_checkpoint(tmp_path / "stopped" / "checkpoints") is not None
+    torn = tmp_path / "stopped" / "checkpoints" / "checkpoint-9"  # kill -9 while it was written
+    torn.mkdir()
+    seen.clear()
+    resumed = run(tmp_path / "stopped", None)
+    assert seen[0] in (7, 8)
+    assert resumed.after.kl == whole.after.kl
+    assert resumed.ranks == whole.ranks
+    again = run(tmp_path / "stopped", None)
+    assert again == resumed
+
+
+def test_time_ends_a_run(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    training = replace(TRAINING, steps=10**6, max_minutes=1 / 60)
+    tuned = tune(supernet, _subnet(32), windows, evaluator, replace(SETTINGS["lora"], training=training), tmp_path)
+    assert 1 <= tuned.steps < 10**6
+    assert tuned.seconds < 30
+
+
+def test_a_folder_of_something_else_is_refused(
+    make: Make, tiny: Callable[..., LoadedModel], windows: torch.Tensor, tmp_path: Path
+) -> None:
+    supernet, evaluator = make()
+    folder = tmp_path / "tuned"
+    tune(supernet, _subnet(32), windows, evaluator, SETTINGS["lora"], folder)
+    with pytest.raises(ValueError, match="another subnet, text or settings"):
+        tune(supernet, _subnet(8), windows, evaluator, SETTINGS["lora"], folder)
+    with pytest.raises(ValueError, match="another subnet, text or settings"):
+        tune(supernet, _subnet(32), windows[:8], evaluator, SETTINGS["lora"], folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="with other files"):
+        tune(supernet, _subnet(32), windows, evaluator, SETTINGS["lora"], tmp_path / "mine")
+    with pytest.raises(ValueError, match="wrote whole"):
+        adopt_tuned(supernet, tmp_path / "mine")
+    loaded = tiny(seed=1)
+    other = Supernet(loaded, SearchSpace.from_config(loaded.config))
+    with pytest.raises(ValueError, match="another model"):
+        adopt_tuned(other, folder)
+
+
+def test_hostile_folders_are_refused(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    tune(supernet, _subnet(32), windows, evaluator, SETTINGS["lora"], tmp_path)
+    said = json.loads((tmp_path / TUNED_FILE).read_text())
+    said["subnet"]["layers"][0] = [1, 64]
+    (tmp_path / TUNED_FILE).write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="sizes of subnet"):
+        adopt_tuned(supernet, tmp_path)
+    for text in ("{}", "[]", "nothing", json.dumps({**said, "version": 2}), json.dumps({**said, "subnet": 3})):
+        (tmp_path / TUNED_FILE).write_text(text)
+        with pytest.raises(ValueError, match="wrote whole"):
+            adopt_tuned(supernet, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "lora", "ranks": (8, 4)}, {"method": "nls", "ranks": (8,)}, {"method": "magic"}, {"alpha": 0}],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        TuneSettings(**options)  # type: ignore[arg-type]
