@@ -197,10 +197,7 @@ class Run:
             made = make()
         seconds = time.perf_counter() - started
         with self.installed(made) as kept:
-            found = {
-                name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
-                for name, files in TEST_TEXTS.items()
-            }
+            found = self.perplexities()
         return Row(self.seed, removed, method, kept, **found, seconds=round(seconds, 1))
 
     @contextmanager
@@ -262,6 +259,13 @@ class Run:
         windows = self.evaluator.windows
         fitness = partial(self.perplexity, windows)
         return SearchLLM(self.supernet, self.observed, removed, fitness, self.evaluations, self.seed).run()
+
+    def perplexities(self) -> dict[str, float]:
+        """Of the model as it is, on each text that nothing was made from."""
+        return {
+            name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
+            for name, files in TEST_TEXTS.items()
+        }
 
     @torch.no_grad()
     def perplexity(self, windows: torch.Tensor) -> float:

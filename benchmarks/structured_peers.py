@@ -19,7 +19,8 @@ from nas.families import computing, fast_dtype
 from nas.importance import keep_order
 from nas.reformation import reform
 from nas.space import PARTS, Part
-from nas.supernet import OwnWeights, Supernet
+from nas.own_weights import OwnWeights
+from nas.supernet import Supernet
 
 #: Weights of one part by name within its layer; empty where the part is skipped. Parts left out stay whole.
 Weights = dict[str, torch.Tensor]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-#: 512 x a vocabulary of 50,000 x 4 bytes: 100 MB for each of two or three such matrices.
-_ROWS_AT_ONCE = 512
+#: 64 x a vocabulary of 50,000 x 4 bytes: the few matrices of 13 MB stay in the processor's cache.
+_ROWS_AT_ONCE = 64
 
 #: Of logits [m, V] of the rows from `first` on: their losses [m] and the probabilities wanted, [m, V] in place of
 #: softmax's labels.
@@ -25,9 +25,11 @@ def kl_to_teacher(
     """Mean KL(teacher || student) in nats over M positions; products of logits are in `dtype`."""
 
     def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_p = _logits(teacher[first : first + len(logits)], teacher_head, dtype).log_softmax(-1)
-        p = log_p.exp()
-        return torch.linalg.vecdot(p, log_p - logits.log_softmax(-1)), p
+        p = _logits(teacher[first : first + len(logits)], teacher_head, dtype)
+        difference = p - logits
+        log_p_sum, log_q_sum = p.logsumexp(-1), logits.logsumexp(-1)
+        p.sub_(log_p_sum.unsqueeze(-1)).exp_()
+        return torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum, p
 
     return _HeadLoss.apply(hidden, head, wanted, dtype)  # type: ignore[no-any-return, no-untyped-call]
 

