@@ -17,9 +17,9 @@ from torch import nn
 from nas.calibration import Statistics, collect
 from nas.families import computing, fast_dtype
 from nas.importance import keep_order
+from nas.own_weights import OwnWeights
 from nas.reformation import reform
 from nas.space import PARTS, Part
-from nas.own_weights import OwnWeights
 from nas.supernet import Supernet
 
 #: Weights of one part by name within its layer; empty where the part is skipped. Parts left out stay whole.
