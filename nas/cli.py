@@ -327,8 +327,19 @@ def tune(
     subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
     output: Annotated[Path, typer.Option(help="Folder for the tuned weights, which nas export takes with --tuned.")],
     method: Annotated[
-        str, typer.Option(help="lora; nls: ranks drawn at each step, then searched; full: the projections themselves.")
+        str,
+        typer.Option(
+            help="lora; nls: ranks drawn at each step, then searched; losa: pruned and tuned by turns; full: the "
+            "projections themselves."
+        ),
     ] = "lora",
+    sparsity: Annotated[float, typer.Option(help="Share of the projections' weights set to 0, and kept there.")] = 0.0,
+    pattern: Annotated[str, typer.Option(help="Where: unstructured, or N:M as in 2:4.")] = "unstructured",
+    pruning: Annotated[str, typer.Option(help="By wanda or sparsegpt.")] = "wanda",
+    separate: Annotated[
+        bool, typer.Option(help="Leave the adapter beside the weights, a folder that stock PEFT loads.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="losa: turns.")] = 5,
     rank: Annotated[
         list[int] | None, typer.Option(help="Of the adapter, 32 by default; several for nls: 32, 24 and 16.")
     ] = None,
@@ -378,6 +389,11 @@ def tune(
         alpha=alpha or 2.0 * max(ranks),
         dropout=dropout,
         rank_evaluations=rank_evaluations,
+        sparsity=sparsity,
+        pattern=pattern,
+        pruning=pruning,  # type: ignore[arg-type]  # checked by it
+        separate=separate,
+        rounds=rounds,
         training=TrainingSettings(
             steps=steps,
             max_minutes=max_minutes,

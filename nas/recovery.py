@@ -5,11 +5,17 @@ evaluated, and below 16 bits it is trained on the grid of their scales, so what 
 
 lora   an adapter of one rank over every projection, merged
 nls    an adapter of several ranks (LoNAS, Shears), a random choice at each step; ranks are searched, then merged
+losa   pruned and tuned by turns, with sparsities and ranks of each layer's own
 full   the projections themselves
+
+With a sparsity, weights are pruned before (losa: meanwhile), and what is merged stays exactly as sparse, on the
+integers' grid too (SparsePEFT and QA-SparsePEFT of SQFT). `separate` leaves the adapter beside the sparse weights, as
+Shears does.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -25,16 +31,19 @@ from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 from nas.adapters.elastic import Ranks, SuperAdapter, attach, hill_climb, rank_groups
-from nas.adapters.linear import GridLinear
+from nas.adapters.linear import ElasticLinear, GridLinear
 from nas.calibration import statistics_key
 from nas.evaluate import Evaluator
 from nas.own_weights import OwnLayers, OwnWeights, has_own, load_own, save_own
 from nas.quality import Quality
 from nas.space import PARTS, Subnet
+from nas.sparsity.layerwise import PruningMethod, prune
+from nas.sparsity.masks import parse_pattern, sparsity_of
+from nas.sparsity.rounds import LARGEST_RANK, tune_in_rounds
 from nas.supernet import Supernet
-from nas.training import TrainingSettings, train
+from nas.training import TrainingResult, TrainingSettings, train
 
-Method = Literal["lora", "nls", "full"]
+Method = Literal["lora", "nls", "losa", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 TUNED_FILE = "tuned.json"
@@ -42,6 +51,8 @@ _STARTED_FILE = "started.json"
 _ADAPTER_FOLDER = "adapter"
 _CHECKPOINTS = "checkpoints"
 _VERSION = 1
+#: That pruning sees; with windows of 256 tokens, half of what the papers take.
+_PRUNING_WINDOWS = 256
 #: Half of what rounds to one integer, in steps of the grid, and a little less.
 _CELL = 0.49
 
@@ -55,9 +66,10 @@ def one_of_methods(name: str) -> Method:
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """`ranks` are those of an adapter to choose from, largest first; one of them with `lora`.
+    """`ranks` are those of an adapter to choose from, largest first; one of them with `lora`, none with `losa`.
 
-    `rank_evaluations` subnets of the adapter are evaluated to choose the ranks of `nls`.
+    `rank_evaluations` choices are evaluated to find the ranks of `nls`. `sparsity` is the share of the projections'
+    weights that become 0, by `pruning`, in an N:M `pattern` or anywhere; `losa` gets there in `rounds`.
     """
 
     method: Method = "lora"
@@ -65,6 +77,11 @@ class TuneSettings:
     alpha: float = 64.0
     dropout: float = 0.0
     rank_evaluations: int = 24
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    pruning: PruningMethod = "wanda"
+    separate: bool = False
+    rounds: int = 5
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
@@ -73,6 +90,16 @@ class TuneSettings:
             raise ValueError(f"lora has one rank, got {list(self.ranks)}; give one --rank, or --method nls")
         if self.method == "nls" and len(self.ranks) < 2:
             raise ValueError(f"nls chooses among ranks, got {list(self.ranks)}; give --rank several times")
+        if self.pruning not in get_args(PruningMethod):
+            raise ValueError(f"wanted pruning by {' or '.join(get_args(PruningMethod))}, got {self.pruning}")
+        if not 0 <= self.sparsity < 1 or self.rounds < 1:
+            raise ValueError(f"wanted a sparsity from 0 to below 1 and a round at least, got {self.sparsity:g}")
+        if parse_pattern(self.pattern) is not None and self.method == "losa":
+            raise ValueError(f"losa prunes anywhere, got the pattern {self.pattern}; leave it out, or take lora")
+        if self.method == "losa" and not self.sparsity:
+            raise ValueError("losa prunes while it tunes, got no sparsity; give one, such as 0.5")
+        if self.method == "full" and (self.sparsity or self.separate):
+            raise ValueError("full tunes all weights, got a sparsity or a separate adapter; take lora or nls for those")
         if not 0 <= self.dropout < 1 or self.alpha <= 0 or self.rank_evaluations < 1:
             raise ValueError(f"wanted alpha above 0, dropout below 1 and an evaluation at least, got {self}")
 
@@ -93,6 +120,10 @@ class Tuned:
     tokens: int
     seconds: float
     ranks: Mapping[str, int] = field(default_factory=dict)
+    #: After pruning and before tuning; None where nothing was pruned first.
+    pruned: Quality | None = None
+    #: Share of exact zeros in the projections as shipped.
+    sparsity: float = 0.0
 
     @property
     def title(self) -> str:
@@ -125,44 +156,40 @@ def tune(
     student = _student(supernet, subnet)
     grids = {n: q for n, q in supernet.quantized(subnet).items() if n.startswith(f"{supernet.loaded.family.layers}.")}
     paths = [path for group in rank_groups(student, supernet.loaded.family) for path in group]
-    by_path = {path: grids[f"{path}.weight"] for path in paths} if grids else {}
-    adapter = None
-    training = settings.training
-    if settings.method == "full":
-        _train_projections(student, paths, by_path)
-    else:
-        adapter = attach(
-            student,
-            supernet.loaded.family,
-            settings.ranks,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            grids=by_path,
-        )
+    job = _Job(supernet, subnet, student, paths, {path: grids[f"{path}.weight"] for path in paths} if grids else {})
+    pruned = None
+    if settings.sparsity and settings.method != "losa":
+        job.prune(windows, settings, progress)
+        supernet.adopt(subnet, job.own_layers(None))
+        pruned = evaluator.evaluate(subnet)
     supernet.activate_full_model()
-    result = train(
-        student, supernet.loaded, windows, training, folder / _CHECKPOINTS, adapter=adapter, progress=progress
-    )
-    ranks: Ranks = ()
+    adapter, result = job.train(windows, settings, folder, progress)
+    ranks: dict[str, int] = {}
     if adapter is not None:
-        ranks = adapter.maximal
+        chosen = adapter.active
         if settings.method == "nls":
-            ranks = _search_ranks(supernet, subnet, student, evaluator, adapter, settings, paths, by_path, progress)
-        adapter.activate(ranks)
-        if not grids:
-            adapter.save(ranks, folder / _ADAPTER_FOLDER)
-    own = _own_layers(supernet, subnet, _trained(student, paths, by_path, adapter))
+            chosen = job.search_ranks(evaluator, adapter, settings, progress)
+        adapter.activate(chosen)
+        ranks = adapter.ranks_by_path(chosen)
+        if settings.separate or not (job.grids or job.masks):
+            adapter.save(chosen, folder / _ADAPTER_FOLDER)
+    own = job.own_layers(adapter)
     supernet.adopt(subnet, own)
+    after = evaluator.evaluate(subnet)
+    if settings.separate:  # until here merged, to be judged
+        supernet.adopt(subnet, own := job.own_layers(None))
     tuned = Tuned(
         subnet,
         supernet.loaded.fingerprint,
         settings,
         before,
-        evaluator.evaluate(subnet),
+        after,
         result.steps,
-        result.steps * training.batch * training.accumulation * windows.shape[1],
+        result.steps * settings.training.batch * settings.training.accumulation * windows.shape[1],
         result.seconds,
-        {} if adapter is None else adapter.ranks_by_path(ranks),
+        ranks,
+        pruned,
+        job.check_sparsity(own),
     )
     save_own(folder, own)
     _write_json(folder / TUNED_FILE, {"version": _VERSION, **_fields(tuned)})
@@ -200,8 +227,9 @@ def read_tuned(folder: Path) -> Tuned:
         settings = {**fields.pop("settings"), "training": training}
         settings["ranks"] = tuple(settings["ranks"])
         subnet = Subnet.from_json(json.dumps(fields.pop("subnet")))
-        before, after = Quality(**fields.pop("before")), Quality(**fields.pop("after"))
-        return Tuned(subnet=subnet, settings=TuneSettings(**settings), before=before, after=after, **fields)
+        fields |= {"before": Quality(**fields["before"]), "after": Quality(**fields["after"])}
+        fields["pruned"] = None if fields["pruned"] is None else Quality(**fields["pruned"])
+        return Tuned(**{**fields, "subnet": subnet, "settings": TuneSettings(**settings)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"wanted a folder that nas tune wrote whole in {folder}, got: {error}") from error
 
@@ -265,45 +293,146 @@ def _within_cells(exact: torch.Tensor, quantized: QuantizedWeight) -> torch.Tens
     return steps.clamp(integers - _CELL, integers + _CELL) * scales
 
 
-def _train_projections(student: Any, paths: list[str], grids: Mapping[str, QuantizedWeight]) -> None:
-    for path in paths:
-        linear = student.get_submodule(path)
-        if path in grids:
-            student.set_submodule(path, linear := GridLinear(linear, grids[path]))
-        linear.weight.requires_grad_(True)
+@dataclass
+class _Job:
+    """The student of one subnet: its projections by path, the grids they are shipped on, and which of them are kept."""
 
+    supernet: Supernet
+    subnet: Subnet
+    student: Any
+    paths: list[str]
+    grids: dict[str, QuantizedWeight]
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    separate: bool = False
 
-def _trained(
-    student: Any, paths: list[str], grids: Mapping[str, QuantizedWeight], adapter: SuperAdapter | None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | QuantizedWeight]]:
-    """Weights by path: exact, and as shipped."""
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor | QuantizedWeight]] = {}
-    for path in paths:
-        exact = student.get_submodule(path).weight.detach() if adapter is None else adapter.layers[path].merged_weight()
-        grid = grids.get(path)
-        weights[path] = (exact, exact if grid is None else quantize_to(exact, grid.scales, grid.bits))
-    return weights
+    def prune(self, windows: torch.Tensor, settings: TuneSettings, progress: Progress) -> None:
+        """Zeros stay zeros on the grid, which is the same: its integers go, too."""
+        self.masks = prune(
+            self.student,
+            self.supernet.loaded.family,
+            windows[:_PRUNING_WINDOWS],
+            settings.sparsity,
+            method=settings.pruning,
+            pattern=parse_pattern(settings.pattern),
+            progress=progress,
+        )
 
+    def train(
+        self, windows: torch.Tensor, settings: TuneSettings, folder: Path, progress: Progress
+    ) -> tuple[SuperAdapter | None, TrainingResult]:
+        teacher, checkpoints = self.supernet.loaded, folder / _CHECKPOINTS
+        if settings.method == "full":
+            for path in self.paths:
+                linear = self.student.get_submodule(path)
+                if path in self.grids:
+                    self.student.set_submodule(path, linear := GridLinear(linear, self.grids[path]))
+                linear.weight.requires_grad_(True)
+            return None, train(self.student, teacher, windows, settings.training, checkpoints, progress=progress)
+        if settings.separate:
+            self._freeze_base()
+        dense = copy.deepcopy(self.student) if settings.method == "losa" else None
+        adapter = attach(
+            self.student,
+            teacher.family,
+            settings.ranks if dense is None else (LARGEST_RANK,),
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            masks=None if settings.separate else self.masks,
+            grids=None if settings.separate else self.grids,
+        )
+        if dense is None:
+            result = train(
+                self.student, teacher, windows, settings.training, checkpoints, adapter=adapter, progress=progress
+            )
+            return adapter, result
+        rounds = tune_in_rounds(
+            adapter,
+            dense,
+            teacher,
+            windows,
+            windows[:_PRUNING_WINDOWS],
+            settings.sparsity,
+            settings.rounds,
+            settings.pruning,
+            settings.training,
+            checkpoints,
+            progress,
+        )
+        self.masks = rounds.masks
+        return adapter, rounds.training
 
-def _own_layers(
-    supernet: Supernet, subnet: Subnet, trained: Mapping[str, tuple[torch.Tensor, torch.Tensor | QuantizedWeight]]
-) -> OwnLayers:
-    """What tuning did not touch, biases and norms over heads, stays the subnet's."""
-    own: OwnLayers = [{} for _ in subnet.layers]
-    for index, path in supernet.extracted_layers(subnet).items():
-        shared = _shared(supernet, subnet, index)
-        for part in PARTS:
-            weights = OwnWeights({}, {})
-            for name, tensor in shared.items():
-                if name.partition(".")[0] != supernet.part_name(part):
-                    continue
-                projection = trained.get(f"{path}.{name.removesuffix('.weight')}") if name.endswith(".weight") else None
-                exact, rounded = projection or (tensor, tensor)
-                weights.exact[name] = exact
-                weights.rounded[name] = fake_quantize(exact, 16) if subnet.bits == 16 and exact.dim() == 2 else rounded
-            if weights.exact:
-                own[index][part] = weights
-    return own
+    def _freeze_base(self) -> None:
+        """A separate adapter is added to the weights as shipped, and its sum is never rounded."""
+        for path, grid in self.grids.items():
+            weight = self.student.get_submodule(path).weight
+            weight.copy_(dequantize(quantize_to(weight, grid.scales, grid.bits)))
+        self.separate = True
+
+    def search_ranks(
+        self, evaluator: Evaluator, adapter: SuperAdapter, settings: TuneSettings, progress: Progress
+    ) -> Ranks:
+        """Those of the least KL that hill climbing finds, as they would be shipped."""
+        tried = 0
+
+        def kl(ranks: Ranks) -> float:
+            nonlocal tried
+            adapter.activate(ranks)
+            self.supernet.adopt(self.subnet, self.own_layers(adapter))
+            found = evaluator.evaluate(self.subnet).kl
+            tried += 1
+            progress(tried, settings.rank_evaluations, f"ranks with {found:.3f} nats")
+            return found
+
+        found, _ = hill_climb(adapter, kl, settings.rank_evaluations, settings.training.seed)
+        return found
+
+    def own_layers(self, adapter: SuperAdapter | None) -> OwnLayers:
+        """The weights as they are now, those of `adapter` merged; what tuning does not touch stays the subnet's."""
+        own: OwnLayers = [{} for _ in self.subnet.layers]
+        for index, layer_path in self.supernet.extracted_layers(self.subnet).items():
+            shared = _shared(self.supernet, self.subnet, index)
+            for part in PARTS:
+                weights = OwnWeights({}, {})
+                for name, tensor in shared.items():
+                    if name.partition(".")[0] != self.supernet.part_name(part):
+                        continue
+                    path = f"{layer_path}.{name.removesuffix('.weight')}"
+                    exact = self._weight(path, adapter) if path in self.paths and name.endswith(".weight") else tensor
+                    weights.exact[name] = exact
+                    weights.rounded[name] = self._shipped(path, exact, adapter) if exact is not tensor else tensor
+                if weights.exact:
+                    own[index][part] = weights
+        return own
+
+    def _weight(self, path: str, adapter: SuperAdapter | None) -> torch.Tensor:
+        """[out, in] before it is rounded."""
+        if adapter is not None:
+            return adapter.layers[path].merged_weight()
+        module = self.student.get_submodule(path)
+        base = module.get_base_layer() if isinstance(module, ElasticLinear) else module
+        weight: torch.Tensor = base.weight.detach().clone()
+        return weight
+
+    def _shipped(self, path: str, exact: torch.Tensor, adapter: SuperAdapter | None) -> torch.Tensor | QuantizedWeight:
+        """As the runtime computes with it; the sum with a separate adapter is never rounded."""
+        if adapter is not None and self.separate:
+            return exact
+        if grid := self.grids.get(path):
+            return quantize_to(exact, grid.scales, grid.bits)
+        return fake_quantize(exact, self.subnet.bits)
+
+    def check_sparsity(self, own: OwnLayers) -> float:
+        """The share of zeros shipped; RuntimeError where one that was pruned came back."""
+        shipped = {}
+        for index, layer_path in self.supernet.extracted_layers(self.subnet).items():
+            for weights in own[index].values():
+                for name, tensor in weights.rounded.items():
+                    found = tensor.integers if isinstance(tensor, QuantizedWeight) else tensor
+                    shipped[f"{layer_path}.{name.removesuffix('.weight')}"] = found
+        for path, mask in self.masks.items():
+            if bool((shipped[path][~mask] != 0).any()):
+                raise RuntimeError(f"pruned weights of {path} came back")
+        return sparsity_of([shipped[path] for path in self.paths])
 
 
 def _shared(supernet: Supernet, subnet: Subnet, index: int) -> dict[str, torch.Tensor]:
@@ -311,33 +440,6 @@ def _shared(supernet: Supernet, subnet: Subnet, index: int) -> dict[str, torch.T
     norms = (supernet.loaded.family.attention_norm, supernet.loaded.family.mlp_norm)
     weights = supernet.layer_weights(subnet, index)
     return {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] not in norms}
-
-
-def _search_ranks(
-    supernet: Supernet,
-    subnet: Subnet,
-    student: Any,
-    evaluator: Evaluator,
-    adapter: SuperAdapter,
-    settings: TuneSettings,
-    paths: list[str],
-    grids: Mapping[str, QuantizedWeight],
-    progress: Progress,
-) -> Ranks:
-    """Those of the least KL that hill climbing finds, as they would be shipped."""
-    tried = 0
-
-    def kl(ranks: Ranks) -> float:
-        nonlocal tried
-        adapter.activate(ranks)
-        supernet.adopt(subnet, _own_layers(supernet, subnet, _trained(student, paths, grids, adapter)))
-        found = evaluator.evaluate(subnet).kl
-        tried += 1
-        progress(tried, settings.rank_evaluations, f"ranks with {found:.3f} nats")
-        return found
-
-    found, _ = hill_climb(adapter, kl, settings.rank_evaluations, settings.training.seed)
-    return found
 
 
 def _write_json(file: Path, fields: Mapping[str, Any]) -> None:

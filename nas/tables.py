@@ -198,6 +198,8 @@ def tuned_fields(tuned: Tuned, folder: Path) -> Fields:
         "method": tuned.settings.method,
         "kl": {"before": tuned.before.kl, "after": tuned.after.kl},
         "perplexity": {"before": tuned.before.perplexity, "after": tuned.after.perplexity},
+        "pruned": None if tuned.pruned is None else {"kl": tuned.pruned.kl, "perplexity": tuned.pruned.perplexity},
+        "sparsity": tuned.sparsity,
         "steps": tuned.steps,
         "tokens": tuned.tokens,
         "seconds": tuned.seconds,
@@ -207,10 +209,15 @@ def tuned_fields(tuned: Tuned, folder: Path) -> Fields:
 
 def tuned(tuned: Tuned, folder: Path) -> Table:
     title = f"{folder}: {tuned.subnet.id} at {tuned.subnet.precision} by {tuned.settings.method}, {tuned.steps} steps"
-    table = Table("", "before", "after", title=title, caption="On the text of the search; nas export has unseen text.")
-    table.add_row("KL to the full model, nats", f"{tuned.before.kl:.4f}", f"{tuned.after.kl:.4f}")
-    table.add_row("perplexity", f"{tuned.before.perplexity:.2f}", f"{tuned.after.perplexity:.2f}")
-    table.add_row("tokens, seconds", "", f"{tuned.tokens:,}, {tuned.seconds:,.0f}")
+    states = {"before": tuned.before, "pruned": tuned.pruned, "tuned": tuned.after}
+    known = {name: quality for name, quality in states.items() if quality is not None}
+    table = Table("", *known, title=title, caption="On the text of the search; nas export judges on unseen text.")
+    table.add_row("KL to the full model, nats", *(f"{quality.kl:.4f}" for quality in known.values()))
+    table.add_row("perplexity", *(f"{quality.perplexity:.2f}" for quality in known.values()))
+    blanks = [""] * (len(known) - 1)
+    if tuned.settings.sparsity:
+        table.add_row("zeros in the projections", *blanks, f"{tuned.sparsity:.2%}, which no runtime here gains from")
+    table.add_row("tokens, seconds", *blanks, f"{tuned.tokens:,}, {tuned.seconds:,.0f}")
     return table
 
 

@@ -53,6 +53,10 @@ class SuperAdapter:
         """Each group's rank drawn alone, evenly."""
         return tuple(int(rank) for rank in rng.choice(self.choices, len(self.groups)))
 
+    @property
+    def active(self) -> Ranks:
+        return tuple(self.layers[paths[0]].active_rank or self.choices[0] for paths in self.groups)
+
     def activate(self, ranks: Ranks) -> None:
         for paths, rank in zip(self.groups, ranks, strict=True):
             for path in paths:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from export.quantize import dequantize
+from export.quantize import QuantizedWeight, dequantize
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel
+from nas.own_weights import load_own
 from nas.recovery import TUNED_FILE, Tuned, TuneSettings, adopt_tuned, tune
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
@@ -200,5 +201,99 @@ def test_hostile_folders_are_refused(make: Make, windows: torch.Tensor, tmp_path
     [{"method": "lora", "ranks": (8, 4)}, {"method": "nls", "ranks": (8,)}, {"method": "magic"}, {"alpha": 0}],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        TuneSettings(**options)  # type: ignore[arg-type]
+
+
+SPARSE = {
+    "lora": replace(SETTINGS["lora"], sparsity=0.5),
+    "nls": replace(SETTINGS["nls"], sparsity=0.5, pruning="sparsegpt"),
+    "2:4": replace(SETTINGS["lora"], sparsity=0.5, pattern="2:4"),
+    "losa": TuneSettings("losa", (), 16.0, sparsity=0.5, rounds=3, training=replace(TRAINING, steps=15)),
+}
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparsity_survives_the_merge_exactly(
+    make: Make, windows: torch.Tensor, tmp_path: Path, name: str, bits: int
+) -> None:
+    supernet, evaluator = make()
+    subnet = _subnet(bits)
+    tuned = tune(supernet, subnet, windows, evaluator, SPARSE[name], tmp_path)
+    own = [own for parts in load_own(tmp_path, 3, bits) for own in parts.values()]
+    matrices = [(n, w) for weights in own for n, w in weights.rounded.items() if not n.endswith("bias")]
+    shipped = [w.integers if isinstance(w, QuantizedWeight) else w for _, w in matrices]
+    zeros = sum(int((w == 0).sum()) for w in shipped)
+    assert tuned.sparsity == zeros / sum(w.numel() for w in shipped)
+    exact = [weights.exact[n] for weights in own for n in weights.exact if not n.endswith("bias")]
+    if bits == 32:
+        assert tuned.sparsity == pytest.approx(0.5, abs=0.01)
+    else:  # rounding makes a few more
+        assert 0.49 < tuned.sparsity < 0.75
+    if name == "2:4":
+        assert all(int((w.reshape(-1, 4) != 0).sum(1).max()) <= 2 for w in [*shipped, *exact])
+    if name != "losa":
+        assert tuned.pruned is not None
+        assert tuned.before.kl < tuned.pruned.kl
+        assert tuned.after.kl < tuned.pruned.kl
+    assert not (tmp_path / "adapter").exists()  # stock PEFT has no masks
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_separate_adapter_leaves_the_base_sparse(
+    make: Make, windows: torch.Tensor, tmp_path: Path, bits: int
+) -> None:
+    supernet, evaluator = make()
+    subnet = _subnet(bits)
+    tuned = tune(supernet, subnet, windows, evaluator, replace(SPARSE["nls"], separate=True), tmp_path)
+    assert tuned.sparsity >= 0.49
+    assert tuned.pruned is not None
+    base = evaluator.evaluate(subnet)
+    assert base.kl == tuned.pruned.kl
+    assert tuned.after.kl < base.kl
+    model = supernet.extract(subnet)
+    if bits == 4:
+        model.load_state_dict({n: dequantize(q) for n, q in supernet.quantized(subnet).items()}, strict=False)
+    stock = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    teacher = make()[0].loaded.model
+    with torch.no_grad():
+        p, q = (m(input_ids=windows[:4]).logits.log_softmax(-1) for m in (teacher, stock))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(tuned.after.kl, rel=1e-3)
+
+
+def test_rounds_of_losa_go_on_where_they_stopped(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    def run(folder: Path, stop_at: int | None) -> Tuned:
+        supernet, evaluator = make()
+
+        def progress(done: int, total: int, what: str) -> None:
+            if done == stop_at and what.startswith("round 2"):
+                raise _StopError
+
+        return tune(supernet, _subnet(32), windows, evaluator, SPARSE["losa"], folder, progress)
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(_StopError):
+        run(tmp_path / "stopped", 7)
+    resumed = run(tmp_path / "stopped", None)
+    assert (resumed.after.kl, resumed.ranks, resumed.sparsity) == (whole.after.kl, whole.ranks, whole.sparsity)
+    assert resumed.steps == 15
+    by_layer = {path.split(".")[2]: rank for path, rank in whole.ranks.items()}
+    assert all(rank == by_layer[path.split(".")[2]] for path, rank in whole.ranks.items())
+    assert sum(by_layer.values()) == 10 * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 1.0},
+        {"sparsity": 0.5, "pruning": "magic"},
+        {"method": "losa"},
+        {"method": "losa", "sparsity": 0.5, "pattern": "2:4"},
+        {"method": "full", "sparsity": 0.5},
+        {"pattern": "4:2"},
+    ],
+)
+def test_sparsities_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="got"):
         TuneSettings(**options)  # type: ignore[arg-type]
