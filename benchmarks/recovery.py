@@ -12,19 +12,21 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from quality import Run
+from quality import BITS, Run
 from rich.console import Console
 from rich.table import Table
 
 from nas.evaluate import Evaluator
 from nas.protocol import EvaluationProtocol
-from nas.recovery import TuneSettings, tune
+from nas.recovery import Tuned, TuneSettings, tune
+from nas.sequential import fit_in_sequence
 from nas.space import Subnet
 from nas.terminal import progress_bar
 from nas.text import CALIBRATION_FILES, all_windows
@@ -32,6 +34,7 @@ from nas.training import TrainingSettings
 
 #: Share of the blocks' parameters that the subnet of the bar keeps.
 KEPT = 0.8
+SPARSITY = 0.7
 #: Of the log-perplexity that was lost on WikiText-2, to be won back.
 BAR = 0.5
 TOKENS = 256
@@ -50,6 +53,8 @@ class Row:
     steps: int
     tokens: int
     minutes: float
+    #: Share of exact zeros in the projections as shipped.
+    sparsity: float
 
     def recovered(self, text: str) -> float:
         """Share of the log-perplexity lost that was won back."""
@@ -81,9 +86,16 @@ def main() -> None:
             "holds": row.recovered("wikitext2") >= BAR,
         }
         for row in rows
+        if row.steps
     ]
     if arguments.json:
-        said = {"model": Path(arguments.model).name, "minutes": arguments.minutes, "kept": KEPT, "bars": bars}
+        said = {
+            "model": Path(arguments.model).name,
+            "minutes": arguments.minutes,
+            "kept": KEPT,
+            "sparsity": SPARSITY,
+            "bars": bars,
+        }
         said["rows"] = [asdict(row) for row in rows]
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
 
@@ -118,39 +130,72 @@ class Recovery:
         return all_windows(self.run.loaded.tokenizer, CALIBRATION_FILES, TOKENS)
 
     @cached_property
-    def subnet(self) -> Subnet:
-        """The additive optimum of the size, fitted in sequence: as good as what a search finds."""
-        return self.run.fitted(self.run.additive(1 - KEPT))
+    def smaller(self) -> Subnet:
+        """The additive optimum of the size: as good as what a search finds."""
+        return self.run.additive(1 - KEPT)
+
+    @property
+    def full(self) -> Subnet:
+        return self.run.space.full(BITS)
+
+    def begin(self, subnet: Subnet) -> None:
+        """`subnet` with the weights that it has before anything is trained: fitted in sequence where it is smaller."""
+        supernet = self.run.supernet
+        supernet.adopt(subnet, [{}] * self.run.space.depth)
+        with progress_bar("fit") as progress:
+            fit_in_sequence(supernet, subnet, self.run.windows, cache_dir=self.folder / "cache", progress=progress)
 
     def methods(self) -> dict[str, Callable[[], Row]]:
-        def of(name: str, settings: TuneSettings) -> Callable[[], Row]:
-            return lambda: self.recovered(name, settings)
+        """A subnet of 80 %, and the full model with 70 % of its weights at zero, judged against Wanda alone."""
 
         def training(learning_rate: float) -> TrainingSettings:
             return TrainingSettings(
                 steps=10**6, max_minutes=self.minutes, learning_rate=learning_rate, seed=self.run.seed
             )
 
-        return {
-            "lora": of("lora", TuneSettings("lora", (32,), 64.0, training=training(1e-3))),
-            "full": of("full", TuneSettings("full", training=training(1e-4))),
+        adapted = {
+            "lora": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
+            "full": TuneSettings("full", training=training(1e-4)),
         }
+        sparse = {
+            "Wanda": TuneSettings("prune", sparsity=SPARSITY),
+            "SparseGPT": TuneSettings("prune", sparsity=SPARSITY, pruning="sparsegpt"),
+            "Wanda, LoRA (SparsePEFT)": TuneSettings("lora", (8,), 16.0, sparsity=SPARSITY, training=training(1e-3)),
+            "LoSA": TuneSettings("losa", (), 16.0, sparsity=SPARSITY, training=training(1e-3)),
+        }
+        of_subnet = {f"{KEPT:.0%} subnet, {n}": partial(self.recovered, "smaller", s) for n, s in adapted.items()}
+        of_full = {f"{SPARSITY:.0%} zeros, {n}": partial(self.recovered, "full", s) for n, s in sparse.items()}
+        return {name: partial(make, name) for name, make in (of_subnet | of_full).items()}
 
-    def recovered(self, method: str, settings: TuneSettings) -> Row:
-        run, subnet = self.run, self.subnet
-        run.supernet.activate_full_model()
+    def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
+        run, supernet = self.run, self.run.supernet
+        supernet.activate_full_model()
         full = run.perplexities()
-        run.supernet.activate(subnet)
-        before = run.perplexities()
-        evaluator = Evaluator(run.supernet, EvaluationProtocol().search(run.loaded.tokenizer))
-        folder = self.folder / f"{method}-{run.seed}"
+        subnet: Subnet = getattr(self, which)
+        before = self.pruned if settings.sparsity else None
+        self.begin(subnet)
+        before = before or self.judged(subnet)
+        tuned = self.tuned(subnet, settings, method)
+        after = self.judged(subnet)
+        return Row(method, run.seed, full, before, after, tuned.steps, tuned.tokens, tuned.seconds / 60, tuned.sparsity)
+
+    def tuned(self, subnet: Subnet, settings: TuneSettings, method: str) -> Tuned:
+        supernet = self.run.supernet
+        evaluator = Evaluator(supernet, EvaluationProtocol().search(self.run.loaded.tokenizer))
+        folder = self.folder / f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{self.run.seed}"
         with progress_bar(method) as progress:
-            tuned = tune(run.supernet, subnet, self.windows, evaluator, settings, folder, progress)
-        run.supernet.activate(subnet)
-        after = run.perplexities()
-        run.supernet.adopt(subnet, [{}] * run.space.depth)
-        run.fitted(subnet)
-        return Row(method, run.seed, full, before, after, tuned.steps, tuned.tokens, tuned.seconds / 60)
+            return tune(supernet, subnet, self.windows, evaluator, settings, folder, progress)
+
+    @cached_property
+    def pruned(self) -> dict[str, float]:
+        """Of the full model pruned by Wanda, without training: what sparse rows are to win back."""
+        self.begin(self.full)
+        self.tuned(self.full, TuneSettings("prune", sparsity=SPARSITY), "zeros")
+        return self.judged(self.full)
+
+    def judged(self, subnet: Subnet) -> dict[str, float]:
+        self.run.supernet.activate(subnet)
+        return self.run.perplexities()
 
 
 def print_table(rows: list[Row]) -> None:

@@ -330,7 +330,7 @@ def tune(
         str,
         typer.Option(
             help="lora; nls: ranks drawn at each step, then searched; losa: pruned and tuned by turns; full: the "
-            "projections themselves."
+            "projections themselves; prune: no training."
         ),
     ] = "lora",
     sparsity: Annotated[float, typer.Option(help="Share of the projections' weights set to 0, and kept there.")] = 0.0,

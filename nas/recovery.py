@@ -7,6 +7,7 @@ lora   an adapter of one rank over every projection, merged
 nls    an adapter of several ranks (LoNAS, Shears), a random choice at each step; ranks are searched, then merged
 losa   pruned and tuned by turns, with sparsities and ranks of each layer's own
 full   the projections themselves
+prune  nothing is trained
 
 With a sparsity, weights are pruned before (losa: meanwhile), and what is merged stays exactly as sparse, on the
 integers' grid too (SparsePEFT and QA-SparsePEFT of SQFT). `separate` leaves the adapter beside the sparse weights, as
@@ -43,7 +44,7 @@ from nas.sparsity.rounds import LARGEST_RANK, tune_in_rounds
 from nas.supernet import Supernet
 from nas.training import TrainingResult, TrainingSettings, train
 
-Method = Literal["lora", "nls", "losa", "full"]
+Method = Literal["lora", "nls", "losa", "full", "prune"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 TUNED_FILE = "tuned.json"
@@ -96,8 +97,8 @@ class TuneSettings:
             raise ValueError(f"wanted a sparsity from 0 to below 1 and a round at least, got {self.sparsity:g}")
         if parse_pattern(self.pattern) is not None and self.method == "losa":
             raise ValueError(f"losa prunes anywhere, got the pattern {self.pattern}; leave it out, or take lora")
-        if self.method == "losa" and not self.sparsity:
-            raise ValueError("losa prunes while it tunes, got no sparsity; give one, such as 0.5")
+        if self.method in ("losa", "prune") and not self.sparsity:
+            raise ValueError(f"{self.method} makes weights sparse, got no sparsity; give one, such as 0.5")
         if self.method == "full" and (self.sparsity or self.separate):
             raise ValueError("full tunes all weights, got a sparsity or a separate adapter; take lora or nls for those")
         if not 0 <= self.dropout < 1 or self.alpha <= 0 or self.rank_evaluations < 1:
@@ -128,6 +129,8 @@ class Tuned:
     @property
     def title(self) -> str:
         """For people."""
+        if self.settings.method == "prune":
+            return f"{self.sparsity:.0%} of its projections' weights set to 0 by {self.settings.pruning}"
         against = "against the full model" if self.settings.training.loss == "kl" else "on text"
         return f"tuned by {self.settings.method} for {self.steps} steps, {self.tokens:,} tokens, {against}"
 
@@ -320,6 +323,8 @@ class _Job:
     def train(
         self, windows: torch.Tensor, settings: TuneSettings, folder: Path, progress: Progress
     ) -> tuple[SuperAdapter | None, TrainingResult]:
+        if settings.method == "prune":
+            return None, TrainingResult(0, 0.0, ())
         teacher, checkpoints = self.supernet.loaded, folder / _CHECKPOINTS
         if settings.method == "full":
             for path in self.paths:
