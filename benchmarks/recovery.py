@@ -168,9 +168,6 @@ class Recovery:
         return {name: partial(make, name) for name, make in (of_subnet | of_full).items()}
 
     def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
-        run, supernet = self.run, self.run.supernet
-        supernet.activate_full_model()
-        full = run.perplexities()
         subnet: Subnet = getattr(self, which)
         before = self.pruned if settings.sparsity else None
         self.begin(subnet)
@@ -185,6 +182,12 @@ class Recovery:
         folder = self.folder / f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{self.run.seed}"
         with progress_bar(method) as progress:
             return tune(supernet, subnet, self.windows, evaluator, settings, folder, progress)
+
+    @cached_property
+    def dense(self) -> dict[str, float]:
+        """Of the full model."""
+        self.run.supernet.activate_full_model()
+        return self.run.perplexities()
 
     @cached_property
     def pruned(self) -> dict[str, float]:
