@@ -174,7 +174,8 @@ class Recovery:
         before = before or self.judged(subnet)
         tuned = self.tuned(subnet, settings, method)
         after = self.judged(subnet)
-        return Row(method, run.seed, full, before, after, tuned.steps, tuned.tokens, tuned.seconds / 60, tuned.sparsity)
+        spent = (tuned.steps, tuned.tokens, tuned.seconds / 60)
+        return Row(method, self.run.seed, self.dense, before, after, *spent, tuned.sparsity)
 
     def tuned(self, subnet: Subnet, settings: TuneSettings, method: str) -> Tuned:
         supernet = self.run.supernet
