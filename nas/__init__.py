@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nas.evaluate import Evaluator
     from nas.families import load_model
     from nas.queries import answer_query
+    from nas.recovery import TuneSettings, tune
     from nas.report import write_report
     from nas.search import SearchSettings
     from nas.search import search as run_search
@@ -29,10 +30,12 @@ __all__ = [
     "Study",
     "Subnet",
     "Supernet",
+    "TuneSettings",
     "answer_query",
     "export_subnet",
     "load_model",
     "run_search",
+    "tune",
     "write_report",
 ]
 
@@ -44,10 +47,12 @@ _ORIGINS = {
     "Study": "nas.study.Study",
     "Subnet": "nas.space.Subnet",
     "Supernet": "nas.supernet.Supernet",
+    "TuneSettings": "nas.recovery.TuneSettings",
     "answer_query": "nas.queries.answer_query",
     "export_subnet": "nas.artefacts.export_subnet",
     "load_model": "nas.families.load_model",
     "run_search": "nas.search.search",
+    "tune": "nas.recovery.tune",
     "write_report": "nas.report.write_report",
 }
 

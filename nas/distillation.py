@@ -1,4 +1,4 @@
-"""Losses over a large vocabulary, a few hundred positions at a time: logits and their gradients are never all there.
+"""Losses over a large vocabulary, some positions at a time: logits and their gradients are never all there.
 
 Shapes: hidden [M, D] what the head reads, head [V, D]. The head is frozen, so the gradient of hidden can be made in the
 forward pass, where the logits are at hand: (softmax(logits) - wanted) head / M.
