@@ -72,10 +72,12 @@ class TorchSession:
 
     def __init__(self, directory: Path, threads: int) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         from export.huggingface import register
 
         register()
+        logging.disable_progress_bar()  # of a second's work
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False

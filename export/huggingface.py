@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from export import heterogeneous
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
@@ -89,6 +90,7 @@ def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
 
 def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Write the folder that `AutoModelForCausalLM.from_pretrained` loads, in fp32, and return it."""
+    logging.disable_progress_bar()  # of a second's work
     model.config.architectures = [type(model).__name__]
     if isinstance(model, HeterogeneousLlamaForCausalLM):
         module = Path(heterogeneous.__file__)

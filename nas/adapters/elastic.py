@@ -6,6 +6,7 @@ order of `SuperAdapter.groups`, and what comes out is an ordinary PEFT adapter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def attach(
     paths = [path for group in groups for path in group]
     config = _lora_config(paths, choices[0], alpha, dropout)
     config._register_custom_module({nn.Linear: ElasticLinear})
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
+        peft_model = get_peft_model(model, config)
     layers = {path: model.get_submodule(path) for path in paths}
     for path, layer in layers.items():
         layer.constrain((masks or {}).get(path), (grids or {}).get(path))

@@ -16,7 +16,7 @@ from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.training import TrainingSettings, last_checkpoint
 
-TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3, checkpoint_s=0)
+TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3)
 SETTINGS = {
     "lora": TuneSettings("lora", (4,), 8.0, training=TRAINING),
     "nls": TuneSettings("nls", (8, 4, 2), 16.0, rank_evaluations=5, training=replace(TRAINING, sampling="random")),
@@ -134,7 +134,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
             if done == stop_at:
                 raise _StopError
 
-        return tune(supernet, _subnet(4), windows, evaluator, SETTINGS[method], folder, progress)
+        often = replace(SETTINGS[method], training=replace(SETTINGS[method].training, checkpoint_s=0))
+        return tune(supernet, _subnet(4), windows, evaluator, often, folder, progress)
 
     seen: list[int] = []
     whole = run(tmp_path / "whole", None)
@@ -271,7 +272,8 @@ def test_rounds_of_losa_go_on_where_they_stopped(make: Make, windows: torch.Tens
             if done == stop_at and what.startswith("round 2"):
                 raise _StopError
 
-        return tune(supernet, _subnet(32), windows, evaluator, SPARSE["losa"], folder, progress)
+        often = replace(SPARSE["losa"], training=replace(SPARSE["losa"].training, checkpoint_s=0))
+        return tune(supernet, _subnet(32), windows, evaluator, often, folder, progress)
 
     whole = run(tmp_path / "whole", None)
     with pytest.raises(_StopError):
