@@ -10,12 +10,32 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError
 
-from hw_profiles import RUNTIMES, Store, Workload, detect, runtime
-from hw_profiles.devices import pin
+from hw_profiles import Store, Workload, detect, runtime
 from hw_profiles.runtimes import installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
-from nas import tables
+from nas import subnet_commands, tables
+from nas.options import (
+    CACHE,
+    DATABASE,
+    RUNTIME_NAMES,
+    AllowStale,
+    BatchSize,
+    Cache,
+    ContextTokens,
+    Cpus,
+    Database,
+    DeviceId,
+    Json,
+    MemoryLimit,
+    PromptTokens,
+    RuntimeName,
+    StudyName,
+    Threads,
+    TpotLimit,
+    TtftLimit,
+    one_of_precisions,
+)
 from nas.study import Algorithm
 from nas.terminal import (
     EXIT_BAD_INPUT,
@@ -31,49 +51,12 @@ from nas.terminal import (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-
-def _pin(cpus: str | None) -> None:
-    if cpus is not None:
-        pin(cpus)
-
-
-Database = Annotated[str, typer.Option(envvar="NAS_DATABASE", help="SQLite file or SQLAlchemy URL.")]
-Cache = Annotated[Path, typer.Option(envvar="NAS_CACHE", help="Folder for calibration statistics and weights.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
-_RUNTIMES = f"{', '.join(RUNTIMES)}, which may carry a device that nas devices lists, as in openvino:GPU."
-RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {_RUNTIMES}")]
-
-#: Takes effect when it is parsed: before any engine starts its threads, and before anything asks which device this is.
-Cpus = Annotated[
-    str | None, typer.Option("--cpus", callback=_pin, help="Keep to these, such as 0-3,8: a device of its own.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the device by default.")]
-DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
-PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
-ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
-TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
-ModelMoved = Annotated[
-    str | None, typer.Option("--model", help="Where the study's model is, if it moved since the search.")
-]
-AllowStale = Annotated[
-    bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
-]
-TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
-MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes."),
-]
-
-_DATABASE = "llm-nas.db"
-_CACHE = Path(".llm-nas-cache")
 #: bf16 has to be asked for: few runtimes and CPUs have it, and no search chooses it.
 _PROFILED: tuple[Precision, ...] = ("fp32", "int8", "int4")
 
 
 @app.command()
-def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
+def devices(database: Database = DATABASE, as_json: Json = False) -> None:
     """What is here, and what is profiled."""
     here = detect()
     available = {engine.name: {"version": engine.version(), "names": names(engine)} for engine in installed()}
@@ -95,7 +78,7 @@ def devices(database: Database = _DATABASE, as_json: Json = False) -> None:
 def profile(
     model: Annotated[str | None, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")] = None,
     runtime_name: Annotated[
-        list[str] | None, typer.Option("--runtime", help=f"Any of {_RUNTIMES} All that are installed by default.")
+        list[str] | None, typer.Option("--runtime", help=f"Any of {RUNTIME_NAMES} All that are installed by default.")
     ] = None,
     precision: Annotated[
         list[str] | None,
@@ -130,7 +113,7 @@ def profile(
     measured: Annotated[
         Path | None, typer.Option("--import", help="What `python -m hw_profiles run` measured with a pack there.")
     ] = None,
-    database: Database = _DATABASE,
+    database: Database = DATABASE,
     as_json: Json = False,
 ) -> None:
     """Time decoder graphs of MODEL's shapes on this machine. Run again after an interruption to go on."""
@@ -146,7 +129,7 @@ def profile(
     if model is None:
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
     runtimes = list(dict.fromkeys(runtime_name or (engine.name for engine in installed())))
-    precisions = [_precision(value) for value in dict.fromkeys(precision or _PROFILED)]
+    precisions = [one_of_precisions(value) for value in dict.fromkeys(precision or _PROFILED)]
     prefills = [Workload("prefill", tokens, batch) for batch in batch_size for tokens in prompt_tokens]
     decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]
     workloads = list(dict.fromkeys(prefills + decodes))
@@ -203,8 +186,8 @@ def search(
     seed: int = 0,
     allow_stale: AllowStale = False,
     trust_remote_code: bool = False,
-    database: Database = _DATABASE,
-    cache: Cache = _CACHE,
+    database: Database = DATABASE,
+    cache: Cache = CACHE,
     as_json: Json = False,
 ) -> None:
     """Search MODEL's subnets for quality and latency. Run again after an interruption to go on."""
@@ -288,7 +271,7 @@ def query(
     batch_size: BatchSize = 1,
     measure: Annotated[int, typer.Option(help="Finalists timed on this machine before one is returned.")] = 0,
     allow_stale: AllowStale = False,
-    database: Database = _DATABASE,
+    database: Database = DATABASE,
     as_json: Json = False,
 ) -> None:
     """The best subnet of a study within a budget. Exit code 1, with the nearest, where there is none."""
@@ -321,238 +304,8 @@ def query(
     emit(tables.answer_fields(answer), as_json, tables.answer(answer))
 
 
-@app.command()
-def tune(
-    study_name: StudyName,
-    subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
-    output: Annotated[Path, typer.Option(help="Folder for the tuned weights, which nas export takes with --tuned.")],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="lora; nls: ranks drawn at each step, then searched; losa: pruned and tuned by turns; full: the "
-            "projections themselves; prune: no training."
-        ),
-    ] = "lora",
-    sparsity: Annotated[float, typer.Option(help="Share of the projections' weights set to 0, and kept there.")] = 0.0,
-    pattern: Annotated[str, typer.Option(help="Where: unstructured, or N:M as in 2:4.")] = "unstructured",
-    pruning: Annotated[str, typer.Option(help="By wanda or sparsegpt.")] = "wanda",
-    separate: Annotated[
-        bool, typer.Option(help="Leave the adapter beside the weights, a folder that stock PEFT loads.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="losa: turns.")] = 5,
-    rank: Annotated[
-        list[int] | None, typer.Option(help="Of the adapter, 32 by default; several for nls: 32, 24 and 16.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
-    loss: Annotated[str, typer.Option(help="kl: to the full model; text: likelihood of the text itself.")] = "kl",
-    sandwich: Annotated[
-        bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
-    ] = False,
-    rank_evaluations: Annotated[int, typer.Option(help="nls: choices of ranks evaluated in the end.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 400,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop then, if that is sooner.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows at once.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Such batches a step.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Its largest; 0.001 for adapters and 0.0001 for full by default.")
-    ] = None,
-    text: Annotated[
-        list[Path], typer.Option(help="Text to tune on, .txt or .jsonl; what calibrated the study by default.")
-    ] = [],  # noqa: B006
-    precision: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
-    ] = None,
-    fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
-    seed: int = 0,
-    model: ModelMoved = None,
-    trust_remote_code: bool = False,
-    database: Database = _DATABASE,
-    cache: Cache = _CACHE,
-    as_json: Json = False,
-) -> None:
-    """Win back quality: train a subnet against the full model. Run again after an interruption to go on."""
-    from nas.protocol import fit_winner, open_evaluator, open_study
-    from nas.queries import find_subnet
-    from nas.recovery import TuneSettings, one_of_methods
-    from nas.recovery import tune as run_tune
-    from nas.study import Study
-    from nas.text import all_windows
-    from nas.training import TrainingSettings
-
-    method = one_of_methods(method)
-    ranks = tuple(rank or ((32, 24, 16) if method == "nls" else (32,)))
-    settings = TuneSettings(
-        method=method,
-        ranks=ranks,
-        alpha=alpha or 2.0 * max(ranks),
-        dropout=dropout,
-        rank_evaluations=rank_evaluations,
-        sparsity=sparsity,
-        pattern=pattern,
-        pruning=pruning,  # type: ignore[arg-type]  # checked by it
-        separate=separate,
-        rounds=rounds,
-        training=TrainingSettings(
-            steps=steps,
-            max_minutes=max_minutes,
-            batch=batch,
-            accumulation=accumulation,
-            learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
-            loss=loss,  # type: ignore[arg-type]  # checked by it
-            sampling="sandwich" if sandwich else "random" if method == "nls" else "largest",
-            seed=seed,
-        ),
-    )
-    with Store(database) as store:
-        study = Study.load(store, study_name)
-        chosen = find_subnet(study, subnet, None if precision is None else _precision(precision))
-    supernet, protocol = open_study(study, model, cache, trust_remote_code=trust_remote_code)
-    tokenizer = supernet.loaded.tokenizer
-    windows = all_windows(tokenizer, text, tokens) if text else protocol.tuning(tokenizer, tokens)
-    if fit and protocol.reform:
-        with progress_bar("fit") as progress:
-            fit_winner(supernet, chosen, protocol, cache, progress)
-    with progress_bar("tune") as progress:
-        tuned = run_tune(supernet, chosen, windows, open_evaluator(supernet, protocol), settings, output, progress)
-    emit(tables.tuned_fields(tuned, output), as_json, tables.tuned(tuned, output))
-
-
-@app.command()
-def export(
-    study_name: StudyName,
-    subnet: Annotated[str, typer.Option(help="Id of a trial, or `full`.")],
-    output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
-    format_: Annotated[
-        list[str], typer.Option("--format", help="Of several, each gets a folder of its name in --output.")
-    ] = ["openvino"],  # noqa: B006
-    precision: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
-    ] = None,
-    fit: Annotated[
-        bool, typer.Option(help="Fit the subnet's weights in sequence, so that layers make up for those before them.")
-    ] = True,
-    tuned: Annotated[Path | None, typer.Option(help="Folder of nas tune: the weights that it gave the subnet.")] = None,
-    model: ModelMoved = None,
-    threads: Threads = None,
-    cpus: Cpus = None,
-    prompt_tokens: PromptTokens = 128,
-    context_tokens: ContextTokens = 128,
-    trust_remote_code: bool = False,
-    database: Database = _DATABASE,
-    cache: Cache = _CACHE,
-    as_json: Json = False,
-) -> None:
-    """Write a subnet as a folder that stock runtimes load."""
-    from export.artefact import FORMATS
-    from nas.artefacts import export_subnet, text_quality
-    from nas.protocol import fit_winner, open_study
-    from nas.protocol import test_windows as unseen_windows
-    from nas.queries import find_subnet, predictions_for
-    from nas.recovery import adopt_tuned
-    from nas.study import Study
-
-    formats = [known for known in FORMATS if known in format_]
-    if unknown := set(format_) - set(FORMATS):
-        raise ValueError(f"--format must be among {', '.join(FORMATS)}, got {', '.join(sorted(unknown))}")
-    here = detect()
-    with Store(database) as store:
-        study = Study.load(store, study_name)
-        chosen = find_subnet(study, subnet, None if precision is None else _precision(precision))
-        workloads = [Workload("prefill", prompt_tokens), Workload("decode", context_tokens)]
-        predictions = {
-            name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
-            for name in formats
-        }
-    supernet, protocol = open_study(study, model, cache, trust_remote_code=trust_remote_code)
-    tuning = None
-    if tuned is not None:
-        found = adopt_tuned(supernet, tuned)
-        if found.subnet != chosen:
-            raise ValueError(f"wanted subnet {chosen.id} at {chosen.precision} in {tuned}, got another; see nas tune")
-        tuning = found.title
-    elif fit and protocol.reform:
-        with progress_bar("fit") as progress:
-            fit_winner(supernet, chosen, protocol, cache, progress)
-    windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
-    quality = text_quality(supernet, chosen, windows)
-    folders = {name: output if len(formats) == 1 else output / name for name in formats}
-    for name, folder in folders.items():
-        export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality, tuning)
-    result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}
-    emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.precision}" for folder in folders.values()))
-
-
-@app.command()
-def verify(
-    directories: Annotated[list[Path], typer.Argument(help="Folders that nas export wrote.")],
-    beside: Annotated[list[Path], typer.Option(help="Folders timed in the same run but not judged.")] = [],  # noqa: B006
-    tpot_ms: TpotLimit = None,
-    ttft_ms: TtftLimit = None,
-    memory_mb: MemoryLimit = None,
-    prompt_tokens: PromptTokens = 128,
-    context_tokens: ContextTokens = 128,
-    threads: Threads = None,
-    cpus: Cpus = None,
-    prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
-    rounds: Annotated[
-        int, typer.Option(help="Rounds that every folder is timed in; up to three times as many for a close budget.")
-    ] = 10,
-    study_name: Annotated[
-        str | None, typer.Option("--study", help="Hold limits against the milliseconds of this study's profile.")
-    ] = None,
-    database: Database = _DATABASE,
-    as_json: Json = False,
-) -> None:
-    """Compare folders with the supernet they came from and time them. Exit code 1 where parity or a budget fails.
-
-    With --study limits are held against what a folder takes beside the profile's own reference, times what that took
-    in the profile: the machine may be faster or slower now, as the limits' milliseconds are those of the profile.
-    """
-    from export import read_manifest
-    from export import verify as run_verify
-    from nas.card import record_verification
-
-    decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
-    limits_ms = {work: ms for work, ms in ((prefill, ttft_ms), (decode, tpot_ms)) if ms is not None}
-    threads = threads or detect().cores
-    references = {}
-    if study_name is not None:
-        from nas.profiling import profiled_references
-        from nas.study import Study
-
-        wanted = {(manifest.format, manifest.precision) for manifest in map(read_manifest, [*directories, *beside])}
-        with Store(database) as store:
-            base = Study.load(store, study_name).space.base
-            references = profiled_references(store, base, wanted, threads, list(limits_ms))
-    checked = run_verify(
-        [*directories, *beside],
-        threads=threads,
-        workloads=[prefill, decode],
-        prompt=prompt,
-        rounds=rounds,
-        references=references,
-        memory_of=directories if memory_mb is not None else (),
-        limits_ms={(folder, work): limit_ms for folder in directories for work, limit_ms in limits_ms.items()},
-    )
-    max_memory_bytes = None if memory_mb is None else round(memory_mb * 1e6)
-    rows = [
-        tables.verification_fields(result, prefill, decode, limits_ms, max_memory_bytes)
-        if result.directory in directories
-        else tables.verification_fields(result, prefill, decode, {}, None)
-        for result in checked
-    ]
-    generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]
-    emit({"folders": rows}, as_json, tables.verifications(rows), *generated)
-    for row in rows:
-        if Path(row["directory"]) in directories:
-            try:
-                record_verification(Path(row["directory"]), row, detect(), threads)
-            except OSError as error:
-                note(f"{row['directory']}: not written into its card ({os_error_sentence(error)})")
-    if not all(row["parity_holds"] and row["within_budget"] for row in rows):
-        raise typer.Exit(EXIT_UNMET)
+for command in (subnet_commands.tune, subnet_commands.evaluate, subnet_commands.export, subnet_commands.verify):
+    app.command()(command)
 
 
 @app.command()
@@ -565,7 +318,7 @@ def report(
     threads: Threads = None,
     cpus: Cpus = None,
     context_tokens: ContextTokens = 128,
-    database: Database = _DATABASE,
+    database: Database = DATABASE,
     as_json: Json = False,
 ) -> None:
     """Plots of a study and of the profile behind it, as one HTML file."""
@@ -589,13 +342,6 @@ def _device_and_threads(store: Store, device_id: str | None, threads: int | None
     if device is None:
         raise ValueError(f"no device {device_id!r} in {store.where} (there: {', '.join(known)}); see nas devices")
     return device.id, threads or device.cores
-
-
-def _precision(value: str) -> Precision:
-    for precision in PRECISIONS:
-        if value == precision:
-            return precision
-    raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from hw_profiles.staleness import ProfileSummary
 
 if TYPE_CHECKING:  # they bring torch
     from export import Verification
+    from export.artefact import TextQuality
     from nas.budget import Answer
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
     from nas.recovery import Tuned
-    from nas.space import SearchSpace
+    from nas.space import SearchSpace, Subnet
+    from nas.tasks import Score
 
 Fields = dict[str, Any]
 
@@ -219,6 +222,40 @@ def tuned(tuned: Tuned, folder: Path) -> Table:
         table.add_row("zeros in the projections", *blanks, f"{tuned.sparsity:.2%}, which no runtime here gains from")
     table.add_row("tokens, seconds", *blanks, f"{tuned.tokens:,}, {tuned.seconds:,.0f}")
     return table
+
+
+def judged_fields(
+    subnet: Subnet,
+    quality: TextQuality,
+    scores: Mapping[str, Mapping[str, Score]],
+    full: Mapping[str, Mapping[str, Score]],
+) -> Fields:
+    """A subnet beside the full model, on unseen text and on tasks."""
+    return {
+        "subnet": subnet.id,
+        "precision": subnet.precision,
+        **asdict(quality),
+        "tasks": {
+            task: {name: {"subnet": asdict(score), "full": asdict(full[task][name])} for name, score in metrics.items()}
+            for task, metrics in scores.items()
+        },
+    }
+
+
+def judged(fields: Fields) -> Table:
+    title = f"Subnet {fields['subnet']} at {fields['precision']}; {fields['tokens']:,} tokens of unseen text"
+    table = Table("", "full model", "subnet", title=title)
+    table.add_row("perplexity", f"{fields['full_perplexity']:.2f}", f"{fields['perplexity']:.2f}")
+    table.add_row("KL to the full model, nats", "", f"{fields['kl']:.4f}")
+    for task, metrics in fields["tasks"].items():
+        for name, scores in metrics.items():
+            cells = (_score(scores[which]) for which in ("full", "subnet"))
+            table.add_row(f"{task}, {name}, {scores['full']['items']} items", *cells)
+    return table
+
+
+def _score(score: Fields) -> str:
+    return f"{score['value']:.1%}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.1%}")
 
 
 def verification_fields(

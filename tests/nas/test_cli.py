@@ -16,8 +16,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from sqlalchemy import text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.__main__ import main as run_on_board
@@ -34,6 +32,7 @@ from nas.tables import answer_fields, space_fields
 from nas.terminal import emit, progress_bar
 from nas.text import SEARCH_FILES
 from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_memory, fill_profile, tiny_space
+from tests.nas.tiny_llama import save_tiny_llama
 
 
 @dataclass(frozen=True)
@@ -380,31 +379,6 @@ def test_a_bar_that_never_moves_is_not_shown(capsys: pytest.CaptureFixture[str])
     assert "2/3" in capsys.readouterr().err
 
 
-def save_tiny_llama(folder: Path) -> None:
-    """Random weights large enough that dropping parts changes what it says; one token a byte, but for one pair."""
-    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "qz"]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("q", "z")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=288,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture
 def _single_thread() -> Iterator[None]:
     """More only wait for each other on matrices this small."""
@@ -536,6 +510,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         assert exported.json["subnet"] == answer["subnet"]
         folders.append(format_)
     check_tuning(nas, answer["subnet"], on_device)
+    check_judging(nas, tmp_path, answer["subnet"])
     said = own.read_text()
     own.write_text(said.replace("e", "a"))
     changed = nas("export", "--study", "s", "--subnet", answer["subnet"], "--output", "again")
@@ -582,6 +557,25 @@ def check_tuning(nas: Nas, subnet: str, on_device: tuple[str, ...]) -> None:
     wrong = nas(*export, "--subnet", "full")
     assert wrong.code == 2
     assert "got another; see nas tune" in wrong.sentence
+
+
+def check_judging(nas: Nas, folder: Path, subnet: str) -> None:
+    """A subnet beside the full model, on text and on a task; nothing but lm-eval's names and sound files are tasks."""
+    items = [{"context": f"{a} and", "choices": [f"{a} it is", "not"], "label": a % 2} for a in range(12)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    judge = ("evaluate", "--study", "s", "--subnet", subnet, "--tuned", "tuned", "--json")
+    judged = nas(*judge, "--task", "items.jsonl", "--limit", "10")
+    assert judged.code == 0
+    fields = judged.json
+    assert fields["kl"] > 0
+    assert fields["perplexity"] != fields["full_perplexity"]
+    (scores,) = fields["tasks"].values()
+    assert set(scores) == {"acc", "acc_norm"}
+    assert all(score[which]["items"] == 10 for score in scores.values() for which in ("subnet", "full"))
+    for task, wanted in (("nonesuch", "wanted a task that lm-eval knows"), ("none.jsonl", "there is no none.jsonl")):
+        refused = nas(*judge, "--task", task)
+        assert refused.code == 2
+        assert wanted in refused.json["error"]
 
 
 @pytest.mark.usefixtures("_single_thread")

@@ -1,0 +1,69 @@
+"""Options that several commands share, and what they are made into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hw_profiles import RUNTIMES
+from hw_profiles.devices import pin
+from hw_profiles.shapes import PRECISIONS, Precision
+
+
+def _pin(cpus: str | None) -> None:
+    if cpus is not None:
+        pin(cpus)
+
+
+Database = Annotated[str, typer.Option(envvar="NASDATABASE", help="SQLite file or SQLAlchemy URL.")]
+Cache = Annotated[Path, typer.Option(envvar="NASCACHE", help="Folder for calibration statistics and weights.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
+RUNTIME_NAMES = f"{', '.join(RUNTIMES)}, which may carry a device that nas devices lists, as in openvino:GPU."
+RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {RUNTIME_NAMES}")]
+
+#: Takes effect when it is parsed: before any engine starts its threads, and before anything asks which device this is.
+Cpus = Annotated[
+    str | None, typer.Option("--cpus", callback=_pin, help="Keep to these, such as 0-3,8: a device of its own.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the device by default.")]
+DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
+PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
+ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
+TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
+ModelMoved = Annotated[
+    str | None, typer.Option("--model", help="Where the study's model is, if it moved since the search.")
+]
+AllowStale = Annotated[
+    bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
+]
+TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(help="Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes."),
+]
+
+#: Of the two options above by default.
+DATABASE = "llm-nas.db"
+CACHE = Path(".llm-nas-cache")
+
+SubnetName = Annotated[str, typer.Option("--subnet", help="Id of a trial, or `full`.")]
+PrecisionName = Annotated[
+    str | None, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}; the subnet's own by default.")
+]
+TunedFolder = Annotated[
+    Path | None, typer.Option("--tuned", help="Folder of nas tune: the weights that it gave the subnet.")
+]
+Fit = Annotated[
+    bool, typer.Option(help="Fit the subnet's weights in sequence, so that layers make up for those before them.")
+]
+
+
+def one_of_precisions(value: str) -> Precision:
+    for precision in PRECISIONS:
+        if value == precision:
+            return precision
+    raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")

@@ -1,0 +1,155 @@
+"""Zero-shot tasks of a subnet through lm-eval: its tasks, prompts and metrics, our forward pass.
+
+lm-eval's own model for transformers makes logits of every position of a padded batch. Here the head reads only the
+positions that are scored, which for multiple choice is one in five to ten, in the precision that the rest of the
+product evaluates in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from hw_profiles.profile import Progress
+from nas.families import LoadedModel, computing, fast_dtype
+
+_TOKENS_AT_ONCE = 4096
+_LOGITS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one metric of a task, such as acc; `stderr` is None where lm-eval gives none."""
+
+    value: float
+    stderr: float | None
+    items: int
+
+
+class LoadedModelScorer(HFLM):
+    """What lm-eval asks for likelihoods: the loaded model as it is now, so whichever subnet is active."""
+
+    def __init__(self, loaded: LoadedModel, dtype: torch.dtype | None = None, progress: Progress | None = None) -> None:
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
+        self.loaded = loaded
+        self.dtype = dtype or fast_dtype()
+        self.progress = progress or (lambda done, total, what: None)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation given its context, both as tokens: log-likelihood, and whether greedy decoding says it.
+
+        What is longer than the model's context loses its beginning, as in lm-eval's own.
+        """
+        fed = [(context + continuation)[-(self.max_length + 1) :][:-1] for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: -len(fed[i]))
+        done = 0
+        while done < len(order):
+            longest = max(1, len(fed[order[done]]))
+            batch = order[done : done + max(1, _TOKENS_AT_ONCE // longest)]
+            for i, scored in zip(batch, self._score([(fed[i], requests[i][2]) for i in batch]), strict=True):
+                found[i] = scored
+            done += len(batch)
+            self.progress(done, len(order), "scoring answers")
+        return found
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Of (tokens fed, continuation), the longest first; causal, so that padding on the right changes nothing."""
+        tokens = torch.zeros(len(batch), max(1, len(batch[0][0])), dtype=torch.int64)
+        for row, (fed, _) in zip(tokens, batch, strict=True):
+            row[: len(fed)] = torch.tensor(fed)
+        loaded = self.loaded
+        with computing(self.dtype):
+            hidden = loaded.embed(tokens)
+            for index in range(len(loaded.layers)):
+                hidden = loaded.run_layer(index, hidden)
+            normed = loaded.final_norm(hidden).to(self.dtype)
+        read = [rows[len(fed) - len(said) : len(fed)] for rows, (fed, said) in zip(normed, batch, strict=True)]
+        targets = torch.tensor([token for _, said in batch for token in said])
+        likelihoods, greedy = [], []
+        head = loaded.head.weight.to(self.dtype).T
+        positions = torch.cat(read)
+        for first in range(0, len(positions), _LOGITS_AT_ONCE):
+            rows = slice(first, first + _LOGITS_AT_ONCE)
+            logits = (positions[rows] @ head).float()
+            likelihoods.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1))
+            greedy.append(logits.argmax(1) == targets[rows])
+        lengths = [len(said) for _, said in batch]
+        split = zip(torch.split(torch.cat(likelihoods), lengths), torch.split(torch.cat(greedy), lengths), strict=True)
+        return [(float(likelihood.sum()), bool(is_greedy.all())) for likelihood, is_greedy in split]
+
+
+def evaluate_tasks(
+    loaded: LoadedModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Score]]:
+    """Scores by task and metric of the model as it is now, without examples; on the first `limit` items of each.
+
+    A task is a name that lm-eval knows, or a .jsonl file of multiple-choice items, one object a line: `context`,
+    `choices` and `label`, the right one's index; scored is " " + choice after the context. ValueError for a task that
+    is neither.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every default that it takes
+    datasets.disable_progress_bars()
+    manager = TaskManager(include_defaults=any(not task.endswith(".jsonl") for task in tasks))
+    wanted = [_of_file(Path(task)) if task.endswith(".jsonl") else _known(task, manager) for task in tasks]
+    scorer = LoadedModelScorer(loaded, dtype, progress)
+    found = simple_evaluate(model=scorer, tasks=wanted, task_manager=manager, limit=limit, log_samples=False)
+    return {name: _scores(results) for name, results in found["results"].items()}
+
+
+def _of_file(file: Path) -> dict[str, Any]:
+    """lm-eval's configuration of a task whose items are in `file`."""
+    if not file.is_file():
+        raise ValueError(f"wanted a file of multiple-choice items, but there is no {file}; check the path")
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    return {
+        "task": f"{file.parent.name}_{file.stem}" if file.parent.name else file.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": metrics,
+    }
+
+
+def _known(task: str, manager: TaskManager) -> str:
+    if task not in manager.all_tasks:
+        raise ValueError(
+            f"wanted a task that lm-eval knows, or a .jsonl file of items, got {task}; see lm-eval ls tasks"
+        )
+    return task
+
+
+def _scores(results: dict[str, Any]) -> dict[str, Score]:
+    """lm-eval's flat keys, "acc,none" and "acc_stderr,none"."""
+    scores = {}
+    for key, value in results.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = results.get(f"{metric}_stderr,{filtered}")
+            known = stderr if isinstance(stderr, float) else None
+            scores[metric] = Score(float(value), known, int(results["sample_len"]))
+    return scores
