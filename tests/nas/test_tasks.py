@@ -7,6 +7,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
+from export.huggingface import write_huggingface
 from nas.families import LoadedModel, load_model
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
@@ -34,9 +35,9 @@ def items(tmp_path: Path) -> Path:
     return file
 
 
-def _alone(model: Any, tokenizer: Any, task: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
+def _alone(folder: Path, task: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
     """What lm-eval says with its own model class."""
-    scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    scorer = HFLM(pretrained=str(folder), dtype="float32", trust_remote_code=True, batch_size=4)
     results: dict[str, Any] = simple_evaluate(model=scorer, tasks=[task], limit=limit)["results"]["items"]
     return results
 
@@ -56,18 +57,21 @@ def _task(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's
-def test_an_active_subnet_scores_as_lm_eval_scores_its_extracted_model(loaded: LoadedModel, items: Path) -> None:
+def test_an_active_subnet_scores_as_lm_eval_scores_its_folder(loaded: LoadedModel, items: Path) -> None:
+    """The folder as `lm_eval --model hf` loads it, layers of different sizes and all."""
     supernet = Supernet(loaded, SearchSpace.from_config(loaded.config))
     supernet.prepare(torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0)))
     subnet = Subnet((LayerChoice(2, 64), LayerChoice(0, 128), LayerChoice(1, 0), LayerChoice(2, 96)), 32)
-    wanted = _alone(supernet.extract(subnet), loaded.tokenizer, _task(items))
+    (items.parent / "exported").mkdir()
+    folder = write_huggingface(supernet.extract(subnet), loaded.tokenizer, items.parent / "exported")
+    wanted = _alone(folder, _task(items))
     supernet.activate(subnet)
     (found,) = evaluate_tasks(loaded, [str(items)], dtype=torch.float32).values()
     assert {name: score.value for name, score in found.items()} == {m: wanted[f"{m},none"] for m in ("acc", "acc_norm")}
     assert found["acc"].items == 30
     supernet.activate_full_model()
     (full,) = evaluate_tasks(loaded, [str(items)], dtype=torch.float32, limit=20).values()
-    whole = _alone(load_model(str(items.parent / "tiny")).model, loaded.tokenizer, _task(items), limit=20)
+    whole = _alone(items.parent / "tiny", _task(items), limit=20)
     assert full["acc"].value == whole["acc,none"]
     assert full["acc"].items == 20
 
