@@ -37,7 +37,7 @@ def items(tmp_path: Path) -> Path:
 
 def _alone(folder: Path, task: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
     """What lm-eval says with its own model class."""
-    scorer = HFLM(pretrained=str(folder), dtype="float32", trust_remote_code=True, batch_size=4)
+    scorer = HFLM(pretrained=str(folder), device="cpu", dtype="float32", trust_remote_code=True, batch_size=4)
     results: dict[str, Any] = simple_evaluate(model=scorer, tasks=[task], limit=limit)["results"]["items"]
     return results
 
