@@ -91,7 +91,6 @@ def train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=settings.seed,
-        bf16=_dtype() == torch.bfloat16,
         save_strategy="no",  # the clock says when
         save_total_limit=1,
         logging_strategy="no",
@@ -245,5 +244,7 @@ class _Distillation(Trainer):
     def _read(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """What the head reads, [N, T, D]."""
         decoder = model.get_submodule(self._decoder)
-        hidden: torch.Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        # not by the Trainer, which would cast what comes out of the whole model
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=_dtype() == torch.bfloat16):
+            hidden: torch.Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden

@@ -153,6 +153,38 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert again == resumed
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        replace(TRAINING, sampling="sandwich"),
+        replace(TRAINING, sampling="random", accumulation=2, batch=2),
+        replace(TRAINING, loss="text", learning_rate=1e-3),
+    ],
+)
+def test_ways_to_train(make: Make, windows: torch.Tensor, tmp_path: Path, training: TrainingSettings) -> None:
+    supernet, evaluator = make()
+    tuned = tune(supernet, _subnet(32), windows, evaluator, replace(SETTINGS["nls"], training=training), tmp_path)
+    assert tuned.tokens == 12 * 4 * 32
+    if training.loss == "kl":
+        assert tuned.after.kl < 0.95 * tuned.before.kl
+    else:
+        assert tuned.after.perplexity < 0.95 * tuned.before.perplexity
+
+
+def test_products_in_bf16_train_alike(
+    make: Make, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path) -> Tuned:
+        supernet, evaluator = make()
+        return tune(supernet, _subnet(4), windows, evaluator, SPARSE["lora"], folder)
+
+    exact = run(tmp_path / "exact")
+    monkeypatch.setattr("nas.training._dtype", lambda: torch.bfloat16)
+    rough = run(tmp_path / "rough")
+    assert rough.after.kl != exact.after.kl
+    assert rough.after.kl == pytest.approx(exact.after.kl, rel=0.1)
+
+
 def test_time_ends_a_run(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
     supernet, evaluator = make()
     training = replace(TRAINING, steps=10**6, max_minutes=1 / 60)
