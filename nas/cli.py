@@ -31,6 +31,7 @@ from nas.options import (
     PromptTokens,
     RuntimeName,
     StudyName,
+    SupernetFolder,
     Threads,
     TpotLimit,
     TtftLimit,
@@ -182,6 +183,7 @@ def search(
     text: Annotated[
         list[Path], typer.Option(help="Your own text in place of ours, .txt or .jsonl: calibrates and guides.")
     ] = [],  # noqa: B006
+    supernet_folder: SupernetFolder = None,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
     seed: int = 0,
     allow_stale: AllowStale = False,
@@ -195,7 +197,7 @@ def search(
 
     from nas.families import load_model
     from nas.latency import LatencyModel
-    from nas.protocol import open_evaluator, open_supernet, protocol_on
+    from nas.protocol import open_evaluator, open_supernet, protocol_on, tuned_digest
     from nas.search import SearchSettings
     from nas.search import search as run_search
     from nas.space import SearchSpace
@@ -228,11 +230,11 @@ def search(
         if budget_ms is not None and budget_ms < (least_ms := members["smallest"]["low_ms"]):
             sentence = f"wanted {budget_ms:g} ms, but embedding and head alone take {least_ms:.3g} ms; allow more"
             raise typer.Exit(fail(sentence, EXIT_UNMET, {"space": members}))
-        protocol = protocol_on(text, reform=reform)
+        protocol = protocol_on(text, reform=reform, tuned=tuned_digest(supernet_folder))
         protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
         note("calibrating and reforming")
-        supernet = open_supernet(loaded, space, protocol, cache)
+        supernet = open_supernet(loaded, space, protocol, cache, supernet_folder)
         with progress_bar("search") as progress:
             trials = run_search(space, open_evaluator(supernet, protocol), latency.value_ms, study, settings, progress)
         values_ms = latency.value_ms([trial.subnet for trial in trials])

@@ -57,6 +57,9 @@ PrecisionName = Annotated[
 TunedFolder = Annotated[
     Path | None, typer.Option("--tuned", help="Folder of nas tune: the weights that it gave the subnet.")
 ]
+SupernetFolder = Annotated[
+    Path | None, typer.Option("--supernet", help="Folder of nas tune --subnet all: the study's supernet is tuned.")
+]
 Fit = Annotated[
     bool, typer.Option(help="Fit the subnet's weights in sequence, so that layers make up for those before them.")
 ]

@@ -36,11 +36,15 @@ class EvaluationProtocol:
     reform: bool = True
     calibration_files: Sequence[Path] = CALIBRATION_FILES
     search_files: Sequence[Path] = SEARCH_FILES
+    #: Digest of what all subnets were tuned by, see `nas.supernet_tuning`; empty where they were not.
+    tuned: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self)
         for name in ("calibration_files", "search_files"):
             fields[name] = [text_digest(Path(file)) for file in fields[name]]
+        if not self.tuned:  # studies from before there was any
+            del fields["tuned"]
         return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:
@@ -58,12 +62,12 @@ class EvaluationProtocol:
         return file_windows(tokenizer, self.search_files, self.search_windows, self.search_tokens, after=after)
 
 
-def protocol_on(text: Sequence[Path], *, reform: bool = True) -> EvaluationProtocol:
+def protocol_on(text: Sequence[Path], *, reform: bool = True, tuned: str = "") -> EvaluationProtocol:
     """The protocol on a user's own files, or on those of `data/` where there are none."""
     if not text:
-        return EvaluationProtocol(reform=reform)
+        return EvaluationProtocol(reform=reform, tuned=tuned)
     files = tuple(file.resolve() for file in text)
-    return EvaluationProtocol(reform=reform, calibration_files=files, search_files=files)
+    return EvaluationProtocol(reform=reform, calibration_files=files, search_files=files, tuned=tuned)
 
 
 def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:
@@ -72,31 +76,61 @@ def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:
 
 
 def open_supernet(
-    loaded: LoadedModel, space: SearchSpace, protocol: EvaluationProtocol, cache_dir: Path | None
+    loaded: LoadedModel,
+    space: SearchSpace,
+    protocol: EvaluationProtocol,
+    cache_dir: Path | None,
+    tuned: Path | None = None,
 ) -> Supernet:
-    """The prepared supernet of a loaded model, from the cache where it was made before."""
+    """The prepared supernet of a loaded model, from the cache where it was made before.
+
+    `tuned` is the folder that all its subnets were tuned in, if `protocol.tuned` names one.
+    """
     supernet = Supernet(loaded, space)
     supernet.prepare(protocol.calibration(loaded.tokenizer), reform=protocol.reform, cache_dir=cache_dir)
+    if tuned is not None:
+        from nas.supernet_tuning import shift_by
+
+        shift_by(supernet, tuned)
     return supernet
 
 
 def open_study(
-    study: Study, model: str | None, cache_dir: Path | None, *, trust_remote_code: bool = False
+    study: Study,
+    model: str | None,
+    cache_dir: Path | None,
+    *,
+    tuned: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Supernet, EvaluationProtocol]:
     """The prepared supernet that a study's trials were made of, of the model at `model` if it has moved.
 
-    Raises StudyError where that is another model, or the study's text has changed.
+    Raises StudyError where that is another model, the study's text has changed, or it was not made of the supernet in
+    the folder `tuned`.
     """
+    digest = tuned_digest(tuned)
+    if digest != study.protocol.get("tuned", ""):
+        made = "a tuned supernet" if study.protocol.get("tuned") else "one that is not tuned"
+        raise StudyError(f"study {study.name!r} was made of {made}, got --supernet {tuned}; name what it was made of")
     source = model or study.model
     loaded = load_model(source, trust_remote_code=trust_remote_code)
     if loaded.fingerprint != study.fingerprint:
         raise StudyError(f"{source} is not the model that study {study.name!r} was made of; give --model")
-    protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]))
+    protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]), tuned=digest)
     if study.text and protocol.to_dict()["calibration_files"] != study.protocol["calibration_files"]:
         raise StudyError(
             f"the text of study {study.name!r} has changed since its search; search again as another study"
         )
-    return open_supernet(loaded, study.space, protocol, cache_dir), protocol
+    return open_supernet(loaded, study.space, protocol, cache_dir, tuned), protocol
+
+
+def tuned_digest(tuned: Path | None) -> str:
+    """What names a folder of `nas.supernet_tuning` in a protocol."""
+    if tuned is None:
+        return ""
+    from nas.supernet_tuning import read_tuned_supernet
+
+    return read_tuned_supernet(tuned).digest
 
 
 def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:

@@ -50,7 +50,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 TUNED_FILE = "tuned.json"
 _STARTED_FILE = "started.json"
 _ADAPTER_FOLDER = "adapter"
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _VERSION = 1
 #: That pruning sees; with windows of 256 tokens, half of what the papers take.
 _PRUNING_WINDOWS = 256
@@ -149,7 +149,7 @@ def tune(
     Called again with the same arguments it goes on from the last checkpoint, or returns what is there. ValueError where
     `folder` holds something else.
     """
-    begun = _begin(supernet, subnet, windows, settings, folder)
+    begun = begin(folder, supernet, windows, subnet.to_json(), json.dumps(asdict(settings), sort_keys=True))
     if (folder / TUNED_FILE).exists():
         tuned = adopt_tuned(supernet, folder)
         if tuned.subnet != subnet:
@@ -195,8 +195,8 @@ def tune(
         job.check_sparsity(own),
     )
     save_own(folder, own)
-    _write_json(folder / TUNED_FILE, {"version": _VERSION, **_fields(tuned)})
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    write_json(folder / TUNED_FILE, {"version": _VERSION, **_fields(tuned)})
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return tuned
 
 
@@ -241,10 +241,9 @@ def _fields(tuned: Tuned) -> dict[str, Any]:
     return {**asdict(tuned), "subnet": json.loads(tuned.subnet.to_json()), "ranks": dict(tuned.ranks)}
 
 
-def _begin(supernet: Supernet, subnet: Subnet, windows: torch.Tensor, settings: TuneSettings, folder: Path) -> Path:
+def begin(folder: Path, supernet: Supernet, windows: torch.Tensor, *others: str) -> Path:
     """Note what `folder` is for, or see that it is for this; returns the note's file."""
-    text = json.dumps(asdict(settings), sort_keys=True)
-    key = f"{_VERSION} {supernet.prepared_from} {statistics_key(supernet.loaded, windows)} {subnet.to_json()} {text}"
+    key = " ".join([str(_VERSION), supernet.prepared_from, statistics_key(supernet.loaded, windows), *others])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     started = folder / _STARTED_FILE
     if started.exists():
@@ -256,7 +255,7 @@ def _begin(supernet: Supernet, subnet: Subnet, windows: torch.Tensor, settings: 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"wanted an empty folder to tune in, got {folder} with other files; name another")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(started, {"digest": digest})
+    write_json(started, {"digest": digest})
     return started
 
 
@@ -265,7 +264,7 @@ def _before(started: Path, evaluator: Evaluator, subnet: Subnet) -> Quality:
     fields = json.loads(started.read_text())
     if "before" not in fields:
         fields["before"] = asdict(evaluator.evaluate(subnet))
-        _write_json(started, fields)
+        write_json(started, fields)
     return Quality(**fields["before"])
 
 
@@ -325,7 +324,7 @@ class _Job:
     ) -> tuple[SuperAdapter | None, TrainingResult]:
         if settings.method == "prune":
             return None, TrainingResult(0, 0.0, ())
-        teacher, checkpoints = self.supernet.loaded, folder / _CHECKPOINTS
+        teacher, checkpoints = self.supernet.loaded, folder / CHECKPOINTS
         if settings.method == "full":
             for path in self.paths:
                 linear = self.student.get_submodule(path)
@@ -447,7 +446,7 @@ def _shared(supernet: Supernet, subnet: Subnet, index: int) -> dict[str, torch.T
     return {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] not in norms}
 
 
-def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
+def write_json(file: Path, fields: Mapping[str, Any]) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(fields, indent=1) + "\n")
     partial.replace(file)

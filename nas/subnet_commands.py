@@ -24,6 +24,7 @@ from nas.options import (
     PromptTokens,
     StudyName,
     SubnetName,
+    SupernetFolder,
     Threads,
     TpotLimit,
     TtftLimit,
@@ -38,11 +39,16 @@ if TYPE_CHECKING:  # they bring torch
     from nas.study import Study
     from nas.supernet import Supernet
 
+#: In place of a subnet's id, to `nas tune`.
+ALL_SUBNETS = "all"
+
 
 def tune(
     study_name: StudyName,
-    subnet: SubnetName,
-    output: Annotated[Path, typer.Option(help="Folder for the tuned weights, which nas export takes with --tuned.")],
+    subnet: Annotated[str, typer.Option(help="Id of a trial, `full`, or `all`: what all subnets of the study share.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the tuned weights: nas export takes it with --tuned, of `all` --supernet.")
+    ],
     method: Annotated[
         str,
         typer.Option(
@@ -80,6 +86,7 @@ def tune(
     ] = [],  # noqa: B006
     precision: PrecisionName = None,
     fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
+    supernet_folder: SupernetFolder = None,
     seed: int = 0,
     model: ModelMoved = None,
     trust_remote_code: bool = False,
@@ -116,16 +123,29 @@ def tune(
             accumulation=accumulation,
             learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
             loss=loss,  # type: ignore[arg-type]  # checked by it
-            sampling="sandwich" if sandwich else "random" if method == "nls" else "largest",
+            sampling="sandwich" if sandwich else "random" if method == "nls" else "active",
             seed=seed,
         ),
     )
     with Store(database) as store:
         study = Study.load(store, study_name)
-        chosen = find_subnet(study, subnet, None if precision is None else one_of_precisions(precision))
-    supernet, protocol, _ = _open_subnet(study, chosen, model, cache, None, fit, trust_remote_code)
+        together = subnet == ALL_SUBNETS
+        asked = None if precision is None else one_of_precisions(precision)
+        chosen = find_subnet(study, "full" if together else subnet, asked)
+        subnets = [trial.subnet for trial in study.trials()] if together else []
+    supernet, protocol, _ = _open_subnet(
+        study, chosen, model, cache, None, supernet_folder, fit and not together, trust_remote_code
+    )
     tokenizer = supernet.loaded.tokenizer
     windows = all_windows(tokenizer, text, tokens) if text else protocol.tuning(tokenizer, tokens)
+    if together:
+        from nas.supernet_tuning import tune_supernet
+
+        with progress_bar("tune") as progress:
+            evaluator = open_evaluator(supernet, protocol)
+            shifted = tune_supernet(supernet, subnets, windows, evaluator, settings, output, progress)
+        emit(tables.tuned_supernet_fields(shifted, output), as_json, tables.tuned_supernet(shifted, output))
+        return
     with progress_bar("tune") as progress:
         tuned = run_tune(supernet, chosen, windows, open_evaluator(supernet, protocol), settings, output, progress)
     emit(tables.tuned_fields(tuned, output), as_json, tables.tuned(tuned, output))
@@ -142,6 +162,7 @@ def evaluate(
     precision: PrecisionName = None,
     fit: Fit = True,
     tuned: TunedFolder = None,
+    supernet_folder: SupernetFolder = None,
     model: ModelMoved = None,
     trust_remote_code: bool = False,
     database: Database = DATABASE,
@@ -159,7 +180,7 @@ def evaluate(
     with Store(database) as store:
         study = Study.load(store, study_name)
         chosen = find_subnet(study, subnet, None if precision is None else one_of_precisions(precision))
-    supernet, _, _ = _open_subnet(study, chosen, model, cache, tuned, fit, trust_remote_code)
+    supernet, _, _ = _open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     quality = text_quality(supernet, chosen, unseen_windows(supernet.loaded.tokenizer, 4, 512))
     scores = {}
     if task:
@@ -188,6 +209,7 @@ def export(
     precision: PrecisionName = None,
     fit: Fit = True,
     tuned: TunedFolder = None,
+    supernet_folder: SupernetFolder = None,
     model: ModelMoved = None,
     threads: Threads = None,
     cpus: Cpus = None,
@@ -217,7 +239,7 @@ def export(
             name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
             for name in formats
         }
-    supernet, _, tuning = _open_subnet(study, chosen, model, cache, tuned, fit, trust_remote_code)
+    supernet, _, tuning = _open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
@@ -303,13 +325,14 @@ def _open_subnet(
     model: str | None,
     cache: Path,
     tuned: Path | None,
+    supernet_folder: Path | None,
     fit: bool,
     trust_remote_code: bool,
 ) -> tuple[Supernet, EvaluationProtocol, str | None]:
     """The study's supernet, in which `chosen` has its weights from `tuned` or fitted in sequence; how it was tuned."""
     from nas.protocol import fit_winner, open_study
 
-    supernet, protocol = open_study(study, model, cache, trust_remote_code=trust_remote_code)
+    supernet, protocol = open_study(study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code)
     if tuned is not None:
         from nas.recovery import adopt_tuned
 

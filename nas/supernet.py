@@ -10,8 +10,9 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,11 @@ class Supernet:
         self.model = loaded.model
         self._layers = loaded.layers
         self._modules = [{p: layer.get_submodule(self.part_name(p)) for p in PARTS} for layer in self._layers]
-        self._original = [
+        self._loaded = [
             {name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in self._layers
         ]
+        #: Of the full subnet: as loaded, or shifted.
+        self._original = self._loaded
         self._ends = {m: m.weight.detach() for m in (self.model.get_input_embeddings(), loaded.head)}
         self._tied = loaded.config.tie_word_embeddings
         self._reform = True
@@ -87,8 +90,9 @@ class Supernet:
         self._quantized: dict[tuple[int, Part, int, int], RoundedWeights] = {}
         self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
         self._own: dict[Subnet, OwnLayers] = {}
-        self._active: dict[tuple[int, Part], tuple[int, int] | OwnWeights] = {
-            (i, p): (self.full_size(p), 32) for i in range(space.depth) for p in PARTS
+        #: None where the part is as it was loaded.
+        self._active: dict[tuple[int, Part], tuple[int, int] | OwnWeights | None] = {
+            (i, p): None for i in range(space.depth) for p in PARTS
         }
         self._head_bits = 32
         self._quantized_ends: dict[int, dict[nn.Module, torch.Tensor]] = {}
@@ -99,10 +103,9 @@ class Supernet:
         With `reform` off subnets inherit their weights unchanged (same orders), to show what reformation is worth.
         """
         self.activate_full_model()
+        self._original = self._loaded
         self._reform = reform
-        self._quantized.clear()
-        self._quantized_inputs.clear()
-        self._own.clear()
+        self._forget()
         if cache_dir is None:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
@@ -169,11 +172,61 @@ class Supernet:
         self.activate_ends(HEAD_BITS[subnet.precision])
 
     def activate_full_model(self) -> None:
-        """The model as it was loaded, even where the full subnet has weights of its own."""
-        for index in range(self.space.depth):
+        """The model as it was loaded, even where the full subnet has weights of its own, or was shifted."""
+        for index, loaded in enumerate(self._loaded):
             for part in PARTS:
-                self.activate_part(index, part, self.full_size(part), 32)
+                if self._active[index, part] is not None:
+                    prefix = f"{self.part_name(part)}."
+                    self._put(index, part, {name: t for name, t in loaded.items() if name.startswith(prefix)})
+                    self._active[index, part] = None
         self.activate_ends(32)
+
+    def shift(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> None:
+        """Add fp32 deltas to the full maps, by layer and name within it; what a subnet keeps of a map is shifted alike.
+
+        `name` joins `prepared_from`. The full model that others are compared with stays as it was loaded.
+        """
+        self.activate_full_model()
+        self._original = [
+            {name: tensor + delta[name] if name in delta else tensor for name, tensor in layer.items()}
+            for layer, delta in zip(self._original, deltas, strict=True)
+        ]
+        for index, plans in enumerate(self._plans):
+            for part, plan in plans.items():
+                delta = deltas[index][f"{self.output_name(part)}.weight"]
+                outputs = {
+                    k: weight + delta[:, self.kept_indices(index, part, k, delta.shape[1])]
+                    for k, weight in plan.outputs.items()
+                }
+                plans[part] = replace(plan, outputs=outputs)
+        self._forget()
+        self.prepared_from += f" shifted by {name}"
+
+    @contextmanager
+    def shifted(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> Iterator[None]:
+        """Within, shifted as by `shift`; what subnets have of their own is gone afterwards all the same."""
+        before = (self._original, [dict(plans) for plans in self._plans], self.prepared_from)
+        self.shift(deltas, name)
+        try:
+            yield
+        finally:
+            self.activate_full_model()
+            self._original, self._plans, self.prepared_from = before
+            self._forget()
+
+    def over(self, model: Any) -> Supernet:
+        """The same over a copy of the model as it was loaded; what was prepared is shared."""
+        other = Supernet(replace(self.loaded, model=model), self.space)
+        other._original, other._reform, other._statistics = self._original, self._reform, self._statistics
+        other._plans = [dict(plans) for plans in self._plans]
+        other.prepared_from = self.prepared_from
+        return other
+
+    def _forget(self) -> None:
+        """What was made from weights that are others now."""
+        self._quantized.clear()
+        self._quantized_inputs.clear()
+        self._own.clear()
 
     def activate_part(self, layer: int, part: Part, choice: int, bits: int) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
@@ -297,13 +350,13 @@ class Supernet:
         # rows do not depend on each other, so a subnet's are those of the full part
         rounded: RoundedWeights = dict(weights)
         for name, quantized in self._quantized_inputs[layer, part, bits].items():
-            rows = self._kept_inputs(layer, part, choice, quantized.shape[0])
+            rows = self.kept_indices(layer, part, choice, quantized.shape[0])
             rounded[name] = QuantizedWeight(quantized.integers[rows], quantized.scales[rows], bits)
-        columns = self._kept_inputs(layer, part, choice, H_out.shape[0])
+        columns = self.kept_indices(layer, part, choice, H_out.shape[0])
         rounded[output] = round_with_feedback(weights[output], H_out[columns][:, columns], bits)
         return rounded
 
-    def _kept_inputs(self, layer: int, part: Part, choice: int, size: int) -> torch.Tensor:
+    def kept_indices(self, layer: int, part: Part, choice: int, size: int) -> torch.Tensor:
         """Indices of what a choice keeps of a dimension of the full part: all in order, or in keep-order."""
         if choice == self.full_size(part):
             return torch.arange(size)
@@ -355,6 +408,15 @@ class Supernet:
                 weights[name] = tensor
         return weights
 
+    def full_maps(self, layer: int) -> dict[str, torch.Tensor]:
+        """Weights of all projections of the full layer, by name within it."""
+        names = [f"{name}.weight" for part in PARTS for name in self.projections(part)]
+        return {name: self._original[layer][name] for name in names}
+
+    def projections(self, part: Part) -> tuple[str, ...]:
+        """Within a layer; the last writes to the residual stream."""
+        return (*self._input_names(part), self.output_name(part))
+
     def _input_names(self, part: Part) -> tuple[str, ...]:
         """The maps that read the residual stream."""
         family = self.loaded.family
@@ -392,8 +454,10 @@ def _dequantized(weights: RoundedWeights) -> dict[str, torch.Tensor]:
 
 def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
-    linear = layer.get_submodule(path)
-    setattr(linear, attribute, nn.Parameter(tensor, requires_grad=False))
+    module = layer.get_submodule(path)
+    linear = getattr(module, "base_layer", module)  # under an adapter
+    device = getattr(linear, attribute).device
+    setattr(linear, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
     if isinstance(linear, nn.Linear) and attribute == "weight":
         linear.out_features, linear.in_features = tensor.shape
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # they bring torch
     from nas.memory import MemoryProfile
     from nas.recovery import Tuned
     from nas.space import SearchSpace, Subnet
+    from nas.supernet_tuning import TunedSupernet
     from nas.tasks import Score
 
 Fields = dict[str, Any]
@@ -221,6 +222,19 @@ def tuned(tuned: Tuned, folder: Path) -> Table:
     if tuned.settings.sparsity:
         table.add_row("zeros in the projections", *blanks, f"{tuned.sparsity:.2%}, which no runtime here gains from")
     table.add_row("tokens, seconds", *blanks, f"{tuned.tokens:,}, {tuned.seconds:,.0f}")
+    return table
+
+
+def tuned_supernet_fields(tuned: TunedSupernet, folder: Path) -> Fields:
+    """What `nas tune --subnet all` did to some of them, on the text that the study's search saw."""
+    return {"folder": str(folder), **asdict(tuned)}
+
+
+def tuned_supernet(tuned: TunedSupernet, folder: Path) -> Table:
+    title = f"{folder}: all subnets, {tuned.steps} steps, {tuned.tokens:,} tokens, {tuned.seconds:,.0f} seconds"
+    table = Table("subnet, at 32 bits", "KL before", "after", title=title)
+    for name, (before, after) in tuned.kl.items():
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}")
     return table
 
 

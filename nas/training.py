@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,15 +19,25 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from hw_profiles.profile import Progress
-from nas.adapters.elastic import Ranks, SuperAdapter
+from nas.adapters.elastic import Sampling
 from nas.distillation import kl_to_teacher, next_token_loss
 from nas.families import LoadedModel, fast_dtype
 
 #: kl: to the full model's distribution of the next token. text: the likelihood of the text itself.
 Loss = Literal["kl", "text"]
-#: What becomes of a super-adapter's ranks at a step. sandwich: the largest, the smallest and a random choice together,
-#: the others learning from the largest (in-place distillation, Yu et al., arXiv 2003.11142).
-Sampling = Literal["largest", "random", "sandwich"]
+
+
+class Elastic(Protocol):
+    """Adapters, of which a step trains one choice or several."""
+
+    @property
+    def model(self) -> Any:
+        """What holds them, and nothing else that is trained."""
+        ...
+
+    def passes(self, rng: np.random.Generator, sampling: Sampling) -> list[Callable[[], None]]:
+        """What activates the choice of each pass of a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class TrainingSettings:
     accumulation: int = 1
     learning_rate: float = 1e-3
     loss: Loss = "kl"
-    sampling: Sampling = "largest"
+    sampling: Sampling = "active"
     seed: int = 0
     #: Seconds between checkpoints.
     checkpoint_s: float = 120.0
@@ -74,7 +84,7 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     *,
-    adapter: SuperAdapter | None = None,
+    adapter: Elastic | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> TrainingResult:
     """Train what of `student` requires gradients, in place; with `adapter`, `student` is the model under it.
@@ -178,7 +188,7 @@ class _Distillation(Trainer):
         windows: torch.Tensor,
         settings: TrainingSettings,
         clock: _Clock,
-        adapter: SuperAdapter | None,
+        adapter: Elastic | None,
         arguments: TrainingArguments,
     ) -> None:
         # a Dataset is anything with a length and items
@@ -199,42 +209,40 @@ class _Distillation(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = inputs["input_ids"]
-        target = None
+        target, target_head = None, self.teacher.head.weight
         if self.settings.loss == "kl":
             with torch.no_grad():
                 target = self._read(self.teacher.model, tokens)
-        ranks = self._ranks()
-        loss, hidden = self._pass(tokens, target, self.teacher.head.weight, ranks[0])
-        for others in ranks[1:]:
-            loss = loss + self._pass(tokens, hidden.detach(), self._head, others)[0]
-        loss = loss / len(ranks)
+        losses = []
+        for activate in (passes := self._passes()):
+            activate()
+            hidden = self._read(self.student, tokens)
+            losses.append(self._loss(hidden, tokens, target, target_head))
+            if target is None:  # the others learn from the first: distillation in place
+                target, target_head = hidden.detach(), self._head
+        passes[0]()  # a checkpoint holds what is active
+        loss = torch.stack(losses).mean()
         self.clock.loss = float(loss.detach())
         self.losses.append(self.clock.loss)
         return loss
 
-    def _ranks(self) -> list[Ranks | None]:
+    def _passes(self) -> list[Callable[[], None]]:
         """Of this step: a function of the seed and the step alone, so that a resumed run draws the same."""
-        if self.adapter is None or self.settings.sampling == "largest":
-            return [None]
+        if self.adapter is None:
+            return [lambda: None]
         drawn = self.state.global_step * self.settings.accumulation + self._calls % self.settings.accumulation
         self._calls += 1
-        sampled = self.adapter.sample(np.random.default_rng((self.settings.seed, drawn)))
-        if self.settings.sampling == "random":
-            return [sampled]
-        return [self.adapter.maximal, self.adapter.minimal, sampled]
+        return self.adapter.passes(np.random.default_rng((self.settings.seed, drawn)), self.settings.sampling)
 
-    def _pass(
-        self, tokens: torch.Tensor, target: torch.Tensor | None, target_head: torch.Tensor, ranks: Ranks | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of the student with `ranks`, and what its head reads, [N, T, D]; `target` is what the teacher's does."""
-        if self.adapter is not None and ranks is not None:
-            self.adapter.activate(ranks)
-        hidden = self._read(self.student, tokens)
+    def _loss(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor | None, target_head: torch.Tensor
+    ) -> torch.Tensor:
+        """Of what the student's head reads, [N, T, D]; `target` is what the teacher's reads."""
         if target is None:
             targets = tokens[:, 1:].flatten()
-            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype()), hidden
+            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype())
         flat = (hidden.flatten(0, 1), self._head, target.flatten(0, 1), target_head)
-        return kl_to_teacher(*flat, _dtype()), hidden
+        return kl_to_teacher(*flat, _dtype())
 
     @property
     def _head(self) -> torch.Tensor:

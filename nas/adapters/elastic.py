@@ -9,8 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from nas.families import Family
 
 #: Of each group of ranks one is in use.
 Ranks = tuple[int, ...]
+#: What becomes of them at a step of training. active: those in use stay so. sandwich: the largest, the smallest and a
+#: random choice together (Yu et al., arXiv 2003.11142).
+Sampling = Literal["active", "random", "sandwich"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class SuperAdapter:
     def heuristic(self) -> Ranks:
         """The middle of the choices everywhere, the larger of two: what NLS takes without a search."""
         return (self.choices[(len(self.choices) - 1) // 2],) * len(self.groups)
+
+    def passes(self, rng: np.random.Generator, sampling: Sampling) -> list[Callable[[], None]]:
+        """What activates the ranks of each pass of a training step; see `Sampling`."""
+        if sampling == "active":
+            return [lambda: None]
+        sampled = partial(self.activate, self.sample(rng))
+        if sampling == "random":
+            return [sampled]
+        return [partial(self.activate, self.maximal), partial(self.activate, self.minimal), sampled]
 
     def sample(self, rng: np.random.Generator) -> Ranks:
         """Each group's rank drawn alone, evenly."""

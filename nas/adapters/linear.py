@@ -24,6 +24,9 @@ class ElasticLinear(lora.Linear):
     def __init__(self, base_layer: nn.Linear, adapter_name: str, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, **options)
         self.active_rank: int | None = None
+        #: Indices of the outputs and inputs that the active subnet keeps; None where it keeps all.
+        self.rows: torch.Tensor | None = None
+        self.columns: torch.Tensor | None = None
         # not in a checkpoint: they belong to the base
         self.register_buffer("mask", None, persistent=False)
         self.register_buffer("scales", None, persistent=False)
@@ -41,9 +44,10 @@ class ElasticLinear(lora.Linear):
         return self.lora_A[name].weight, self.lora_B[name].weight
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, in] and B [out, r] of the active rank."""
+        """A [r, in] and B [out, r] of the active rank, and of the outputs and inputs that are kept."""
         A, B = self.matrices()
-        return A[: self.active_rank], B[:, : self.active_rank]
+        A, B = A[: self.active_rank], B[:, : self.active_rank]
+        return A if self.columns is None else A[:, self.columns], B if self.rows is None else B[self.rows]
 
     @property
     def scale(self) -> float:
@@ -63,9 +67,13 @@ class ElasticLinear(lora.Linear):
 
     def merged_weight(self) -> torch.Tensor:
         """W' of the active rank before it is rounded, [out, in]."""
-        A, B = (factor.detach() for factor in self.factors())
-        merged: torch.Tensor = self.get_base_layer().weight.detach() + self._delta(A, B)
+        merged: torch.Tensor = self.get_base_layer().weight.detach() + self.delta()
         return merged
+
+    def delta(self) -> torch.Tensor:
+        """What the active rank adds to W, [out, in]."""
+        A, B = self.factors()
+        return self._delta(A.detach(), B.detach())
 
     def _delta(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         delta = (B @ A) * self.scale

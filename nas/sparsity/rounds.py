@@ -113,8 +113,7 @@ def _constrain(
         layer.mask = masks[path]
         if pruned is not None:
             with torch.no_grad():
-                delta = layer.merged_weight() - layer.get_base_layer().weight
-                layer.get_base_layer().weight.copy_((pruned[path] - delta) * masks[path])
+                layer.get_base_layer().weight.copy_((pruned[path] - layer.delta()) * masks[path])
     adapter.activate(tuple(of_groups))
 
 

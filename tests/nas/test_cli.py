@@ -511,6 +511,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         folders.append(format_)
     check_tuning(nas, answer["subnet"], on_device)
     check_judging(nas, tmp_path, answer["subnet"])
+    check_a_tuned_supernet(nas, search)
     said = own.read_text()
     own.write_text(said.replace("e", "a"))
     changed = nas("export", "--study", "s", "--subnet", answer["subnet"], "--output", "again")
@@ -557,6 +558,27 @@ def check_tuning(nas: Nas, subnet: str, on_device: tuple[str, ...]) -> None:
     wrong = nas(*export, "--subnet", "full")
     assert wrong.code == 2
     assert "got another; see nas tune" in wrong.sentence
+
+
+def check_a_tuned_supernet(nas: Nas, search: tuple[str, ...]) -> None:
+    """All subnets are tuned at once, and searched again as another study, which asks for the same supernet."""
+    tune = ("tune", "--study", "s", "--subnet", "all", "--output", "supernet", "--json", "--learning-rate", "0.001")
+    tuned = nas(*tune, "--rank", "4", "--steps", "10", "--batch", "4", "--tokens", "64")
+    assert tuned.code == 0
+    assert len(tuned.json["kl"]) > 3
+    again = [word if word != "s" else "again" for word in search]
+    again[again.index("--evaluations") + 1] = "2"
+    searched = nas(*again, "--supernet", "supernet")
+    assert searched.code == 0
+    subnet = searched.json["trials"][-1]["id"]
+    judge = ("evaluate", "--study", "again", "--subnet", subnet, "--no-fit", "--json")
+    assert nas(*judge, "--supernet", "supernet").code == 0
+    refused = nas(*judge)
+    assert refused.code == 2
+    assert "study 'again' was made of a tuned supernet, got --supernet None" in refused.json["error"]
+    mixed = nas(*search, "--supernet", "supernet")
+    assert mixed.code == 2
+    assert "belongs to" in mixed.json["error"] or "another" in mixed.json["error"]
 
 
 def check_judging(nas: Nas, folder: Path, subnet: str) -> None:
