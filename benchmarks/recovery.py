@@ -25,12 +25,13 @@ from rich.table import Table
 
 from nas.evaluate import Evaluator
 from nas.protocol import EvaluationProtocol
-from nas.recovery import Tuned, TuneSettings, tune
+from nas.recovery import tune
 from nas.sequential import fit_in_sequence
 from nas.space import Subnet
 from nas.terminal import progress_bar
 from nas.text import CALIBRATION_FILES, all_windows
 from nas.training import TrainingSettings
+from nas.tuned import Tuned, TuneSettings
 
 #: Share of the blocks' parameters that the subnet of the bar keeps.
 KEPT = 0.8

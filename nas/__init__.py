@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from nas.evaluate import Evaluator
     from nas.families import load_model
     from nas.queries import answer_query
-    from nas.recovery import TuneSettings, tune
+    from nas.recovery import tune
     from nas.report import write_report
     from nas.search import SearchSettings
     from nas.search import search as run_search
     from nas.space import SearchSpace, Subnet
     from nas.study import Study
     from nas.supernet import Supernet
+    from nas.tuned import TuneSettings
 
 __all__ = [
     "Budget",
@@ -47,7 +48,7 @@ _ORIGINS = {
     "Study": "nas.study.Study",
     "Subnet": "nas.space.Subnet",
     "Supernet": "nas.supernet.Supernet",
-    "TuneSettings": "nas.recovery.TuneSettings",
+    "TuneSettings": "nas.tuned.TuneSettings",
     "answer_query": "nas.queries.answer_query",
     "export_subnet": "nas.artefacts.export_subnet",
     "load_model": "nas.families.load_model",

@@ -97,11 +97,11 @@ def tune(
     """Win back quality: train a subnet against the full model. Run again after an interruption to go on."""
     from nas.protocol import open_evaluator
     from nas.queries import find_subnet
-    from nas.recovery import TuneSettings, one_of_methods
     from nas.recovery import tune as run_tune
     from nas.study import Study
     from nas.text import all_windows
     from nas.training import TrainingSettings
+    from nas.tuned import TuneSettings, one_of_methods
 
     method = one_of_methods(method)
     ranks = tuple(rank or ((32, 24, 16) if method == "nls" else (32,)))
@@ -334,7 +334,7 @@ def _open_subnet(
 
     supernet, protocol = open_study(study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code)
     if tuned is not None:
-        from nas.recovery import adopt_tuned
+        from nas.tuned import adopt_tuned
 
         found = adopt_tuned(supernet, tuned)
         if found.subnet != chosen:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # they bring torch
     from nas.budget import Answer
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
-    from nas.recovery import Tuned
     from nas.space import SearchSpace, Subnet
     from nas.supernet_tuning import TunedSupernet
     from nas.tasks import Score
+    from nas.tuned import Tuned
 
 Fields = dict[str, Any]
 

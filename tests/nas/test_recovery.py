@@ -11,10 +11,12 @@ from export.quantize import QuantizedWeight, dequantize
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel
 from nas.own_weights import load_own
-from nas.recovery import TUNED_FILE, Tuned, TuneSettings, adopt_tuned, tune
+from nas.recovery import tune
+from nas.sequential import fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.training import TrainingSettings, last_checkpoint
+from nas.tuned import TUNED_FILE, Tuned, TuneSettings, adopt_tuned
 
 TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3)
 SETTINGS = {
@@ -151,6 +153,20 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert resumed.ranks == whole.ranks
     again = run(tmp_path / "stopped", None)
     assert again == resumed
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(
+    make: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        raise _StopError
+
+    supernet, evaluator = make()
+    with pytest.raises(_StopError):
+        tune(supernet, _subnet(32), windows, evaluator, SETTINGS["lora"], tmp_path, stop)
+    fit_in_sequence(supernet, _subnet(32), windows)
+    with pytest.raises(ValueError, match="began with other weights"):
+        tune(supernet, _subnet(32), windows, evaluator, SETTINGS["lora"], tmp_path)
 
 
 @pytest.mark.parametrize(

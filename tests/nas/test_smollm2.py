@@ -14,9 +14,12 @@ from hw_profiles import Workload
 from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
 from nas.families import load_model
+from nas.recovery import tune
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.text import CALIBRATION_FILES, TEST_FILES, file_windows
+from nas.training import TrainingSettings
+from nas.tuned import TuneSettings
 from tests.genai import genai_tokens
 
 pytestmark = pytest.mark.slow
@@ -117,3 +120,24 @@ def test_runtimes_say_the_64_tokens_that_torch_says(smollm2, exported, format_):
         else:
             text = smollm2.tokenizer.decode(expected, skip_special_tokens=True)
             assert generate(folders[format_], format_, 2, prompt, 64) == text, prompt
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_sparse_subnet_is_tuned_and_shipped_with_its_zeros(smollm2, tmp_path, bits):
+    supernet = Supernet(smollm2, SearchSpace.from_config(smollm2.config))
+    calibration = file_windows(smollm2.tokenizer, CALIBRATION_FILES, 32, 128, seed=0)
+    supernet.prepare(calibration)
+    subnet = Subnet((LayerChoice(3, 1536), LayerChoice(2, 1152), LayerChoice(3, 768)) * 10, bits)
+    windows = file_windows(smollm2.tokenizer, TEST_FILES, 4, 128)
+    training = TrainingSettings(steps=6, batch=4)
+    settings = TuneSettings("lora", (16,), 32.0, sparsity=0.5, pruning="sparsegpt", training=training)
+    tuned = tune(supernet, subnet, calibration, Evaluator(supernet, windows), settings, tmp_path / "tuned")
+    assert tuned.before.kl < tuned.after.kl < tuned.pruned.kl
+    assert tuned.sparsity == pytest.approx(0.5, abs=1e-3) if bits == 32 else tuned.sparsity >= 0.5
+    folders = [export_subnet(supernet, subnet, name, tmp_path / name, windows) for name in FORMATS]
+    for verified in verify(folders, threads=2, workloads=[Workload("decode", 16)], rounds=1):
+        assert verified.parity_holds, verified.directory
+    if bits == 32:
+        shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface", trust_remote_code=True)
+        maps = [p for name, p in shipped.named_parameters() if "_proj" in name]
+        assert sum(int((p == 0).sum()) for p in maps) == round(tuned.sparsity * sum(p.numel() for p in maps))

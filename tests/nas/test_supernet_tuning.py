@@ -11,11 +11,11 @@ from nas.adapters.elastic import attach
 from nas.adapters.shared import SharedAdapter, deltas
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel
-from nas.recovery import TuneSettings
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.supernet_tuning import SHIFT_FILE, TunedSupernet, shift_by, tune_supernet
 from nas.training import TrainingSettings
+from nas.tuned import TuneSettings
 
 SUBNETS = (
     Subnet((LayerChoice(2, 64), LayerChoice(0, 96), LayerChoice(3, 0)), 8),
