@@ -29,7 +29,7 @@ from nas.recovery import tune
 from nas.sequential import fit_in_sequence
 from nas.space import Subnet
 from nas.terminal import progress_bar
-from nas.text import CALIBRATION_FILES, all_windows
+from nas.text import TUNING_FILES, all_windows
 from nas.training import TrainingSettings
 from nas.tuned import Tuned, TuneSettings
 
@@ -128,7 +128,7 @@ class Recovery:
 
     @cached_property
     def windows(self) -> torch.Tensor:
-        return all_windows(self.run.loaded.tokenizer, CALIBRATION_FILES, TOKENS)
+        return all_windows(self.run.loaded.tokenizer, TUNING_FILES, TOKENS)
 
     @cached_property
     def smaller(self) -> Subnet:

@@ -16,7 +16,7 @@ from nas.sequential import fit_in_sequence
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError
 from nas.supernet import Supernet
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, all_windows, file_windows, text_digest
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, TUNING_FILES, all_windows, file_windows, text_digest
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class EvaluationProtocol:
         return file_windows(tokenizer, self.calibration_files, self.calibration_windows, self.calibration_tokens)
 
     def tuning(self, tokenizer: Any, tokens: int) -> torch.Tensor:
-        """Windows [N, `tokens`] of all text that the search does not see."""
+        """Windows [N, `tokens`] that the search does not see: all of ours, or those of a user's text that calibrate."""
         if tuple(self.search_files) == tuple(self.calibration_files):
-            return self.calibration(tokenizer).reshape(-1, tokens)
-        return all_windows(tokenizer, self.calibration_files, tokens)
+            return self.calibration(tokenizer).flatten().unfold(0, tokens, tokens)
+        return all_windows(tokenizer, TUNING_FILES, tokens)
 
     def search(self, tokenizer: Any) -> torch.Tensor:
         shared = tuple(self.search_files) == tuple(self.calibration_files)

@@ -179,7 +179,7 @@ class _Job:
         self, windows: torch.Tensor, settings: TuneSettings, folder: Path, progress: Progress
     ) -> tuple[SuperAdapter | None, TrainingResult]:
         if settings.method == "prune":
-            return None, TrainingResult(0, 0.0, ())
+            return None, TrainingResult(0, 0.0)
         teacher, checkpoints = self.supernet.loaded, folder / CHECKPOINTS
         if settings.method == "full":
             for path in self.paths:

@@ -82,7 +82,8 @@ def tune(
         float | None, typer.Option(help="Its largest; 0.001 for adapters and 0.0001 for full by default.")
     ] = None,
     text: Annotated[
-        list[Path], typer.Option(help="Text to tune on, .txt or .jsonl; what calibrated the study by default.")
+        list[Path],
+        typer.Option(help="Text to tune on, .txt or .jsonl; ours, or what calibrated the study, by default."),
     ] = [],  # noqa: B006
     precision: PrecisionName = None,
     fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,

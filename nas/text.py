@@ -19,6 +19,8 @@ import torch
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
 #: Mixed corpora: what a pruned model was calibrated on decides what it stays good at.
 CALIBRATION_FILES = (DATA_FOLDER / "wikitext2_calibration.txt", DATA_FOLDER / "c4_calibration.txt")
+#: Training takes more text than moments do: what a few passes over it teach is its own words.
+TUNING_FILES = (*CALIBRATION_FILES, DATA_FOLDER / "wikitext2_tuning.txt", DATA_FOLDER / "c4_tuning.txt")
 SEARCH_FILES = (DATA_FOLDER / "wikitext2_search.txt", DATA_FOLDER / "c4_search.txt")
 TEST_FILES = (DATA_FOLDER / "wikitext2_test.txt",)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -70,11 +70,10 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`losses` of every step since the last start."""
+    """What it took, restarts included."""
 
     steps: int
     seconds: float
-    losses: Sequence[float]
 
 
 def train(
@@ -119,7 +118,7 @@ def train(
     finally:
         teacher.model.to("cpu")
         student.to("cpu").eval()
-    return TrainingResult(trainer.state.global_step, clock.seconds, trainer.losses)
+    return TrainingResult(trainer.state.global_step, clock.seconds)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -197,7 +196,6 @@ class _Distillation(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         self.student, self.teacher, self.settings, self.clock, self.adapter = student, teacher, settings, clock, adapter
-        self.losses: list[float] = []
         self._decoder = teacher.family.layers.rpartition(".")[0]
         self._calls = 0
 
@@ -223,7 +221,6 @@ class _Distillation(Trainer):
         passes[0]()  # a checkpoint holds what is active
         loss = torch.stack(losses).mean()
         self.clock.loss = float(loss.detach())
-        self.losses.append(self.clock.loss)
         return loss
 
     def _passes(self) -> list[Callable[[], None]]:

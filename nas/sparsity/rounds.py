@@ -94,9 +94,7 @@ def tune_in_rounds(
             _save(adapter, kept, masks, given, ranks, result)
             shutil.rmtree(checkpoints, ignore_errors=True)
         results.append(result)
-    total = TrainingResult(
-        sum(r.steps for r in results), sum(r.seconds for r in results), [loss for r in results for loss in r.losses]
-    )
+    total = TrainingResult(sum(result.steps for result in results), sum(result.seconds for result in results))
     return RoundsResult(masks, list(given or ()), ranks, total)
 
 
@@ -181,4 +179,4 @@ def _load(adapter: SuperAdapter, file: Path) -> tuple[dict[str, torch.Tensor], l
                 masks[path] = tensors.get_tensor(f"{path}|mask")
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"wanted a finished round in {file}, got: {error}; delete it to have it done again") from error
-    return masks, said["sparsities"], said["ranks"], TrainingResult(said["steps"], said["seconds"], [])
+    return masks, said["sparsities"], said["ranks"], TrainingResult(said["steps"], said["seconds"])

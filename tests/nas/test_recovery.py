@@ -155,9 +155,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert again == resumed
 
 
-def test_a_run_goes_on_with_the_weights_that_it_began_with(
-    make: Make, windows: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_the_weights_that_it_began_with(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
     def stop(done: int, total: int, what: str) -> None:
         raise _StopError
 
