@@ -64,7 +64,7 @@ def tune(
     ] = False,
     rounds: Annotated[int, typer.Option(help="losa: turns.")] = 5,
     rank: Annotated[
-        list[int] | None, typer.Option(help="Of the adapter, 32 by default; several for nls: 32, 24 and 16.")
+        list[int] | None, typer.Option(help="Of the adapter, 32 by default; of nls 32, 24 and 16; losa finds its own.")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
@@ -105,7 +105,7 @@ def tune(
     from nas.tuned import TuneSettings, one_of_methods
 
     method = one_of_methods(method)
-    ranks = tuple(rank or ((32, 24, 16) if method == "nls" else (32,)))
+    ranks = tuple(rank or {"nls": (32, 24, 16), "losa": (16,)}.get(method, (32,)))
     settings = TuneSettings(
         method=method,
         ranks=ranks,

@@ -86,8 +86,10 @@ class TuneSettings:
             raise ValueError(f"losa prunes anywhere, got the pattern {self.pattern}; leave it out, or take lora")
         if self.method in ("losa", "prune") and not self.sparsity:
             raise ValueError(f"{self.method} makes weights sparse, got no sparsity; give one, such as 0.5")
-        if self.method == "full" and (self.sparsity or self.separate):
-            raise ValueError("full tunes all weights, got a sparsity or a separate adapter; take lora or nls for those")
+        if self.method == "full" and self.sparsity:
+            raise ValueError("full tunes all weights, got a sparsity; take lora or nls for that")
+        if self.separate and self.method not in ("lora", "nls"):
+            raise ValueError(f"{self.method} leaves no adapter beside the weights; take lora or nls for a separate one")
         if not 0 <= self.dropout < 1 or self.alpha <= 0 or self.rank_evaluations < 1:
             raise ValueError(f"wanted alpha above 0, dropout below 1 and an evaluation at least, got {self}")
 

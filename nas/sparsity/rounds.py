@@ -83,8 +83,8 @@ def tune_in_rounds(
             tell = part_of(progress, number - 1, rounds, f"round {number}")
             _merge_into(merged, adapter)
             compared = calibration[:COMPARED_WINDOWS]
-            given = layer_sparsities(model_redundancy(merged, family, compared), mean, at_least=given)
-            masks = prune(merged, family, calibration, given, method=method, masks=masks)
+            given = layer_sparsities(model_redundancy(merged, family, compared, tell), mean, at_least=given)
+            masks = prune(merged, family, calibration, given, method=method, masks=masks, progress=tell)
             losses = block_losses(_outputs(dense, family, compared), _outputs(merged, family, compared))
             share = (number - 1) / max(1, rounds - 1)
             ranks = reconstruction_ranks(losses, MEAN_RANKS[0] + share * (MEAN_RANKS[1] - MEAN_RANKS[0]))
