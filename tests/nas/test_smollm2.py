@@ -135,6 +135,7 @@ def test_a_sparse_subnet_is_tuned_and_shipped_with_its_zeros(smollm2, tmp_path, 
     assert tuned.before.kl < tuned.after.kl < tuned.pruned.kl
     assert tuned.sparsity == pytest.approx(0.5, abs=1e-3) if bits == 32 else tuned.sparsity >= 0.5
     folders = [export_subnet(supernet, subnet, name, tmp_path / name, windows) for name in FORMATS]
+    supernet.activate_full_model()  # for the tests behind this one
     for verified in verify(folders, threads=2, workloads=[Workload("decode", 16)], rounds=1):
         assert verified.parity_holds, verified.directory
     if bits == 32:
