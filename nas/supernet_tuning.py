@@ -58,6 +58,8 @@ def tune_supernet(
     """
     if settings.method not in ("lora", "nls") or settings.sparsity or settings.separate:
         raise ValueError(f"all subnets together are tuned by lora or nls without sparsity, got {settings.method}")
+    if settings.training.sampling == "sandwich":
+        raise ValueError("all subnets together are tuned at random ranks or the largest, got sandwich; leave it out")
     if not subnets:
         raise ValueError("wanted subnets to tune, got none; search first")
     pool = list(dict.fromkeys(replace(subnet, bits=32) for subnet in subnets))

@@ -139,10 +139,9 @@ def attach(
 def rank_groups(model: Any, family: Family) -> list[tuple[str, ...]]:
     """Paths of the projections of every layer, those together that read the same; parts that are not there are not."""
     groups: list[tuple[str, ...]] = []
-    names = ((family.query, family.key, family.value), (family.output,), (family.gate, family.up), (family.down,))
     for index in range(len(model.get_submodule(family.layers))):
         layer = model.get_submodule(f"{family.layers}.{index}")
-        for group in names:
+        for group in family.read_together:
             if hasattr(layer, group[0].partition(".")[0]):
                 groups.append(tuple(f"{family.layers}.{index}.{name}" for name in group))
     return groups

@@ -83,8 +83,7 @@ def run(decoder: LoadedModel, index: int, batches: Sequence[torch.Tensor]) -> li
 
 def _readers(family: Family, layer: str) -> dict[str, str]:
     """For each projection of the layer at path `layer` the first of those that read the same input."""
-    together = ((family.query, family.key, family.value), (family.output,), (family.gate, family.up), (family.down,))
-    return {f"{layer}.{name}": f"{layer}.{group[0]}" for group in together for name in group}
+    return {f"{layer}.{name}": f"{layer}.{group[0]}" for group in family.read_together for name in group}
 
 
 def _linears(layer: nn.Module, family: Family, path: str) -> dict[str, nn.Linear]:

@@ -162,6 +162,9 @@ def test_folders_of_something_else_are_refused(
     for settings in (TuneSettings("full"), replace(SETTINGS["lora"], sparsity=0.5)):
         with pytest.raises(ValueError, match="by lora or nls without sparsity"):
             tune_supernet(supernet, SUBNETS, windows, evaluator, settings, tmp_path)
+    sandwich = replace(SETTINGS["nls"], training=replace(TRAINING, sampling="sandwich"))
+    with pytest.raises(ValueError, match="got sandwich"):
+        tune_supernet(supernet, SUBNETS, windows, evaluator, sandwich, tmp_path)
     with pytest.raises(ValueError, match="search first"):
         tune_supernet(supernet, [], windows, evaluator, SETTINGS["lora"], tmp_path)
     short = replace(SETTINGS["lora"], training=replace(TRAINING, steps=1))
