@@ -34,7 +34,7 @@ from hw_profiles import Store
 from nas.additive import AdditiveScores, optimum
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, computing, fast_dtype, load_model
-from nas.protocol import EvaluationProtocol
+from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.search import SearchSettings, score_parts, search
 from nas.sequential import MENDED, fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
@@ -153,9 +153,7 @@ class Run:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        protocol = EvaluationProtocol()
-        windows = protocol.search(self.loaded.tokenizer)
-        return Evaluator(self.supernet, windows, score_windows=protocol.score_windows)
+        return open_evaluator(self.supernet, EvaluationProtocol())
 
     @cached_property
     def study(self) -> Study:

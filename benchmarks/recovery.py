@@ -22,8 +22,7 @@ from quality import BITS, Run, parsed
 from rich.console import Console
 from rich.table import Table
 
-from nas.evaluate import Evaluator
-from nas.protocol import EvaluationProtocol
+from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
 from nas.space import Subnet
@@ -173,7 +172,7 @@ class Recovery:
 
     def tuned(self, subnet: Subnet, settings: TuneSettings, method: str) -> Tuned:
         supernet = self.run.supernet
-        evaluator = Evaluator(supernet, EvaluationProtocol().search(self.run.loaded.tokenizer))
+        evaluator = open_evaluator(supernet, EvaluationProtocol())
         folder = self.folder / f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{self.run.seed}"
         with progress_bar(method) as progress:
             return tune(supernet, subnet, self.windows, evaluator, settings, folder, progress)

@@ -27,11 +27,11 @@ BUDGET_SHARE = 0.85
 RUNTIME = "openvino"
 FORMATS = ("openvino", "onnx", "huggingface")
 PROMPT = "The capital of France is"
-#: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in eight
-#: to ten minutes.
+#: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in six
+#: to eight minutes.
 PROFILE_OPTIONS = {
-    "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
-    "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 3",
+    "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
+    "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
     "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 0 --rounds 1",
 }
 RUNTIMES = "--runtime onnxruntime --runtime openvino"

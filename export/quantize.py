@@ -14,6 +14,8 @@ from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 #: Shrunken scales tried for each 4-bit block; the one with the least squared error is kept.
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
+#: Weights whose scales are found together: with all shrinks they stay in the processor's cache.
+_WEIGHTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,43 @@ def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
 
     Raises ValueError where `in` is no multiple of 32, bits are neither 4 nor 8, or no fp16 scale can hold a weight.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns % QUANTIZATION_BLOCK_SIZE:
         raise ValueError(f"a quantised matrix needs inputs in multiples of {QUANTIZATION_BLOCK_SIZE}, got {columns}")
     if bits not in (4, 8):
         raise ValueError(f"weights quantise to 4 or 8 bits, got {bits}")
-    blocks = weight.detach().float().reshape(rows, -1, QUANTIZATION_BLOCK_SIZE)
-    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    if bits == 8:
-        integers, scales = _round(blocks, largest / 127, bits)
-    else:
-        # the block's extreme value lands on -8, so that all sixteen levels are in use (GGUF's Q4_0 does the same)
-        integers, scales = _round(blocks, largest / -8, bits)
-        error = _squared_error(blocks, integers, scales)
-        for shrink in _SHRINKS[1:]:
-            tried, tried_scales = _round(blocks, largest / -8 * shrink, bits)
-            tried_error = _squared_error(blocks, tried, tried_scales)
-            better = tried_error < error
-            integers = torch.where(better, tried, integers)
-            scales = torch.where(better, tried_scales, scales)
-            error = torch.where(better, tried_error, error)
+    return quantize_to(weight, find_scales(weight, bits), bits)
+
+
+def find_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Those that `quantize` takes, fp16 [out, in / 32]; it says what it raises."""
+    blocks = weight.detach().float().reshape(len(weight), -1, QUANTIZATION_BLOCK_SIZE)
+    rows_at_once = max(1, _WEIGHTS_AT_ONCE // max(1, weight.shape[1]))
+    scales = torch.cat([_scales(rows, bits) for rows in torch.split(blocks, rows_at_once)])
     if not scales.isfinite().all():
-        worst = largest.abs().max().item()
+        worst = weight.abs().max().item()
         raise ValueError(f"weights to quantise must be finite, and small enough for fp16 scales, got {worst}")
-    return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales.squeeze(-1).to(torch.float16), bits)
+    return scales
+
+
+def _scales(blocks: torch.Tensor, bits: int) -> torch.Tensor:
+    """fp16 [rows, n] for [rows, n, 32]."""
+    most, least = blocks.amax(-1), blocks.amin(-1)
+    largest = torch.where(most > -least, most, least)
+    if bits == 8:
+        return (largest / 127).half()
+    # the block's extreme value lands on -8, so that all sixteen levels are in use (GGUF's Q4_0 does the same)
+    tried = (largest / -8 * torch.tensor(_SHRINKS).reshape(-1, 1, 1)).half()  # [shrinks, rows, n]
+    steps = tried.float().unsqueeze(-1)
+    errors = _round(blocks, steps, bits).mul_(steps).sub_(blocks).square_().sum(-1)
+    return tried.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
 def quantize_to(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> QuantizedWeight:
     """Round a matrix [out, in] to the nearest integers of given fp16 scales [out, in / 32]; where they are 0, to 0."""
     rows, columns = weight.shape
     blocks = weight.detach().float().reshape(rows, -1, QUANTIZATION_BLOCK_SIZE)
-    integers, _ = _round(blocks, scales.unsqueeze(-1), bits)
+    integers = _round(blocks, scales.float().unsqueeze(-1), bits)
     return QuantizedWeight(integers.reshape(rows, columns).to(torch.int8), scales, bits)
 
 
@@ -82,12 +90,6 @@ def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return weight if bits > 16 else dequantize(quantize(weight, bits))
 
 
-def _round(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = scales.to(torch.float16).float()
+def _round(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     limit = 2 ** (bits - 1)
-    integers = torch.round(blocks / torch.where(scales == 0, torch.ones_like(scales), scales)).clamp(-limit, limit - 1)
-    return integers, scales
-
-
-def _squared_error(blocks: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (integers * scales - blocks).square().sum(-1, keepdim=True)
+    return (blocks / torch.where(scales == 0, torch.ones_like(scales), scales)).round_().clamp_(-limit, limit - 1)

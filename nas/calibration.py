@@ -21,6 +21,7 @@ from nas.families import LoadedModel, computing, fast_dtype
 #: Part of every cache key: raise it when what is stored changes its meaning.
 _VERSION = 2
 _TOKENS_AT_ONCE = 4096
+_COLUMNS_AT_ONCE = 192
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,21 @@ def _inputs(loaded: LoadedModel) -> dict[str, str]:
 def _summing(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2)
-        H = moments(x, x)
+        H = second_moments(x)
         sums[name] = sums[name] + H if name in sums else H
 
     return hook
+
+
+def second_moments(x: torch.Tensor) -> torch.Tensor:
+    """`moments(x, x)` in two thirds of the time: what lies below the diagonal is copied."""
+    size = x.shape[1]
+    H = torch.empty(size, size)
+    for start in range(0, size, _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        H[start:stop, start:] = moments(x[:, start:stop], x[:, start:])
+        H[stop:, start:stop] = H[start:stop, stop:].T
+    return H
 
 
 def moments(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

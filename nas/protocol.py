@@ -24,6 +24,7 @@ class EvaluationProtocol:
     """Windows of tokens: `calibration` for orders and weights, `search` for the KL of trials.
 
     Scores of single parts, of which there are many and which only rank, take the first `score_windows` of `search`.
+    Both look at every `search_stride`-th position.
     A study holds trials of one protocol only, so all that changes a trial's figures is in `to_dict`. Where the two are
     the same files, as with a user's own text, the search takes what follows the calibration.
     """
@@ -32,7 +33,8 @@ class EvaluationProtocol:
     calibration_tokens: int = 256
     search_windows: int = 8
     search_tokens: int = 256
-    score_windows: int = 4
+    search_stride: int = 2
+    score_windows: int = 2
     reform: bool = True
     calibration_files: Sequence[Path] = CALIBRATION_FILES
     search_files: Sequence[Path] = SEARCH_FILES
@@ -134,7 +136,8 @@ def tuned_digest(tuned: Path | None) -> str:
 
 
 def open_evaluator(supernet: Supernet, protocol: EvaluationProtocol) -> Evaluator:
-    return Evaluator(supernet, protocol.search(supernet.loaded.tokenizer), score_windows=protocol.score_windows)
+    windows = protocol.search(supernet.loaded.tokenizer)
+    return Evaluator(supernet, windows, score_windows=protocol.score_windows, stride=protocol.search_stride)
 
 
 def fit_winner(

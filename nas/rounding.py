@@ -1,7 +1,11 @@
 """Rounding with error feedback (GPTQ, Frantar et al., arXiv 2210.17323), on the grid of `export.quantize`.
 
 Shapes: W [out, in] the map, H [in, in] the sum of x x^T over calibration tokens. Columns are rounded one after the
-other; what column j loses is made up for by those after it: w_k -= e_j U_jk / U_jj, H^-1 = U^T U, U upper triangular.
+other, and those after it make up for what column j loses. With H = R R^T, R upper triangular, a rounding that is off by
+D loses |D R|^2. Of its column j, sum over i <= j of D_i R_ij, the columns before j have decided all but D_j, so
+W_j + (sum over i < j of D_i R_ij) / R_jj is what is rounded. That is GPTQ's step, w_k -= e_j U_jk / U_jj with
+H^-1 = U^T U, for U = R^-1, in half of the time: H is factored once and never inverted (the view of GPTQ as Babai's
+nearest plane algorithm, Chen et al., arXiv 2507.18553).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Collection
 
 import torch
 
-from export.quantize import QuantizedWeight, dequantize, quantize
+from export.quantize import QuantizedWeight, dequantize, find_scales, quantize
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 #: Ridge relative to the mean energy of the inputs. Relative to each input's own it would let faint inputs make up for
@@ -20,19 +24,20 @@ DAMPING = 0.01
 
 def round_with_feedback(W: torch.Tensor, H: torch.Tensor, bits: int) -> QuantizedWeight:
     """Quantise W so that W x, not W, changes little. Scales are chosen block by block, on the weights as updated."""
-    H = H.double()
+    W, H = W.float(), H.float()
     ridge = DAMPING * H.diagonal().mean()
-    damped = H + ridge * torch.eye(len(H), dtype=torch.float64)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-    left = W.float().clone()
+    damped = H.double() + ridge * torch.eye(len(H), dtype=torch.float64)
+    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
+    D = torch.empty_like(W)
     blocks: list[QuantizedWeight] = []
     for start in range(0, W.shape[1], QUANTIZATION_BLOCK_SIZE):
         block = slice(start, start + QUANTIZATION_BLOCK_SIZE)
-        # scales from the block as it stands; its integers are then made anew, one column at a time
-        scales = quantize(left[:, block], bits).scales
-        integers, errors = _round_block(left[:, block], U[block, block], scales.float(), bits)
-        blocks.append(QuantizedWeight(integers, scales, bits))
-        left[:, block.stop :] -= errors @ U[block, block.stop :]
+        U = torch.linalg.solve_triangular(R[block, block], torch.eye(QUANTIZATION_BLOCK_SIZE), upper=True)
+        aim = W[:, block] + D[:, :start] @ R[:start, block] @ U
+        # scales for the block as it stands; its integers are then made one column at a time
+        scales = find_scales(aim, bits)
+        blocks.append(QuantizedWeight(_round_block(aim, U, scales.float(), bits), scales, bits))
+        D[:, block] = W[:, block] - dequantize(blocks[-1])
     joined = QuantizedWeight(torch.cat([b.integers for b in blocks], 1), torch.cat([b.scales for b in blocks], 1), bits)
     nearest = quantize(W, bits)
     # feedback is greedy, so on an odd matrix it may lose to plain rounding
@@ -45,20 +50,19 @@ def output_error(W: torch.Tensor, rounded: QuantizedWeight, H: torch.Tensor) -> 
     return float(((difference @ H.float()) * difference).sum())
 
 
-def _round_block(
-    W: torch.Tensor, U: torch.Tensor, scales: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers int8 [out, 32] of one block and the scaled errors [out, 32] that the later blocks make up for."""
+def _round_block(W: torch.Tensor, U: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers int8 [out, 32] of one block."""
     limit = 2 ** (bits - 1)
     columns = W.T.contiguous()  # [32, out]: a column of W becomes one run of memory, which halves the time
     scale = scales.squeeze(1)
     step = torch.where(scale == 0, torch.ones_like(scale), scale)
-    integers, errors = torch.empty_like(columns), torch.empty_like(columns)
+    integers = torch.empty_like(columns)
+    ratios = U / U.diagonal().unsqueeze(1)
     for j in range(len(columns)):
         torch.div(columns[j], step, out=integers[j]).round_().clamp_(-limit, limit - 1)
-        torch.addcmul(columns[j], integers[j], scale, value=-1, out=errors[j]).div_(U[j, j])
-        columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
-    return integers.to(torch.int8).T, errors.T
+        lost = torch.addcmul(columns[j], integers[j], scale, value=-1)
+        columns[j + 1 :].addr_(ratios[j, j + 1 :], lost, alpha=-1)
+    return integers.to(torch.int8).T
 
 
 def round_together(weights: dict[str, torch.Tensor], H: torch.Tensor, bits: int) -> dict[str, QuantizedWeight]:

@@ -31,7 +31,7 @@ from torch import nn
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import moments, statistics_key
+from nas.calibration import moments, second_moments, statistics_key
 from nas.families import computing, fast_dtype
 from nas.importance import normalise
 from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights, has_own, load_own, save_own
@@ -94,11 +94,13 @@ class _Whole:
     """What the whole part makes of the subnet's residual stream.
 
     `wanted` is the stream that the subnet should have behind it, `correction` the change [hidden, hidden] of what the
-    input maps read, `H` of what the output map reads, None where the subnet keeps the part whole.
+    input maps read, `H_in` of what they read in the subnet, `H` of what the output map reads, None where the subnet
+    keeps the part whole.
     """
 
     wanted: list[torch.Tensor]
     correction: torch.Tensor
+    H_in: torch.Tensor
     H: torch.Tensor | None
 
 
@@ -124,14 +126,14 @@ class _Streams:
         wanted: list[torch.Tensor] = []
         for index, (full, own) in enumerate(zip(self.full, self.own, strict=True)):
             normed = self.normed(layer, part, own)
-            H_in = H_in + moments(normed, normed)
+            H_in = H_in + second_moments(normed)
             G_in = G_in + moments(normed, self.normed(layer, part, full) - normed)
             self.full[index] = self._run(layer, part, full)
             behind, heard = self._listen(layer, part, own)
             if shrinks:
-                H = H + moments(heard, heard)
+                H = H + second_moments(heard)
             wanted.append(mended * self.full[index] + (1 - mended) * behind)
-        return _Whole(wanted, mended * _step(H_in, G_in, damping), H if shrinks else None)
+        return _Whole(wanted, mended * _step(H_in, G_in, damping), H_in, H if shrinks else None)
 
     def skip(self, layer: int, part: Part) -> None:
         """Move the full model's stream on alone."""
@@ -182,14 +184,12 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
     exact |= inputs
     rounded: RoundedWeights = dict(exact)
     if bits == 4:
-        normed = (streams.normed(layer, part, batch) for batch in streams.own)
-        H = sum((moments(x, x) for x in normed), torch.zeros(()))
-        rounded |= round_inputs(inputs, H, bits, supernet.rounded_to_nearest)
+        rounded |= round_inputs(inputs, whole.H_in, bits, supernet.rounded_to_nearest)
     else:
         rounded |= {name: _nearest(tensor, bits) for name, tensor in inputs.items()}
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
-    H = sum((moments(x, x) for x in heard), torch.zeros(()))
+    H = sum((second_moments(x) for x in heard), torch.zeros(()))
     lacking = (_rows(target - batch) for target, batch in zip(whole.wanted, streams.own, strict=True))
     G = sum((moments(x, rows) for x, rows in zip(heard, lacking, strict=True)), torch.zeros(()))
     before = exact[output]

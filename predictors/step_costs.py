@@ -3,12 +3,15 @@
 What a part costs grows with the tokens fed at once, in proportion only where kernels are equally efficient for any
 number of them, and they are not. So each of `STEP_COLUMNS` has a cost at a few counts of tokens, the knots, and between
 knots it is linear in tokens. `SEQUENCE_COLUMNS` cost the same everywhere.
+
+A step of decode reads every weight once, and one step after the other the same weights: what the cache holds of a small
+model comes faster. So a decoder's weights beyond some thresholds cost extra by the byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -22,6 +25,8 @@ _KNOT_RATIO = 4
 #: Penalty on how costs at knots differ from costs that grow in proportion. It decides where few samples speak.
 _BEND_RIDGE = 1e-2
 _LEAST_MS = 1e-9  # nothing is free
+#: The thresholds, as shares of the largest sample's weights.
+_OVERFLOW_SHARES = (0.55, 0.75)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +34,7 @@ class StepCosts:
     """`per_unit` in ms holds one cost each of `columns`: all >= 0, those of the first knot first."""
 
     knots: tuple[int, ...]
+    thresholds_bytes: tuple[float, ...]
     has_sequence_columns: bool
     per_unit: FloatArray
 
@@ -36,7 +42,10 @@ class StepCosts:
     def between(cls, names: Sequence[str], X: FloatArray) -> StepCosts:
         """The columns that samples X [n, f] call for, all at 0 ms: `fitted` gives them costs."""
         workloads = np.unique(select_columns(names, X, ("batch_size", "tokens")), axis=0)
-        costs = cls(find_knots(X[:, names.index("tokens_fed")]), len(workloads) > 1, np.zeros(0))
+        fed, sequences, weight_bytes = select_columns(names, X, ("tokens_fed", "batch_size", "weight_bytes")).T
+        decode = bool((fed == sequences).all())
+        thresholds = tuple(share * float(weight_bytes.max()) for share in _OVERFLOW_SHARES if decode)
+        costs = cls(find_knots(fed), thresholds, len(workloads) > 1, np.zeros(0))
         return costs._with(np.zeros(len(costs.columns)))
 
     def fitted(self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray) -> StepCosts:
@@ -44,11 +53,11 @@ class StepCosts:
         columns = self._of(names, X)
         if len(self.knots) == 1:
             return self._with(fit_relative(columns, y, weights))
-        parts, of_sequences = select_columns(names, X, STEP_COLUMNS), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
+        parts, others = select_columns(names, X, STEP_COLUMNS), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
         fed = X[:, names.index("tokens_fed")]
-        straight = fit_relative(np.hstack([parts, parts * fed[:, None], of_sequences]), y, weights)
-        at_once, a_token, a_sequence = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
-        towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), a_sequence])
+        straight = fit_relative(np.hstack([parts, parts * fed[:, None], others]), y, weights)
+        at_once, a_token, of_others = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
+        towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), of_others])
         return self._with(fit_relative(columns, y, weights, towards, _BEND_RIDGE))
 
     def refitted(
@@ -66,7 +75,8 @@ class StepCosts:
     def columns(self) -> tuple[str, ...]:
         at_knots = chain.from_iterable([f"{name} at {knot}" for name in STEP_COLUMNS] for knot in self.knots)
         steps = STEP_COLUMNS if len(self.knots) == 1 else tuple(at_knots)
-        return steps + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())
+        overflow = tuple(f"weight_bytes beyond {threshold:.0f}" for threshold in self.thresholds_bytes)
+        return steps + overflow + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())
 
     def _of(self, names: Sequence[str], X: FloatArray) -> FloatArray:
         """[n, columns]: what the costs are multiplied with."""
@@ -74,13 +84,15 @@ class StepCosts:
         fed = X[:, names.index("tokens_fed")]
         shares = [np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))]
         parts = select_columns(names, X, STEP_COLUMNS)
-        steps = np.hstack([share[:, None] * parts for share in shares])
-        if not self.has_sequence_columns:
-            return steps
-        return np.hstack([steps, select_columns(names, X, SEQUENCE_COLUMNS)])
+        weight_bytes = select_columns(names, X, ("weight_bytes",))
+        columns = [share[:, None] * parts for share in shares]
+        columns += [np.maximum(weight_bytes - threshold, 0) for threshold in self.thresholds_bytes]
+        if self.has_sequence_columns:
+            columns.append(select_columns(names, X, SEQUENCE_COLUMNS))
+        return np.hstack(columns)
 
     def _with(self, per_unit: FloatArray) -> StepCosts:
-        return StepCosts(self.knots, self.has_sequence_columns, per_unit)
+        return replace(self, per_unit=per_unit)
 
 
 def find_knots(tokens_fed: FloatArray) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hw_profiles.profile import Progress
-from nas.calibration import moments
+from nas.calibration import second_moments
 from nas.families import Family, LoadedModel, computing, fast_dtype
 from nas.sparsity.masks import Pattern, check_sparsity, sparsegpt, wanda
 
@@ -109,7 +109,7 @@ def _moments(
     def summing(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2)
-            H = moments(x, x)
+            H = second_moments(x)
             sums[path] = sums[path] + H if path in sums else H
 
         return hook

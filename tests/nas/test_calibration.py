@@ -40,6 +40,14 @@ def test_moments_in_bf16_have_sums_in_fp32(monkeypatch, around):
     assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.parametrize("size", [5, 192, 200, 576])
+def test_second_moments_are_a_product_with_itself(size):
+    x = torch.randn(64, size, generator=torch.Generator().manual_seed(0))
+    made = calibration.second_moments(x)
+    torch.testing.assert_close(made, x.T @ x, rtol=2e-2 if fast_dtype() == torch.bfloat16 else 1e-4, atol=1e-1)
+    assert torch.equal(made, made.T)
+
+
 def test_batches_sum_to_the_same(tiny, windows, tmp_path, monkeypatch):
     whole = collect(tiny(), windows, tmp_path / "whole").layer(1)
     monkeypatch.setattr(calibration, "_TOKENS_AT_ONCE", 96)

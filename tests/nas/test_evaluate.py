@@ -28,21 +28,22 @@ SUBNET = Subnet((LayerChoice(1, 64), LayerChoice(0, 128), LayerChoice(3, 0)), 4)
 
 
 @torch.no_grad()
-def _by_hand(supernet, windows, subnet):
+def _by_hand(supernet, windows, subnet, positions):
     supernet.activate(supernet.space.full(32))
     p = supernet.model(windows).logits.double().log_softmax(-1)
     supernet.activate(subnet)
     q = supernet.model(windows).logits.double().log_softmax(-1)
-    kl = F.kl_div(q, p, log_target=True, reduction="sum") / windows.numel()
-    nll = F.nll_loss(q[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[:, positions].mean()
+    nll = F.nll_loss(q[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none")[:, positions].mean()
     return float(kl), float(nll.exp())
 
 
-def test_kl_and_perplexity_are_those_of_plain_logits(supernet, held_out, monkeypatch):
+@pytest.mark.parametrize("stride", [1, 2, 5])
+def test_kl_and_perplexity_are_those_of_plain_logits(supernet, held_out, monkeypatch, stride):
     monkeypatch.setattr(evaluate, "_TOKENS_AT_ONCE", 50)
     monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 7)
-    quality = Evaluator(supernet, held_out, torch.float32).evaluate(SUBNET)
-    kl, perplexity = _by_hand(supernet, held_out, SUBNET)
+    quality = Evaluator(supernet, held_out, torch.float32, stride=stride).evaluate(SUBNET)
+    kl, perplexity = _by_hand(supernet, held_out, SUBNET, slice(stride - 1, None, stride))
     assert quality.kl == pytest.approx(kl, rel=1e-4)
     assert quality.perplexity == pytest.approx(perplexity, rel=1e-4)
     assert quality.tokens == 144

@@ -47,7 +47,7 @@ def device() -> Device:
     def latency_ms(
         shapes: list[ModelShape], seed: int = 0, noise: float = 0.01, cache_penalty: float = 0.0
     ) -> np.ndarray:
-        """Costs per layer, group and width in steps of 64; `cache_penalty` slows models beyond 80 M parameters."""
+        """Costs per layer, group and width in steps of 64; `cache_penalty` slows models of many KV groups."""
         total = np.array(
             [
                 2.0
@@ -61,7 +61,7 @@ def device() -> Device:
                 for shape in shapes
             ]
         )
-        beyond = np.array([shape.parameters > 80e6 for shape in shapes])
+        beyond = np.array([sum(block.num_key_value_heads for block in shape.blocks) > 45 for shape in shapes])
         measured = total * (1 + cache_penalty * beyond)
         return measured * np.exp(noise * np.random.default_rng(seed).standard_normal(len(shapes)))
 

@@ -303,7 +303,7 @@ def fit_similar(sample_shapes, device, count: int, seed: int, priors) -> Latency
 
 
 def test_ten_anchors_and_a_prior_beat_ten_anchors(fit, sample_shapes, device) -> None:
-    """Over ten draws; the prior also knows what ten anchors cannot show, that large models leave the cache."""
+    """Over ten draws; the prior also knows what ten anchors cannot show, that many KV groups cost extra."""
     prior, test = fit(60, seed=0, cache_penalty=0.15), sample_shapes(200, seed=99)
     actual = similar_ms(test, device, noise=0.0)
     leaning, alone = (
@@ -314,7 +314,7 @@ def test_ten_anchors_and_a_prior_beat_ten_anchors(fit, sample_shapes, device) ->
         for priors in ([prior], [])
     )
     assert np.mean(leaning) < 0.7 * np.mean(alone)
-    assert np.mean(leaning) < 0.03
+    assert np.mean(leaning) < 0.035
 
 
 def test_a_prior_that_misleads_is_left_alone(sample_shapes, device) -> None:

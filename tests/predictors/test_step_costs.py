@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def device(sample_shapes):
     for knot, of_group, of_channel in zip(KNOTS, (0.02, 0.1, 0.2), (2e-4, 1e-3, 9e-3), strict=True):
         per_unit |= {f"constant at {knot}": 2.0, f"kv_groups at {knot}": of_group}
         per_unit[f"intermediate_size at {knot}"] = of_channel
-    return StepCosts(costs.knots, True, np.array(list(per_unit.values()))), names, X
+    return StepCosts(costs.knots, (), True, np.array(list(per_unit.values()))), names, X
 
 
 def test_costs_that_bend_are_learned(device, sample_shapes) -> None:
@@ -56,5 +58,24 @@ def test_other_samples_bend_them_or_scale_them(device) -> None:
 
 
 def test_one_workload_has_the_costs_of_a_step_alone(sample_shapes) -> None:
-    names, X = features(sample_shapes(9, seed=0), [Workload("decode", 128)])
+    names, X = features(sample_shapes(9, seed=0), [Workload("prefill", 128)])
     assert StepCosts.between(names, X).columns == STEP_COLUMNS
+
+
+def test_a_small_decoder_in_the_cache_is_faster_than_its_share(sample_shapes) -> None:
+    """A cache of 60 % of the largest model: weights in it come four times as fast as those beyond."""
+    names, X = features(sample_shapes(24, seed=0), [Workload("decode", 128)])
+    _, new = features(sample_shapes(40, seed=1), [Workload("decode", 128)])
+    of_bytes = names.index("weight_bytes")
+    cache_bytes = 0.6 * X[:, of_bytes].max()
+
+    def latency_ms(rows: np.ndarray) -> np.ndarray:
+        return (rows[:, of_bytes] + 3 * np.maximum(rows[:, of_bytes] - cache_bytes, 0)) * 1e-6
+
+    def error(unfitted: StepCosts) -> float:
+        fitted = unfitted.fitted(names, X, latency_ms(X), np.ones(len(X)))
+        return float(np.abs(fitted.log_ms(names, new) - np.log(latency_ms(new))).mean())
+
+    costs = StepCosts.between(names, X)
+    assert error(costs) < 0.03
+    assert error(replace(costs, thresholds_bytes=())) > 0.08
