@@ -20,7 +20,7 @@ from export.builders import BUILDERS, RUNTIME_OF_FORMAT
 from export.generation import MAX_TOKENS, generate, not_working, open_session
 from hw_profiles.measurement import median_error
 from hw_profiles.memory import Footprint, measure_memory
-from hw_profiles.runtimes import Session, runtime
+from hw_profiles.runtimes import Runtime, Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import Timing, measure, pooled, tokens_needed
 
@@ -112,7 +112,7 @@ def verify(
     """Check each folder, then time them all interleaved, so that their latencies compare.
 
     Where one of `limits_ms` lies within two standard errors of a folder's latency they are timed again, as many rounds,
-    up to MOST_TIMINGS times in all.
+    up to MOST_TIMINGS times in all, loaded anew each time: what pages the weights land on is part of the noise.
     Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion;
     those in `memory_of` run in processes of their own as well, for their peak memory.
     Raises ArtefactError for a folder that is damaged or that its runtime cannot load, and ValueError for one in
@@ -120,11 +120,14 @@ def verify(
     """
     manifests = [read_manifest(directory) for directory in directories]
     max_tokens = max(MAX_TOKENS, tokens_needed(workloads))
-    sessions = {
-        str(directory): open_session(directory, manifest.format, threads, max_tokens)
-        for directory, manifest in zip(directories, manifests, strict=True)
-    }
-    checked = []
+
+    def load() -> dict[str, Session]:
+        return {
+            str(directory): open_session(directory, manifest.format, threads, max_tokens)
+            for directory, manifest in zip(directories, manifests, strict=True)
+        }
+
+    sessions, checked = load(), []
     for directory, manifest in zip(directories, manifests, strict=True):
         parity = Parity.load(directory)
         if parity.logits.shape[-1] != manifest.shape.vocab_size:
@@ -148,9 +151,14 @@ def verify(
     }
     beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        reference_of = _load_references(sessions, manifests, beside, threads, max_tokens, Path(scratch))
+        names = [str(directory) for directory in directories]
+        written, reference_of = _write_references(names, manifests, beside, Path(scratch))
         batches: list[dict[tuple[str, Workload], Timing]] = []
         while True:
+            if batches:
+                sessions.clear()  # before there are two of each
+                sessions |= load()
+            sessions |= {name: engine.load(path, threads, max_tokens) for name, (engine, path) in written.items()}
             batches.append(
                 measure(
                     sessions,
@@ -203,29 +211,27 @@ def _footprints(
     return {work: measure_memory(name, directory, threads, work, vocab_size) for work in workloads}
 
 
-def _load_references(
-    sessions: dict[str, Session],
+def _write_references(
+    names: Sequence[str],
     manifests: Sequence[Manifest],
     references: Sequence[ProfiledReference | None],
-    threads: int,
-    max_tokens: int,
     scratch: Path,
-) -> dict[str, str]:
-    """Add a session for each reference; returns for each session the one to time it beside, by default the first."""
-    reference_of = dict.fromkeys(sessions, next(iter(sessions)))
-    for name, manifest, reference in zip(list(sessions), manifests, references, strict=True):
+) -> tuple[dict[str, tuple[Runtime, Path]], dict[str, str]]:
+    """Graphs to load beside the sessions `names`, and for each of both the one to time it beside: the first, if any."""
+    written: dict[str, tuple[Runtime, Path]] = {}
+    reference_of = dict.fromkeys(names, names[0])
+    for name, manifest, reference in zip(names, manifests, references, strict=True):
         if reference is None:
             continue
         key = f"{manifest.format} {manifest.precision} of the profile"
-        if key not in sessions:
+        if key not in written:
             engine = runtime(RUNTIME_OF_FORMAT[manifest.format])
             directory = scratch / f"{manifest.format}-{manifest.precision}"
             directory.mkdir()
-            path = BUILDERS[engine.name](reference.shape, manifest.precision, directory)
-            sessions[key] = engine.load(path, threads, max_tokens)
+            written[key] = engine, BUILDERS[engine.name](reference.shape, manifest.precision, directory)
             reference_of[key] = key
         reference_of[name] = key
-    return reference_of
+    return written, reference_of
 
 
 def logit_agreement(session: Session, parity: Parity, token_by_token: bool = True) -> LogitAgreement:

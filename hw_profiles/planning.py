@@ -46,9 +46,9 @@ def plan(
 
     Machines change while a profile lasts, and ratios with them where the balance of memory and arithmetic shifts: in
     random order that is noise for fit and judgement alike, and no bias of one against the other.
-    Table entries give every second layer one choice of attention or MLP, the rest of the full model being kept: blocks
-    timed alone run from the cache and underestimate decode by half. Anchors and held-out shapes are random, their
-    densities spread over DENSITY_RANGE.
+    Table entries give all layers one choice of attention or MLP (no attention: every second layer), the rest of the
+    full model being kept: blocks timed alone run from the cache and underestimate decode by half. Anchors and held-out
+    shapes are random, their densities spread over DENSITY_RANGE.
     A profile without table entries is cheaper, and leans on that of a similar target.
     """
     if not block_choices:
@@ -124,14 +124,23 @@ def doublings_apart(one: Workload, other: Workload) -> float:
 
 
 def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list[ModelShape]:
-    """The full model with every second layer given one attention (its MLP kept) or one MLP (its attention kept)."""
+    """The full model with all layers given one attention (its MLP kept) or one MLP (its attention kept).
+
+    Every layer tells a cost twice as well as every second, which is left for no attention: runtimes expect a KV cache.
+    """
     heads = {(choice.num_attention_heads, choice.num_key_value_heads) for choice in block_choices}
     changes = [
         *({"num_attention_heads": query, "num_key_value_heads": groups} for query, groups in sorted(heads)),
         *({"intermediate_size": width} for width in sorted({choice.intermediate_size for choice in block_choices})),
     ]
     shapes = [
-        replace(full, blocks=tuple(replace(b, **change) if i % 2 else b for i, b in enumerate(full.blocks)))
+        replace(
+            full,
+            blocks=tuple(
+                replace(block, **change) if i % 2 or change.get("num_attention_heads") != 0 else block
+                for i, block in enumerate(full.blocks)
+            ),
+        )
         for change in changes
     ]
     return [shape for shape in shapes if shape != full]

@@ -35,7 +35,7 @@ MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
 #: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
 MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 5
+_FORMAT = 6
 #: Penalties on how costs differ from the prior's scaled ones: from much freedom to the one factor alone.
 _TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
 

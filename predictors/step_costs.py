@@ -17,7 +17,7 @@ from itertools import chain
 import numpy as np
 
 from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, select_columns
-from predictors.linear import fit_relative
+from predictors.linear import LEAST_RIDGE, fit_relative
 from predictors.metrics import FloatArray
 
 #: Knots are at least this many times apart: costs are to be told apart by tens of samples.
@@ -25,8 +25,10 @@ _KNOT_RATIO = 4
 #: Penalty on how costs at knots differ from costs that grow in proportion. It decides where few samples speak.
 _BEND_RIDGE = 1e-2
 _LEAST_MS = 1e-9  # nothing is free
-#: The thresholds, as shares of the largest sample's weights.
+#: The thresholds, as shares of the largest sample's weights, and the penalty on what lies beyond them costing extra.
 _OVERFLOW_SHARES = (0.55, 0.75)
+_OVERFLOW_RIDGE = 1e-2
+_OVERFLOW = "weight_bytes beyond"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +54,17 @@ class StepCosts:
         """To latencies y [n] in ms, for relative errors."""
         columns = self._of(names, X)
         if len(self.knots) == 1:
-            return self._with(fit_relative(columns, y, weights))
-        parts, others = select_columns(names, X, STEP_COLUMNS), columns[:, len(self.knots) * len(STEP_COLUMNS) :]
+            return self._with(fit_relative(columns, y, weights, ridge=self._ridges(LEAST_RIDGE)))
+        of_knots = len(self.knots) * len(STEP_COLUMNS)
+        parts, others = select_columns(names, X, STEP_COLUMNS), columns[:, of_knots:]
         fed = X[:, names.index("tokens_fed")]
-        straight = fit_relative(np.hstack([parts, parts * fed[:, None], others]), y, weights)
+        ridges = [np.full(2 * len(STEP_COLUMNS), LEAST_RIDGE), self._ridges(LEAST_RIDGE)[of_knots:]]
+        straight = fit_relative(
+            np.hstack([parts, parts * fed[:, None], others]), y, weights, ridge=np.concatenate(ridges)
+        )
         at_once, a_token, of_others = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
         towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), of_others])
-        return self._with(fit_relative(columns, y, weights, towards, _BEND_RIDGE))
+        return self._with(fit_relative(columns, y, weights, towards, self._ridges(_BEND_RIDGE)))
 
     def refitted(
         self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray, ridge: float
@@ -75,7 +81,7 @@ class StepCosts:
     def columns(self) -> tuple[str, ...]:
         at_knots = chain.from_iterable([f"{name} at {knot}" for name in STEP_COLUMNS] for knot in self.knots)
         steps = STEP_COLUMNS if len(self.knots) == 1 else tuple(at_knots)
-        overflow = tuple(f"weight_bytes beyond {threshold:.0f}" for threshold in self.thresholds_bytes)
+        overflow = tuple(f"{_OVERFLOW} {threshold:.0f}" for threshold in self.thresholds_bytes)
         return steps + overflow + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())
 
     def _of(self, names: Sequence[str], X: FloatArray) -> FloatArray:
@@ -90,6 +96,10 @@ class StepCosts:
         if self.has_sequence_columns:
             columns.append(select_columns(names, X, SEQUENCE_COLUMNS))
         return np.hstack(columns)
+
+    def _ridges(self, ridge: float) -> FloatArray:
+        """One for each of the columns, `ridge` for those that are no overflow."""
+        return np.array([_OVERFLOW_RIDGE if name.startswith(_OVERFLOW) else ridge for name in self.columns])
 
     def _with(self, per_unit: FloatArray) -> StepCosts:
         return replace(self, per_unit=per_unit)

@@ -170,7 +170,7 @@ def test_errors_are_those_of_graphs_that_took_a_tenth_longer(store: Store) -> No
     assert errors.mape == pytest.approx(1 - 1 / 1.1, rel=0.01)
     assert (errors.within_5, errors.within_10) == (0.0, 1.0)
     assert errors.interval_coverage == 0.0
-    assert errors.spearman > 0.98  # 1 but for graphs of equal latency
+    assert errors.spearman > 0.95  # 1 but for graphs of equal latency
     assert errors.repeat_noise == pytest.approx(0.05)
     assert errors.additive_mape == pytest.approx(1 - 1 / 1.1, rel=0.01)  # the formula is additive
     by_flops = [

@@ -95,7 +95,7 @@ def ask(store: Store, study: Study, budget: Budget, measure_count: int = 0) -> S
     return answer_query(store, study, budget, DEVICE.id, "fake", 1, measure_count).subnet
 
 
-BUDGET = Budget(tpot_ms=3.3, prompt_tokens=16, context_tokens=16)
+BUDGET = Budget(tpot_ms=3.4, prompt_tokens=16, context_tokens=16)
 
 
 def test_the_best_trial_within_the_budget(store: Store, study: Study, device: FakeDevice) -> None:
@@ -195,10 +195,10 @@ def test_an_answer_is_timed_once_more_and_luck_does_not_last(store: Store, study
 
 
 def test_timing_finds_what_a_wide_interval_hides(tmp_path: Path, device: FakeDevice) -> None:
-    """A profile that scatters by a tenth: by the upper bound much of the budget stays unused, by timing it does not."""
+    """A profile that scatters by a fifth: by the upper bound much of the budget stays unused, by timing it does not."""
     assert BUDGET.tpot_ms
     with Store(str(tmp_path / "noisy.db")) as store:
-        fill_profile(store, SPACE, DEVICE, "fake", [DECODE], scatter=0.1)
+        fill_profile(store, SPACE, DEVICE, "fake", [DECODE], scatter=0.2)
         study = random_study(store)
         timid = answer_query(store, study, BUDGET, DEVICE.id, "fake", 1, measure=0)
         bold = answer_query(store, study, BUDGET, DEVICE.id, "fake", 1, measure=2)
@@ -219,7 +219,7 @@ def test_a_stale_profile_is_refused_or_with_leave_answers_and_learns(
         with pytest.raises(StaleProfileError, match=r"profiled with fake 0\.9, but 1 is installed; .*--allow-stale"):
             ask(old, stale, BUDGET)
         assert predictions_for(old, SPACE, expected, "onnx", DEVICE.id, 1, [DECODE]) == []
-        assert report_data(old, stale, 3.3, DEVICE.id, "fake", 1, 16).chosen is not None
+        assert report_data(old, stale, 3.4, DEVICE.id, "fake", 1, 16).chosen is not None
         answer = answer_query(old, stale, BUDGET, DEVICE.id, "fake", 1, 2, allow_stale=True)
         assert (answer.subnet, answer.is_measured) == (expected, True)
 
@@ -238,7 +238,7 @@ def test_unmet_once_no_hope_is_left(store: Store, study: Study, device: FakeDevi
 
 
 def test_timing_both_workloads_of_a_budget(store: Store, study: Study, device: FakeDevice) -> None:
-    budget = Budget(tpot_ms=3.3, ttft_ms=60.0, prompt_tokens=16, context_tokens=16)
+    budget = Budget(tpot_ms=3.4, ttft_ms=60.0, prompt_tokens=16, context_tokens=16)
     answer = answer_query(store, study, budget, DEVICE.id, "fake", 1, 1)
     assert set(answer.latencies) == {DECODE, PREFILL}
     assert all(latency.measured_ms is not None for latency in answer.latencies.values())
@@ -278,7 +278,7 @@ def test_predictions_for_a_format_are_its_runtimes(store: Store, study: Study) -
         assert predictions_for(store, SPACE, subnet, format_, DEVICE.id, 1, [PREFILL, DECODE]) == []
 
 
-@pytest.mark.parametrize(("tpot_ms", "met"), [(3.3, True), (0.01, False), (None, False)])
+@pytest.mark.parametrize(("tpot_ms", "met"), [(3.4, True), (0.01, False), (None, False)])
 def test_report_data_holds_every_trial_and_the_answer(
     store: Store, study: Study, tpot_ms: float | None, met: bool
 ) -> None:
@@ -289,7 +289,7 @@ def test_report_data_holds_every_trial_and_the_answer(
     ]
     assert [p.tpot_ms for p in data.trials] == pytest.approx([ms(t.subnet) for t in trials], rel=1e-3)
     assert (data.title, data.model, data.device) == ("s: tiny", "tiny", DEVICE.name)
-    expected = best_first(study, 3.3)[0] if met else None
+    expected = best_first(study, 3.4)[0] if met else None
     assert data.chosen == expected
     assert data.chosen_id == (expected.id if expected else None)
     assert (data.chosen_predicted is not None) == met
