@@ -9,7 +9,14 @@ from hw_profiles import RUNTIMES, Device, Measurement, Store, Target, Workload, 
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.staleness import StaleProfileError
 from hw_profiles.store import Role
-from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves, timed_together
+from nas.latency import (
+    LOAD_NOISE,
+    LatencyModel,
+    ProfileMissingError,
+    held_out_errors,
+    latency_curves,
+    timed_together,
+)
 from nas.space import Subnet
 from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
 
@@ -242,3 +249,10 @@ def test_timings_of_a_graph_count_together() -> None:
     apart = timed_together([timing(4.0, "finalist"), timing(5.0, "confirmation")])
     assert (apart.latency_ms, apart.is_confirmed) == (4.5, True)
     assert apart.high_ms == pytest.approx(4.5 + 1.0)  # two standard errors of the mean of two: their distance
+
+
+def test_however_long_it_was_timed_a_load_may_have_been_lucky() -> None:
+    shape = SPACE.base
+    long = Measurement(Target(DEVICE.id, "fake", "int4", 1), shape, DECODE, "finalist", shape.id, 1.0, 1e-4, 999, 4.0, "1")
+    assert timed_together([long]).high_ms == pytest.approx(4.0 * (1 + 2 * LOAD_NOISE))
+    assert timed_together([long] * 4).high_ms == pytest.approx(4.0 * (1 + LOAD_NOISE))
