@@ -11,7 +11,7 @@ from hw_profiles.devices import Target
 from hw_profiles.shapes import ModelShape, Workload
 
 #: reference: the full model; table: one choice in all layers, or in every second; anchor: fits the predictor; heldout:
-#: judges it; repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a budget query.
+#: judges it; repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a query.
 Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist", "confirmation"]
 
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -253,6 +253,8 @@ def test_timings_of_a_graph_count_together() -> None:
 
 def test_however_long_it_was_timed_a_load_may_have_been_lucky() -> None:
     shape = SPACE.base
-    long = Measurement(Target(DEVICE.id, "fake", "int4", 1), shape, DECODE, "finalist", shape.id, 1.0, 1e-4, 999, 4.0, "1")
+    long = Measurement(
+        Target(DEVICE.id, "fake", "int4", 1), shape, DECODE, "finalist", shape.id, 1.0, 1e-4, 999, 4.0, "1"
+    )
     assert timed_together([long]).high_ms == pytest.approx(4.0 * (1 + 2 * LOAD_NOISE))
     assert timed_together([long] * 4).high_ms == pytest.approx(4.0 * (1 + LOAD_NOISE))
