@@ -11,10 +11,11 @@ DEMO_OUTPUT ?= demo
 
 install: $(VENV)/installed
 
-# constraints.txt pins every package; torch is pinned on the command line too, so that no other build replaces it
+# constraints.txt pins every package; torch is pinned on the command line too, so that no other build replaces it;
+# llama.cpp is compiled without its vision part, which takes a minute
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev,demo]'
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF $(CMAKE_ARGS)' $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev,demo]'
 	touch $@
 
 check: install
