@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from quality import BITS, Run, parsed
 from rich.console import Console
 from rich.table import Table
 
+from hw_profiles import detect
 from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
@@ -54,6 +56,10 @@ class Row:
     minutes: float
     #: Share of exact zeros in the projections as shipped.
     sparsity: float
+    #: Where and when: another day's rows may be of another machine.
+    device: str
+    instructions: tuple[str, ...]
+    date: str
 
     def recovered(self, text: str) -> float:
         """Share of the log-perplexity lost that was won back."""
@@ -168,7 +174,9 @@ class Recovery:
         tuned = self.tuned(subnet, settings, method)
         after = self.judged(subnet)
         spent = (tuned.steps, tuned.tokens, tuned.seconds / 60)
-        return Row(method, self.run.seed, self.dense, before, after, *spent, tuned.sparsity)
+        device, date = detect(), datetime.now(UTC).date().isoformat()
+        made = (device.name, device.instructions, date)
+        return Row(method, self.run.seed, self.dense, before, after, *spent, tuned.sparsity, *made)
 
     def tuned(self, subnet: Subnet, settings: TuneSettings, method: str) -> Tuned:
         supernet = self.run.supernet

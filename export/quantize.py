@@ -45,7 +45,7 @@ def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
 
 
 def find_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Those that `quantize` takes, fp16 [out, in / 32]; it says what it raises."""
+    """The scales that `quantize` takes, fp16 [out, in / 32]; ValueError where no fp16 scale can hold a weight."""
     blocks = weight.detach().float().reshape(len(weight), -1, QUANTIZATION_BLOCK_SIZE)
     rows_at_once = max(1, _WEIGHTS_AT_ONCE // max(1, weight.shape[1]))
     scales = torch.cat([_scales(rows, bits) for rows in torch.split(blocks, rows_at_once)])

@@ -35,7 +35,7 @@ MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
 #: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
 MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 6
+_FORMAT = 7
 #: Penalties on how costs differ from the prior's scaled ones: from much freedom to the one factor alone.
 _TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
 
@@ -208,6 +208,7 @@ class LatencyPredictor:
             "feature_names": self.feature_names,
             "knots": self.costs.knots,
             "thresholds_bytes": self.costs.thresholds_bytes,
+            "least_ms_per_byte": self.costs.least_ms_per_byte,
             "ms_per_unit": dict(zip(self.costs.columns, self.costs.per_unit.tolist(), strict=True)),
             "log_offsets": self.curve.log_offsets.tolist(),
             "shrinkage": self.boost.shrinkage,
@@ -242,7 +243,8 @@ class LatencyPredictor:
         names, _ = latency_features((), (), provenance.precision)
         several = len(provenance.workloads) > 1 if prior is None else prior.costs.has_sequence_columns
         per_unit = np.array(list(content["ms_per_unit"].values()), dtype=np.float64)
-        costs = StepCosts(tuple(content["knots"]), tuple(content["thresholds_bytes"]), several, per_unit)
+        thresholds_bytes, least = tuple(content["thresholds_bytes"]), content["least_ms_per_byte"]
+        costs = StepCosts(tuple(content["knots"]), thresholds_bytes, several, per_unit, least)
         if tuple(content["feature_names"]) != names or tuple(content["ms_per_unit"]) != costs.columns:
             raise ValueError("its columns are not those of this version of llm-nas: fit the predictor again")
         errors = np.asarray(content["held_out_log_errors"], dtype=np.float64)

@@ -39,6 +39,8 @@ class StepCosts:
     thresholds_bytes: tuple[float, ...]
     has_sequence_columns: bool
     per_unit: FloatArray
+    #: No decoder reads its weights twice as fast as the fastest sample; 0 for prompts, which need not wait for them.
+    least_ms_per_byte: float = 0.0
 
     @classmethod
     def between(cls, names: Sequence[str], X: FloatArray) -> StepCosts:
@@ -54,7 +56,8 @@ class StepCosts:
         """To latencies y [n] in ms, for relative errors."""
         columns = self._of(names, X)
         if len(self.knots) == 1:
-            return self._with(fit_relative(columns, y, weights, ridge=self._ridges(LEAST_RIDGE)))
+            costs = self._with(fit_relative(columns, y, weights, ridge=self._ridges(LEAST_RIDGE)))
+            return costs._bounded(names, X, y)
         of_knots = len(self.knots) * len(STEP_COLUMNS)
         parts, others = select_columns(names, X, STEP_COLUMNS), columns[:, of_knots:]
         fed = X[:, names.index("tokens_fed")]
@@ -64,18 +67,21 @@ class StepCosts:
         )
         at_once, a_token, of_others = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
         towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), of_others])
-        return self._with(fit_relative(columns, y, weights, towards, self._ridges(_BEND_RIDGE)))
+        costs = self._with(fit_relative(columns, y, weights, towards, self._ridges(_BEND_RIDGE)))
+        return costs._bounded(names, X, y)
 
     def refitted(
         self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray, ridge: float
     ) -> StepCosts:
         """Of other samples, drawn towards these costs times one factor."""
         factor = np.exp(np.average(np.log(y) - self.log_ms(names, X), weights=weights))
-        return self._with(fit_relative(self._of(names, X), y, weights, factor * self.per_unit, ridge))
+        costs = self._with(fit_relative(self._of(names, X), y, weights, factor * self.per_unit, ridge))
+        return costs._bounded(names, X, y)
 
     def log_ms(self, names: Sequence[str], X: FloatArray) -> FloatArray:
         """[n]"""
-        return np.asarray(np.log(np.maximum(self._of(names, X) @ self.per_unit, _LEAST_MS)), dtype=np.float64)
+        least_ms = np.maximum(self.least_ms_per_byte * X[:, names.index("weight_bytes")], _LEAST_MS)
+        return np.asarray(np.log(np.maximum(self._of(names, X) @ self.per_unit, least_ms)), dtype=np.float64)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -103,6 +109,12 @@ class StepCosts:
 
     def _with(self, per_unit: FloatArray) -> StepCosts:
         return replace(self, per_unit=per_unit)
+
+    def _bounded(self, names: Sequence[str], X: FloatArray, y: FloatArray) -> StepCosts:
+        """By the samples that these costs were fitted to: costs of 0 would let the smallest model take no time."""
+        if not self.thresholds_bytes:
+            return self
+        return replace(self, least_ms_per_byte=float((y / X[:, names.index("weight_bytes")]).min()) / 2)
 
 
 def find_knots(tokens_fed: FloatArray) -> tuple[int, ...]:

@@ -62,6 +62,17 @@ def test_one_workload_has_the_costs_of_a_step_alone(sample_shapes) -> None:
     assert StepCosts.between(names, X).columns == STEP_COLUMNS
 
 
+def test_no_decoder_is_read_twice_as_fast_as_the_fastest_sample(sample_shapes) -> None:
+    """What has no layers costs its head, though a latency that grows with their square leaves nothing for it."""
+    names, X = features(sample_shapes(24, seed=0), [Workload("decode", 128)])
+    of_bytes = names.index("weight_bytes")
+    y = (X[:, of_bytes] * 1e-7) ** 2
+    fitted = StepCosts.between(names, X).fitted(names, X, y, np.ones(len(y)))
+    empty = np.zeros((1, len(names)))
+    empty[0, of_bytes] = head_bytes = X[:, of_bytes].min() / 2
+    assert np.exp(fitted.log_ms(names, empty)) == pytest.approx(head_bytes * (y / X[:, of_bytes]).min() / 2)
+
+
 def test_a_small_decoder_in_the_cache_is_faster_than_its_share(sample_shapes) -> None:
     """A cache of 60 % of the largest model: weights in it come four times as fast as those beyond."""
     names, X = features(sample_shapes(24, seed=0), [Workload("decode", 128)])
