@@ -86,7 +86,7 @@ def test_the_tokens_needed_are_those_fed(tmp_path: Path) -> None:
         measure({"full": session}, "full", [work], vocab_size=16, decode_steps=3, clock=clock, sleep=clock.wait)
 
 
-@pytest.mark.parametrize(("step_ms", "untimed"), [(1.0, 10), (10.0, 10), (12.0, 9), (40.0, 3), (500.0, 1)])
+@pytest.mark.parametrize(("step_ms", "untimed"), [(1.0, 20), (10.0, 20), (12.0, 17), (45.0, 5), (500.0, 1)])
 def test_slow_models_take_fewer_untimed_steps(tmp_path: Path, step_ms: float, untimed: int) -> None:
     clock, work = Clock(), Workload("decode", 40)
     sessions = load(tmp_path, {"full": FakeModel(base_ms=step_ms)}, clock.wait)
@@ -114,7 +114,7 @@ def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
 
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
-    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 35.0, 1.0))
+    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 60.0, 1.0))
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
     timing = measure(sessions, "full", WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
     for work in WORKLOADS:
