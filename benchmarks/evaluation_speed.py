@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bars import at_least, at_most, table_of
 from numpy.typing import NDArray
 from quality import parsed
 from rich.console import Console
@@ -68,9 +69,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         seconds = measure(arguments.model, arguments.rounds, Path(cache))
     bars = [
-        bar("seconds for statistics, orders and weights of all widths", seconds.preparing, MOST_PREPARING_S, False),
-        bar("seconds for the scores of single parts", seconds.scoring, MOST_SCORING_S, False),
-        bar("evaluation, times as fast as plain fp32", speedup(seconds, seconds.as_searched), LEAST_SPEEDUP, True),
+        at_most("seconds for statistics, orders and weights of all widths", seconds.preparing, MOST_PREPARING_S),
+        at_most("seconds for the scores of single parts", seconds.scoring, MOST_SCORING_S),
+        at_least("evaluation, times as fast as plain fp32", speedup(seconds, seconds.as_searched), LEAST_SPEEDUP),
     ]
     table = Table("evaluation of a subnet on 2,048 tokens", "median, s", "spread, s", "times as fast")
     for name in ("plain", "every_position", "as_searched", "first"):
@@ -82,7 +83,7 @@ def main() -> None:
             f"{spread:.2f}",
             f"{speedup(seconds, values):.2f}",
         )
-    Console().print(table, *(f"{b['name']}: {b['value']:.2f} (limit {b['limit']:g})" for b in bars), sep="\n")
+    Console(width=120).print(table, table_of(bars), sep="\n")
     if arguments.json:
         device = detect()
         result = {
@@ -158,10 +159,6 @@ def same_as_plain(exact: Evaluator, model: Any, subnet: Subnet, of_full: torch.T
 
 def speedup(seconds: Seconds, values: list[float]) -> float:
     return statistics.median(seconds.plain) / statistics.median(values)
-
-
-def bar(name: str, value: float, limit: float, at_least: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "limit": limit, "holds": value >= limit if at_least else value <= limit}
 
 
 if __name__ == "__main__":

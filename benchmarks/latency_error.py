@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from bars import at_least, at_most, table_of
 from latency_baselines import flops_line, plain_xgboost, raw_linear
 from numpy.typing import NDArray
 from rich.console import Console
@@ -26,7 +28,7 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from export import BUILDERS
-from hw_profiles import Measurement, PlannedGraph, Store, Target, Workload, detect, plan, runtime
+from hw_profiles import RUNTIMES, Measurement, PlannedGraph, Store, Target, Workload, detect, plan, runtime
 from hw_profiles.measurement import Role
 from hw_profiles.memory import profile_memory
 from hw_profiles.profile import repeat_noise
@@ -54,7 +56,6 @@ FAMILIES = {
         vocab_size=32000, tie_word_embeddings=False,
     ),
 }  # fmt: skip
-RUNTIMES = ("onnxruntime", "openvino")
 #: The grid and the counts that `nas profile` has by default.
 WORKLOADS = [
     *(Workload("prefill", tokens) for tokens in (16, 128, 512)),
@@ -73,14 +74,15 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.database.parent.mkdir(parents=True, exist_ok=True)
     with Store(str(arguments.database)) as store:
-        benchmark = Benchmark(store, arguments.heldout, arguments.database.with_suffix(".seconds.json"))
+        seconds_file = arguments.database.with_suffix(".seconds.json")
+        benchmark = Benchmark(store, arguments.runtime, arguments.heldout, seconds_file)
         for name in arguments.family:
             benchmark.profile(name, arguments.precision)
         rows = [row for name in arguments.family for row in benchmark.errors(name)]
         budgets = [benchmark.budgets(name, arguments.queries) for name in arguments.family if arguments.queries]
         speed_s = benchmark.seconds_of_ten_thousand(arguments.family[0])
         result = summary(rows, budgets, benchmark, speed_s)
-    print_tables(rows, budgets, result)
+    print_tables(rows, budgets, result["bars"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -88,6 +90,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--runtime", nargs="+", choices=list(RUNTIMES), default=["onnxruntime", "openvino"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
     parser.add_argument(
         "--heldout", type=int, default=12, help="graphs a target that only judge, besides the profile's"
@@ -140,8 +143,9 @@ class BudgetRow:
 
 
 class Benchmark:
-    def __init__(self, store: Store, heldout: int, seconds_file: Path) -> None:
+    def __init__(self, store: Store, runtimes: Sequence[str], heldout: int, seconds_file: Path) -> None:
         self.store = store
+        self.runtimes = runtimes
         self.heldout = heldout
         self.device = detect()
         self.threads = self.device.cores
@@ -152,7 +156,7 @@ class Benchmark:
     def profile(self, family: str, precisions: Iterable[Precision]) -> None:
         """Each target as `nas profile` does it, against the clock; then the graphs that only judge."""
         space = SearchSpace.from_config(FAMILIES[family])
-        for name in RUNTIMES:
+        for name in self.runtimes:
             engine = runtime(name)
             for precision in precisions:
                 target = Target(self.device.id, name, precision, self.threads)
@@ -189,7 +193,7 @@ class Benchmark:
     def errors(self, family: str) -> list[ErrorRow]:
         space = SearchSpace.from_config(FAMILIES[family])
         rows = []
-        for name in RUNTIMES:
+        for name in self.runtimes:
             for phase in PHASES:
                 found = held_out_errors(self.store, self.device.id, name, self.threads, space, phase)
                 actual = np.array([graph.measured_ms for graph in found.graphs])
@@ -269,7 +273,7 @@ class Benchmark:
         pool = [trial.subnet for trial in study.trials()]
         excess, refused = [], 0
         for number in range(queries):
-            name, phase = RUNTIMES[number % 2], PHASES[number // 2 % 2]
+            name, phase = self.runtimes[number % len(self.runtimes)], PHASES[number // len(self.runtimes) % 2]
             work = Workload(phase, int(rng.choice([64, 128, 256])))
             model = LatencyModel.fit(self.store, self.device.id, name, self.threads, space, work)
             limit_ms = float(np.quantile(model.value_ms(pool), rng.uniform(0.1, 0.9)))
@@ -312,7 +316,7 @@ class Benchmark:
         """For as many predictions of one phase, the fit not counted."""
         space = SearchSpace.from_config(FAMILIES[family])
         work = WORKLOADS[-2]
-        model = LatencyModel.fit(self.store, self.device.id, RUNTIMES[1], self.threads, space, work)
+        model = LatencyModel.fit(self.store, self.device.id, self.runtimes[-1], self.threads, space, work)
         rng = np.random.default_rng(0)
         precision = next(iter(model.predictors))
         shapes = [space.model_shape(space.sample(rng)) for _ in range(10_000)]
@@ -323,14 +327,10 @@ class Benchmark:
 
 def summary(
     rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], benchmark: Benchmark, speed_s: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     device = detect()
-
-    def bar(name: str, value: float, limit: float, at_least: bool = False) -> dict[str, object]:
-        return {"name": name, "value": value, "limit": limit, "holds": value >= limit if at_least else value <= limit}
-
     bars = [
-        bar(f"{row.family}, {row.runtime}, {row.phase}: {what}", value, limit, at_least=True)
+        at_least(f"{row.family}, {row.runtime}, {row.phase}: {what}", value, limit)
         for row in rows
         for what, value, limit in (
             ("within 10 % or twice the noise", row.within_10_or_noise, 0.95),
@@ -338,15 +338,18 @@ def summary(
             ("coverage of 90 % intervals", row.interval_coverage, 0.88),
         )
     ]
-    bars += [bar(f"{r.family}, {r.runtime}, {r.phase}: coverage at most", r.interval_coverage, 0.95) for r in rows]
-    bars += [bar(f"{label}: seconds of profiling", value, MOST_PROFILE_S) for label, value in benchmark.seconds.items()]
-    bars += [bar("seconds for 10,000 predictions", speed_s, 1.0)]
+    bars += [at_most(f"{r.family}, {r.runtime}, {r.phase}: coverage", r.interval_coverage, 0.95) for r in rows]
+    bars += [
+        at_most(f"{name}: seconds of profiling", value, MOST_PROFILE_S) for name, value in benchmark.seconds.items()
+    ]
+    bars += [at_most("seconds for 10,000 predictions", speed_s, 1.0)]
     for row in budgets:
-        bars += [bar(f"{row.family}: budgets missed", row.missed, 0), bar(f"{row.family}: unused", row.unused, 0.05)]
+        bars += [at_most(f"{row.family}: budgets missed", row.missed, 0)]
+        bars += [at_most(f"{row.family}: unused", row.unused, 0.05)]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": {"name": device.name, "cores": device.cores, "instructions": device.instructions},
-        "versions": {"python": platform.python_version(), **{name: runtime(name).version() for name in RUNTIMES}},
+        "versions": {"python": platform.python_version(), **{n: runtime(n).version() for n in benchmark.runtimes}},
         "seed": 0,
         "errors": [asdict(row) for row in rows],
         "budgets": [asdict(row) for row in budgets],
@@ -357,7 +360,7 @@ def summary(
     }
 
 
-def print_tables(rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], result: dict[str, object]) -> None:
+def print_tables(rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], bars: Sequence[dict[str, Any]]) -> None:
     names = [name for name in ErrorRow.__dataclass_fields__ if name not in ("family", "runtime", "phase", "graphs")]
     for row in rows:
         table = Table("", "value", title=f"{row.family}, {row.runtime}, {row.phase}: {row.graphs} held-out timings")
@@ -367,10 +370,7 @@ def print_tables(rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], result:
         console.print(table)
     for budget in budgets:
         console.print(asdict(budget))
-    table = Table("bar", "value", "limit", "holds")
-    for bar in result["bars"]:  # type: ignore[attr-defined]
-        table.add_row(bar["name"], f"{bar['value']:.3f}", f"{bar['limit']:.3f}", "yes" if bar["holds"] else "NO")
-    console.print(table)
+    console.print(table_of(bars))
 
 
 def _silent(done: int, total: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""`python -m hw_profiles run`: time a pack on this device. Needs numpy and the runtime that is asked for, no more."""
+"""`python -m hw_profiles run`: measure a pack on this device. Needs numpy and the runtime asked for, no more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from hw_profiles.devices import detect, pin
 from hw_profiles.measured import MeasuredFile
-from hw_profiles.pack import Pack, chosen_targets, run_pack
+from hw_profiles.pack import MAX_MEMORY_GRAPHS, Pack, chosen_targets, run_pack
 from hw_profiles.profile import Progress
 from hw_profiles.runtimes import Runtime, runtime
 from hw_profiles.shapes import PRECISIONS
@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         allow_abbrev=False,
-        help="time a pack that nas profile --pack wrote",
-        description="Time a pack that `nas profile --pack` wrote; give what comes out to `nas profile --import`. "
+        help="measure a pack that nas profile --pack wrote",
+        description="Measure a pack that `nas profile --pack` wrote; give what comes out to `nas profile --import`. "
         "Run again after an interruption to go on. Graphs are unpacked a few at a time beside the output.",
     )
     run.add_argument("pack", type=Path)
@@ -44,15 +44,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--runtime", action="append", default=[], help="of the pack, only these")
     run.add_argument("--precision", action="append", choices=PRECISIONS, default=[], help="likewise")
     run.add_argument("--cpus", help="keep to these, such as 0-3,8; all by default")
-    run.add_argument("--threads", type=_from_one_to(MAX_THREADS), help="the pack's, or all cores, by default")
-    run.add_argument("--rounds", type=_from_one_to(MAX_ROUNDS), help="rounds of timing; the pack's by default")
+    run.add_argument("--threads", type=_from(1, MAX_THREADS), help="the pack's, or all cores, by default")
+    run.add_argument("--rounds", type=_from(1, MAX_ROUNDS), help="rounds of timing; the pack's by default")
+    run.add_argument(
+        "--memory-graphs",
+        type=_from(0, MAX_MEMORY_GRAPHS),
+        help="graphs run in processes of their own for their memory; the pack's by default",
+    )
     return parser
 
 
-def _from_one_to(most: int) -> Callable[[str], int]:
+def _from(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}, got {text!r}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
         return int(text)
 
     return parse
@@ -76,11 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
                 targets,
                 threads=arguments.threads or plan.threads or device.cores,
                 rounds=arguments.rounds or plan.rounds,
+                memory_graphs=plan.memory_graphs if arguments.memory_graphs is None else arguments.memory_graphs,
                 scratch=scratch,
                 progress=_progress(),
             )
-    found = results.measured.measurements
-    print(f"{arguments.output}: {len(found)} measurements of {device.name}, device {results.measured.device.id}")
+    found = results.measured
+    print(
+        f"{arguments.output}: {len(found.measurements)} measurements of time and {len(found.memory)} of memory of "
+        f"{device.name}, device {found.device.id}"
+    )
 
 
 @contextmanager

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from hw_profiles.devices import INSTRUCTIONS, Device, Target
-from hw_profiles.measurement import ROLES, Measurement
-from hw_profiles.shapes import PRECISIONS, ModelShape
-from hw_profiles.timing import PASSES
+from hw_profiles.measurement import ROLES, Measurement, MemoryMeasurement, Role
+from hw_profiles.shapes import PRECISIONS, ModelShape, Workload
 from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, runtime_name, same_model, workload
 
 MAX_FILE_BYTES = 32 * 2**20
@@ -22,7 +22,15 @@ _FORMAT, _VERSION = "llm-nas measurements", 1
 _MAX_SHAPES = 10_000
 _MAX_RATIO = 1e6
 _MAX_MS = 1e7  # three hours a token
+_MAX_BYTES = 2**50
+#: As many a round as any version has made.
+_MAX_PASSES = 3 * MAX_ROUNDS
+_MAX_JOULES = 1e9
 _REMEDY = "run the pack again with another --output and import that"
+
+#: What may be measured once: target, runtime's version, workload, shape, role.
+_Key = tuple[Target, str, Workload, str, Role]
+_Found = TypeVar("_Found", Measurement, MemoryMeasurement)
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class Measured:
     device: Device
     reference: ModelShape
     measurements: tuple[Measurement, ...]
+    memory: tuple[MemoryMeasurement, ...] = ()
 
     def to_json(self) -> str:
-        shapes = dict.fromkeys([self.reference, *(found.shape for found in self.measurements)])
+        shapes = dict.fromkeys([self.reference, *(found.shape for found in (*self.measurements, *self.memory))])
         return json.dumps(
             {
                 "format": _FORMAT,
@@ -43,6 +52,7 @@ class Measured:
                 "reference_id": self.reference.id,
                 "shapes": [asdict(shape) for shape in shapes],
                 "measurements": [_row(found) for found in self.measurements],
+                "memory": [_memory_row(found) for found in self.memory],
             },
             allow_nan=False,
             separators=(",", ":"),
@@ -66,21 +76,29 @@ def read_measured(path: Path) -> Measured:
     for row, shape in zip(rows, shapes.values(), strict=True):
         same_model(shape, reference, row)
     measured_rows = fields.objects("measurements", 0, MAX_MEASUREMENTS)
+    # files of versions that measured no memory have none
+    memory_rows = fields.objects("memory", 0, MAX_MEASUREMENTS) if "memory" in fields else []
     fields.end()
-    measurements = {}
+    measurements: dict[_Key, Measurement] = {}
+    memory: dict[_Key, MemoryMeasurement] = {}
     for row in measured_rows:
-        found = _measurement(row, device, shapes, reference)
-        key = (found.target, found.runtime_version, found.workload, found.shape.id, found.role)
-        if key in measurements:
-            raise ValueError(f"{row.where} must be measured once, got it twice; {_REMEDY}")
-        measurements[key] = found
+        _add_new(measurements, _measurement(row, device, shapes, reference), row)
+    for row in memory_rows:
+        _add_new(memory, _memory_measurement(row, device, shapes, reference), row)
     for target, version, work, _, _ in measurements:
         if (target, version, work, reference.id, "reference") not in measurements:
             raise ValueError(
                 f"{path} must hold the reference for each target and workload, got none for {target.key} "
                 f"{work.phase} {work.tokens}; {_REMEDY}"
             )
-    return Measured(device, reference, tuple(measurements.values()))
+    return Measured(device, reference, tuple(measurements.values()), tuple(memory.values()))
+
+
+def _add_new(known: dict[_Key, _Found], found: _Found, row: Fields) -> None:
+    key = (found.target, found.runtime_version, found.workload, found.shape.id, found.role)
+    if key in known:
+        raise ValueError(f"{row.where} must be measured once, got it twice; {_REMEDY}")
+    known[key] = found
 
 
 class MeasuredFile:
@@ -109,8 +127,14 @@ class MeasuredFile:
         return [m for m in self.measured.measurements if m.target == target and m.reference_id == reference_id]
 
     def add_measurements(self, measurements: Sequence[Measurement]) -> None:
-        before = self.measured
-        self.measured = Measured(before.device, before.reference, (*before.measurements, *measurements))
+        self.measured = replace(self.measured, measurements=(*self.measured.measurements, *measurements))
+        self._write()
+
+    def memory_measurements(self, target: Target, *, reference_id: str) -> list[MemoryMeasurement]:
+        return [m for m in self.measured.memory if m.target == target and m.reference_id == reference_id]
+
+    def add_memory_measurements(self, measurements: Sequence[MemoryMeasurement]) -> None:
+        self.measured = replace(self.measured, memory=(*self.measured.memory, *measurements))
         self._write()
 
     def _write(self) -> None:
@@ -124,6 +148,27 @@ class MeasuredFile:
 
 def _row(found: Measurement) -> dict[str, object]:
     return {
+        **_graph_fields(found),
+        "ratio": found.ratio,
+        "spread_ratio": found.spread_ratio,
+        "repeats": found.repeats,
+        "reference_ms": found.reference_ms,
+        "affinity": found.affinity,
+    }
+
+
+def _memory_row(found: MemoryMeasurement) -> dict[str, object]:
+    return {
+        **_graph_fields(found),
+        "peak_bytes": found.peak_bytes,
+        "baseline_bytes": found.baseline_bytes,
+        "step_joules": found.step_joules,
+    }
+
+
+def _graph_fields(found: Measurement | MemoryMeasurement) -> dict[str, object]:
+    """Which graph was measured, on what, and when."""
+    return {
         "runtime": found.target.runtime,
         "runtime_version": found.runtime_version,
         "precision": found.target.precision,
@@ -131,11 +176,6 @@ def _row(found: Measurement) -> dict[str, object]:
         "shape_id": found.shape.id,
         **asdict(found.workload),
         "role": found.role,
-        "ratio": found.ratio,
-        "spread_ratio": found.spread_ratio,
-        "repeats": found.repeats,
-        "reference_ms": found.reference_ms,
-        "affinity": found.affinity,
         "created_at": found.created_at.isoformat(),
     }
 
@@ -175,6 +215,33 @@ def _known_shape(fields: Fields, name: str, shapes: Mapping[str, ModelShape]) ->
 def _measurement(
     fields: Fields, device: Device, shapes: Mapping[str, ModelShape], reference: ModelShape
 ) -> Measurement:
+    found = Measurement(
+        **_graph(fields, device, shapes, reference),
+        ratio=fields.number("ratio", 1 / _MAX_RATIO, _MAX_RATIO),
+        spread_ratio=fields.number("spread_ratio", 0, _MAX_RATIO),
+        repeats=fields.integer("repeats", 1, _MAX_PASSES),
+        reference_ms=fields.number("reference_ms", 1e-6, _MAX_MS),
+        affinity=fields.text("affinity", 1000),
+    )
+    fields.end()
+    return found
+
+
+def _memory_measurement(
+    fields: Fields, device: Device, shapes: Mapping[str, ModelShape], reference: ModelShape
+) -> MemoryMeasurement:
+    found = MemoryMeasurement(
+        **_graph(fields, device, shapes, reference),
+        peak_bytes=fields.integer("peak_bytes", 1, _MAX_BYTES),
+        baseline_bytes=fields.integer("baseline_bytes", 0, _MAX_BYTES),
+        step_joules=fields.optional_number("step_joules", 0, _MAX_JOULES),
+    )
+    fields.end()
+    return found
+
+
+def _graph(fields: Fields, device: Device, shapes: Mapping[str, ModelShape], reference: ModelShape) -> dict[str, Any]:
+    """Takes what `_graph_fields` wrote out of an object that has others."""
     target = Target(
         device.id,
         runtime_name(fields),
@@ -185,22 +252,15 @@ def _measurement(
     role = fields.choice("role", ROLES)
     if role == "reference" and shape != reference:
         raise fields.wrong("shape_id", f"{reference.id} where the role is reference", shape.id)
-    found = Measurement(
-        target=target,
-        shape=shape,
-        workload=workload(fields),
-        role=role,
-        reference_id=reference.id,
-        ratio=fields.number("ratio", 1 / _MAX_RATIO, _MAX_RATIO),
-        spread_ratio=fields.number("spread_ratio", 0, _MAX_RATIO),
-        repeats=fields.integer("repeats", 1, PASSES * MAX_ROUNDS),
-        reference_ms=fields.number("reference_ms", 1e-6, _MAX_MS),
-        runtime_version=fields.text("runtime_version", 100),
-        affinity=fields.text("affinity", 1000),
-        created_at=_moment(fields),
-    )
-    fields.end()
-    return found
+    return {
+        "target": target,
+        "shape": shape,
+        "workload": workload(fields),
+        "role": role,
+        "reference_id": reference.id,
+        "runtime_version": fields.text("runtime_version", 100),
+        "created_at": _moment(fields),
+    }
 
 
 def _moment(fields: Fields) -> datetime:

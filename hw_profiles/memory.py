@@ -88,7 +88,7 @@ def measure_memory(runtime_name: str, path: Path, threads: int, workload: Worklo
 
 
 class MemoryResults(Protocol):
-    """Where measurements of memory go and are found again: the database (`Store`)."""
+    """Where measurements of memory go and are found again: the database (`Store`) or one file (`MeasuredFile`)."""
 
     def memory_measurements(self, target: Target, *, reference_id: str) -> list[MemoryMeasurement]: ...
 
@@ -139,11 +139,13 @@ def profile_memory(
     *,
     graphs: int,
     measure: Measure = measure_memory,
+    scratch: Path | None = None,
     progress: Progress = lambda done, total, description: None,
 ) -> None:
     """Measure what the results lack of `memory_plan`, adding graph by graph: a later call goes on from there.
 
-    A graph that cannot be built or run is left out, and a ProfileError at the end names it.
+    A graph that cannot be built or run is left out, and a ProfileError at the end names it. Its files lie under
+    `scratch`, by default the system's temporary folder, while it is measured.
     """
     (reference,) = (graph.shape for graph in planned if graph.role == "reference")
     stored = {
@@ -159,7 +161,7 @@ def profile_memory(
             continue
         progress(done, len(chosen), f"memory of {graph.role} {graph.shape.id}")
         try:
-            with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
+            with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
                 path = build(graph.shape, target.precision, Path(directory))
                 footprints = [measure(target.runtime, path, target.threads, w, graph.shape.vocab_size) for w in missing]
         except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:

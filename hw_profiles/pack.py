@@ -22,16 +22,18 @@ from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from hw_profiles.devices import Device, Target
-from hw_profiles.measured import MAX_MEASUREMENTS
+from hw_profiles.measured import MAX_MEASUREMENTS, MeasuredFile
 from hw_profiles.measurement import ROLES
+from hw_profiles.memory import can_measure_memory, memory_plan, profile_memory
 from hw_profiles.planning import PlannedGraph
-from hw_profiles.profile import Build, Progress, Results, part_of, profile
+from hw_profiles.profile import Build, Progress, profile
 from hw_profiles.runtimes import Runtime, engine_of
 from hw_profiles.shapes import PRECISIONS, ModelShape, Precision, Workload
 from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, runtime_name, same_model, workload
 
 PLAN_FILE = "plan.json"
 MAX_PLAN_BYTES = 64 * 2**20
+MAX_MEMORY_GRAPHS = 1000
 
 _FORMAT, _VERSION = "llm-nas pack", 1
 _REMEDY = "write the pack again with nas profile --pack"
@@ -55,6 +57,8 @@ class PackPlan:
     decode_steps: int
     seed: int
     threads: int | None
+    #: About as many are run for their memory as well, in processes of their own.
+    memory_graphs: int = 0
 
     @property
     def reference(self) -> ModelShape:
@@ -79,6 +83,7 @@ class PackPlan:
                 "decode_steps": self.decode_steps,
                 "seed": self.seed,
                 "threads": self.threads,
+                "memory_graphs": self.memory_graphs,
                 "workloads": [asdict(work) for work in self.workloads],
                 "targets": [{"runtime": runtime, "precision": precision} for runtime, precision in self.targets],
                 "graphs": [
@@ -113,6 +118,7 @@ class PackPlan:
             decode_steps=fields.integer("decode_steps", 1, MAX_ROUNDS),
             seed=fields.integer("seed", 0, 2**32),
             threads=fields.optional_integer("threads", 1, MAX_THREADS),
+            memory_graphs=fields.integer("memory_graphs", 0, MAX_MEMORY_GRAPHS) if "memory_graphs" in fields else 0,
         )
         fields.end()
         return made
@@ -288,25 +294,41 @@ class Pack:
 
 def run_pack(
     pack: Pack,
-    results: Results,
+    results: MeasuredFile,
     device: Device,
     engines: Mapping[str, Runtime],
     targets: Sequence[tuple[str, Precision]],
     *,
     threads: int,
     rounds: int,
+    memory_graphs: int = 0,
     scratch: Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> None:
-    """Time the pack's graphs for `targets`, some of the plan's, on this device; what the results hold is kept."""
+    """Time the pack's graphs for `targets`, some of the plan's, on this device; what the results hold is kept.
+
+    About `memory_graphs` of them are run for their memory afterwards, where the system tells it.
+    """
     plan = pack.plan
+    in_memory = memory_plan(plan.graphs, plan.workloads, memory_graphs if can_measure_memory() else 0)
+    per_target = len(plan.graphs) + len(in_memory)
+
+    def from_there(before: int, key: str) -> Progress:
+        return lambda done, _, what: progress(before + done, per_target * len(targets), f"{key}: {what}")
+
     for number, (runtime, precision) in enumerate(targets):
-        target = Target(device.id, runtime, precision, threads)
+        target, build = Target(device.id, runtime, precision, threads), pack.builder(runtime)
+        before = number * per_target
         profile(
-            results, device, target, plan.graphs, plan.workloads, pack.builder(runtime), engines[runtime],
+            results, device, target, plan.graphs, plan.workloads, build, engines[runtime],
             rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed, scratch=scratch,
-            progress=part_of(progress, number, len(targets), target.key),
+            progress=from_there(before, target.key),
         )  # fmt: skip
+        if in_memory:
+            profile_memory(
+                results, target, engines[runtime].version(), plan.graphs, plan.workloads, build,
+                graphs=memory_graphs, scratch=scratch, progress=from_there(before + len(plan.graphs), target.key),
+            )  # fmt: skip
 
 
 def chosen_targets(

@@ -92,7 +92,8 @@ def installed_version(runtime_name: str, device_id: str) -> str | None:
 class ProfileSummary:
     """What is profiled for a target with `runtime_version`, the one that counts now, over all models and workloads.
 
-    `graphs` counts different shapes; `repeat_noise` is by workload, without those of which no graph was timed twice.
+    `graphs` and `memory_graphs` count different shapes, timed and run for their memory; `repeat_noise` is by workload,
+    without those of which no graph was timed twice.
     """
 
     target: Target
@@ -102,6 +103,7 @@ class ProfileSummary:
     runtime_version: str
     last: datetime
     repeat_noise: Mapping[Workload, float]
+    memory_graphs: int
     is_stale: bool
 
 
@@ -114,6 +116,7 @@ def summarise(store: Store, target: Target, installed: str | None) -> ProfileSum
     counted = [found for found in everything if found.runtime_version == version]
     workloads = tuple(sorted({found.workload for found in counted}, key=lambda work: (work.phase, work.tokens)))
     noises = {work: repeat_noise([found for found in counted if found.workload == work]) for work in workloads}
+    in_memory = {m.shape for m in store.memory_measurements(target) if m.runtime_version == version}
     return ProfileSummary(
         target=target,
         graphs=len({found.shape for found in counted}),
@@ -122,6 +125,7 @@ def summarise(store: Store, target: Target, installed: str | None) -> ProfileSum
         runtime_version=version,
         last=max(found.created_at for found in counted),
         repeat_noise={work: noise for work, noise in noises.items() if noise is not None},
+        memory_graphs=len(in_memory),
         is_stale=installed is not None and _is_stale(everything, installed),
     )
 

@@ -256,10 +256,11 @@ class Store:
             if roles is None or measurement.role in roles
         ]
 
-    def memory_measurements(self, target: Target, *, reference_id: str) -> list[MemoryMeasurement]:
+    def memory_measurements(self, target: Target, *, reference_id: str | None = None) -> list[MemoryMeasurement]:
         """In the order they were added, of all versions of the runtime; `reference_id` as in `measurements`."""
-        query = select(_MemoryMeasurement).order_by(_MemoryMeasurement.id)
-        query = query.filter_by(**asdict(target), reference_id=reference_id)
+        query = select(_MemoryMeasurement).order_by(_MemoryMeasurement.id).filter_by(**asdict(target))
+        if reference_id is not None:
+            query = query.filter_by(reference_id=reference_id)
         with self.transaction() as session:
             return [_from_memory_row(row) for row in session.scalars(query)]
 

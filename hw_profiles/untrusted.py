@@ -59,6 +59,9 @@ class Fields:
                 "machines"
             )
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._fields
+
     def take(self, name: str) -> object:
         if name not in self._fields:
             raise ValueError(f"{self.where} must have the field {name}, got none; {self.remedy}")
@@ -83,6 +86,13 @@ class Fields:
             raise self.wrong(name, f"a number from {low:g} to {high:g}", value)
         return float(value)
 
+    def optional_number(self, name: str, low: float, high: float) -> float | None:
+        """None where the field is null."""
+        if self._fields.get(name, ...) is None:
+            self.take(name)
+            return None
+        return self.number(name, low, high)
+
     def boolean(self, name: str) -> bool:
         value = self.take(name)
         if not isinstance(value, bool):
@@ -91,7 +101,7 @@ class Fields:
 
     def switch(self, name: str) -> bool:
         """False where the field is absent."""
-        return name in self._fields and self.boolean(name)
+        return name in self and self.boolean(name)
 
     def text(self, name: str, longest: int) -> str:
         value = self.take(name)

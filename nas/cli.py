@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from safetensors import SafetensorError
 
-from hw_profiles import Store, Workload, detect, runtime
+from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.runtimes import installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
@@ -49,6 +50,9 @@ from nas.terminal import (
     progress_bar,
     safetensors_error_sentence,
 )
+
+if TYPE_CHECKING:
+    from nas.memory import MemoryProfile
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -124,8 +128,8 @@ def profile(
         if pack is not None:
             raise ValueError("--pack writes a file and --import reads one, got both; give one of the two")
         with Store(database) as store:
-            device, results = import_measured(store, measured, model)
-        emit({"device": device.id, "targets": results}, as_json, tables.timed(results), f"{device.id}  {device.title}")
+            device, results, profiles = import_measured(store, measured, model)
+        _emit_profile(device, results, profiles, as_json)
         return
     if model is None:
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
@@ -141,7 +145,8 @@ def profile(
         with progress_bar("pack") as progress:
             plan = pack_targets(
                 pack, model, runtimes, precisions, threads, workloads,
-                counts=counts, rounds=rounds, seed=seed, with_table=transfer_from is None, progress=progress,
+                counts=counts, rounds=rounds, seed=seed, memory_graphs=memory_graphs, with_table=transfer_from is None,
+                progress=progress,
             )  # fmt: skip
         result = {"pack": str(pack), "size_bytes": pack.stat().st_size, "graphs": len(plan.graphs),
                   "targets": ["/".join(target) for target in plan.targets]}  # fmt: skip
@@ -157,9 +162,16 @@ def profile(
             )
         with progress_bar("memory") as progress:
             profiles = profile_memories(*asked, counts=counts, seed=seed, graphs=memory_graphs, progress=progress)
+    _emit_profile(detect(), results, profiles, as_json)
+
+
+def _emit_profile(
+    device: Device, results: list[tables.Fields], profiles: Sequence[MemoryProfile], as_json: bool
+) -> None:
     memories = [tables.memory_fields(profile) for profile in profiles]
     shown = [tables.timed(results), *([tables.memory(memories)] if memories else [])]
-    emit({"device": detect().id, "targets": results, "memory": memories}, as_json, *shown)
+    fields = {"device": device.id, "targets": results, "memory": memories}
+    emit(fields, as_json, *shown, f"{device.id}  {device.title}")
 
 
 @app.command()
@@ -181,7 +193,8 @@ def search(
         bool, typer.Option(help="Layers of one size, others dropped whole: files of the plain architecture.")
     ] = False,
     text: Annotated[
-        list[Path], typer.Option(help="Your own text in place of ours, .txt or .jsonl: calibrates and guides.")
+        list[Path],
+        typer.Option(help="Your own text in place of ours, .txt, .jsonl or hf:DATASET: calibrates and guides."),
     ] = [],  # noqa: B006
     supernet_folder: SupernetFolder = None,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
@@ -202,6 +215,7 @@ def search(
     from nas.search import search as run_search
     from nas.space import SearchSpace
     from nas.study import Study
+    from nas.text_sets import as_files
 
     workloads = {
         "tpot_ms": Workload("decode", context_tokens, batch_size),
@@ -230,6 +244,7 @@ def search(
         if budget_ms is not None and budget_ms < (least_ms := members["smallest"]["low_ms"]):
             sentence = f"wanted {budget_ms:g} ms, but embedding and head alone take {least_ms:.3g} ms; allow more"
             raise typer.Exit(fail(sentence, EXIT_UNMET, {"space": members}))
+        text = as_files(text, cache)
         protocol = protocol_on(text, reform=reform, tuned=tuned_digest(supernet_folder))
         protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)

@@ -214,6 +214,7 @@ def pack_targets(
     counts: Mapping[str, int],
     rounds: int,
     seed: int,
+    memory_graphs: int = 0,
     with_table: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> PackPlan:
@@ -227,15 +228,18 @@ def pack_targets(
         decode_steps=DECODE_STEPS,
         seed=seed,
         threads=threads,
+        memory_graphs=memory_graphs,
     )
     write_pack(path, made, BUILDERS, progress)
     return made
 
 
-def import_measured(store: Store, path: Path, model: str | None = None) -> tuple[Device, list[dict[str, Any]]]:
+def import_measured(
+    store: Store, path: Path, model: str | None = None
+) -> tuple[Device, list[dict[str, Any]], list[MemoryProfile]]:
     """Take a file that `python -m hw_profiles run` wrote into the database; what is there already stays as it is.
 
-    Returns the device and a row for each target and workload.
+    Returns the device, a row for each target and workload, and what there is of the memory of each target.
     Nothing is stored unless all of the file is valid and, where a model is given, of that model.
     """
     measured = read_measured(path)
@@ -245,6 +249,7 @@ def import_measured(store: Store, path: Path, model: str | None = None) -> tuple
         raise ValueError(f"{path} must be of {model}, got another model; leave MODEL out or import another file")
     store.add_device(measured.device)
     store.add_measurements(measured.measurements)
+    store.add_memory_measurements(measured.memory)
     rows = [
         {
             "target": target.key,
@@ -258,7 +263,9 @@ def import_measured(store: Store, path: Path, model: str | None = None) -> tuple
             (found.target, found.runtime_version, found.workload) for found in measured.measurements
         ).items()
     ]
-    return measured.device, rows
+    targets = sorted({found.target for found in measured.memory})
+    memories = (memory_profile(store, target, measured.reference) for target in targets)
+    return measured.device, rows, [profile for profile in memories if profile is not None]
 
 
 def measure_finalists(

@@ -83,7 +83,7 @@ def tune(
     ] = None,
     text: Annotated[
         list[Path],
-        typer.Option(help="Text to tune on, .txt or .jsonl; ours, or what calibrated the study, by default."),
+        typer.Option(help="Text to tune on, as of nas search; ours, or what calibrated the study, by default."),
     ] = [],  # noqa: B006
     precision: PrecisionName = None,
     fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
@@ -101,6 +101,7 @@ def tune(
     from nas.recovery import tune as run_tune
     from nas.study import Study
     from nas.text import all_windows
+    from nas.text_sets import as_files
     from nas.training import TrainingSettings
     from nas.tuned import TuneSettings, one_of_methods
 
@@ -138,7 +139,7 @@ def tune(
         study, chosen, model, cache, None, supernet_folder, fit and not together, trust_remote_code
     )
     tokenizer = supernet.loaded.tokenizer
-    windows = all_windows(tokenizer, text, tokens) if text else protocol.tuning(tokenizer, tokens)
+    windows = all_windows(tokenizer, as_files(text, cache), tokens) if text else protocol.tuning(tokenizer, tokens)
     if together:
         from nas.supernet_tuning import tune_supernet
 

@@ -37,6 +37,7 @@ def summary_fields(summary: ProfileSummary) -> Fields:
         "device": summary.target.device_id,
         "target": summary.target.key,
         "graphs": summary.graphs,
+        "memory_graphs": summary.memory_graphs,
         "measurements": summary.measurements,
         "workloads": [workload_name(workload) for workload in summary.workloads],
         "repeat_noise": {workload_name(workload): noise for workload, noise in summary.repeat_noise.items()},
@@ -47,7 +48,8 @@ def summary_fields(summary: ProfileSummary) -> Fields:
 
 
 def profiled(summaries: Sequence[ProfileSummary]) -> Table:
-    table = Table("device", "target", "graphs", "workload", "repeat noise", "runtime version", "last", title="Profiled")
+    columns = ("device", "target", "graphs", "for memory", "workload", "repeat noise", "runtime version", "last")
+    table = Table(*columns, title="Profiled")
     for summary in summaries:
         fields = summary_fields(summary)
         noises = [summary.repeat_noise.get(workload) for workload in summary.workloads]
@@ -55,6 +57,7 @@ def profiled(summaries: Sequence[ProfileSummary]) -> Table:
             summary.target.device_id,
             summary.target.key,
             str(summary.graphs),
+            str(summary.memory_graphs),
             "\n".join(fields["workloads"]),
             "\n".join("" if noise is None else f"{noise:.1%}" for noise in noises),
             summary.runtime_version + ("\nSTALE" if summary.is_stale else ""),

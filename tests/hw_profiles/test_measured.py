@@ -13,7 +13,7 @@ import pytest
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.measured import MAX_FILE_BYTES, Measured, MeasuredFile, read_measured
-from hw_profiles.measurement import Measurement
+from hw_profiles.measurement import Measurement, MemoryMeasurement
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 
 DEVICE = Device("Cortex-A76", 4, 8 * 2**30, ("asimddp",), "Linux", "aarch64")
@@ -24,6 +24,9 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
 REFERENCE = Measurement(
     TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 1.0, 0.0, 7, 12.5, "1.23", "0-1", MOMENT
 )
+IN_MEMORY = MemoryMeasurement(
+    TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 2 * 10**8, 10**7, "1.23", None, MOMENT
+)
 MEASURED = Measured(
     DEVICE,
     FULL,
@@ -33,6 +36,7 @@ MEASURED = Measured(
         replace(REFERENCE, shape=THIN, role="heldout", ratio=0.1 + 0.2, spread_ratio=0.01),
         replace(REFERENCE, shape=THIN, role="repeat", ratio=0.31),
     ),
+    (IN_MEMORY, replace(IN_MEMORY, shape=THIN, role="heldout", peak_bytes=10**8, step_joules=0.25)),
 )
 
 
@@ -40,6 +44,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     path.write_text(MEASURED.to_json())
     assert read_measured(path) == MEASURED
+
+
+def test_a_file_without_memory_is_read(tmp_path: Path) -> None:
+    content = json.loads(MEASURED.to_json())
+    del content["memory"]
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(content))
+    assert read_measured(path) == replace(MEASURED, memory=())
 
 
 def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
@@ -52,6 +64,8 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     assert second.measurements(TARGET, reference_id=FULL.id) == list(MEASURED.measurements[:2])
     assert second.measurements(replace(TARGET, threads=1), reference_id=FULL.id) == []
     second.add_measurements(MEASURED.measurements[2:])
+    second.add_memory_measurements(MEASURED.memory)
+    assert second.memory_measurements(TARGET, reference_id=FULL.id) == list(MEASURED.memory)
     assert read_measured(path) == MEASURED
     assert list(tmp_path.iterdir()) == [path]
 
@@ -140,6 +154,9 @@ CHANGES = {
     "ragged": (set_("shapes", 1, "blocks", 1, "num_key_value_heads", to=4), "must be a multiple of"),
     "no blocks": (set_("shapes", 1, "blocks", to=[]), "blocks must be a list of 1 to 1024 entries, got a list of 0"),
     "many": (set_("measurements", to=[0] * 50_001), "measurements must be a list of 0 to 50000 entries"),
+    "no peak": (set_("memory", 0, "peak_bytes", to=0), r"memory\[0\]: peak_bytes must be a whole number from 1"),
+    "joules": (set_("memory", 1, "step_joules", to=-1), r"memory\[1\]: step_joules must be a number from 0"),
+    "memory twice": (double("memory"), r"memory\[2\] must be measured once, got it twice"),
     "no objects": (set_("measurements", to=[0]), r"measurements\[0\] must be a JSON object, got 0"),
 }
 

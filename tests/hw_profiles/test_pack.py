@@ -465,7 +465,7 @@ def test_a_bare_environment_runs_a_pack(bare: Path, tmp_path: Path) -> None:
     full = ModelShape(32, 16, tiny_graphs.VOCAB_SIZE, False, (BlockShape(4, 2, 64),) * 2)
     graphs = plan(full, CHOICES, anchors=1, heldout=1, repeats=1)
     graphs = [PlannedGraph(full, "reference"), *(g for g in graphs if g.role in ("anchor", "heldout", "repeat"))]
-    made = PackPlan((("onnxruntime", "int8"),), tuple(graphs), tuple(WORKLOADS), 1, 2, 0, None)
+    made = PackPlan((("onnxruntime", "int8"),), tuple(graphs), tuple(WORKLOADS), 1, 2, 0, None, memory_graphs=2)
     write_pack(
         tmp_path / "pack.zip", made, {"onnxruntime": lambda shape, bits, directory: tiny_graphs.write_onnx(directory)}
     )
@@ -482,5 +482,10 @@ def test_a_bare_environment_runs_a_pack(bare: Path, tmp_path: Path) -> None:
     assert {(m.role, m.shape.id, m.workload) for m in measured.measurements} == {
         (g.role, g.shape.id, work) for g in graphs for work in WORKLOADS
     }
+    assert {(m.shape.id, m.workload) for m in measured.memory if m.role == "reference"} == {
+        (full.id, work) for work in WORKLOADS
+    }
+    assert {m.role for m in measured.memory} == {"reference", "anchor"}
+    assert all(m.peak_bytes > m.baseline_bytes > 10**6 for m in measured.memory)
     asked = subprocess.run([*command, "--runtime", "openvino"], **options)
     assert (asked.returncode, asked.stderr.count("\n")) == (2, 1)

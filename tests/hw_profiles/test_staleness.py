@@ -8,6 +8,7 @@ import pytest
 
 from hw_profiles import RUNTIMES, detect
 from hw_profiles.devices import Device, Target
+from hw_profiles.measurement import MemoryMeasurement
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 from hw_profiles.staleness import StaleProfileError, installed_version, summarise, usable
@@ -125,9 +126,14 @@ def test_summary_of_a_target(store: Store) -> None:
     again = [replace(timed(32, "repeat", "1", 4), ratio=0.6), timed(32, "repeat", "1", 4, workload=PREFILL)]
     store.add_measurements([*profiled("1", 0), *profiled("1", 2, workload=PREFILL), *again])
     store.add_measurements(profiled("1", 9, INT4))
+    in_memory = [(64, "1", DECODE), (64, "1", PREFILL), (8, "1", DECODE), (16, "0", DECODE)]
+    store.add_memory_measurements(
+        [MemoryMeasurement(INT8, shape(w), work, "anchor", FULL.id, 10, 5, version) for w, version, work in in_memory]
+    )
     found = summarise(store, INT8, "1")
     assert (found.target, found.graphs, found.measurements) == (INT8, 5, 12)
     assert found.workloads == (DECODE, PREFILL)
+    assert found.memory_graphs == 2
     assert (found.runtime_version, found.last, found.is_stale) == ("1", START + timedelta(days=4), False)
     assert found.repeat_noise == pytest.approx({DECODE: 0.2, PREFILL: 0.0})
     assert not summarise(store, INT8, None).is_stale

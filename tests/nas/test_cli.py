@@ -659,7 +659,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
     save_tiny_llama(tmp_path / "tiny")
     tokens = ("--prompt-tokens", "8", "--context-tokens", "8")
     targets = ("--runtime", "onnxruntime", "--precision", "int8", "--precision", "int4")
-    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1")
+    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1", "--memory-graphs", "3")
     packed = nas("profile", "tiny", "--pack", "pack.zip", *targets, *counts, *tokens, "--json")
     assert packed.code == 0
     assert packed.json == {
@@ -685,6 +685,10 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
     assert {(row["target"], row["phase"], row["graphs"]) for row in rows} == {
         (f"onnxruntime/{p}/1 thread", phase, 13) for p in ("int8", "int4") for phase in ("prefill", "decode")
     }
+    in_memory = {row["target"]: row for row in imported.json["memory"]}
+    assert set(in_memory) == {f"onnxruntime/{p}/1 thread" for p in ("int8", "int4")}
+    for row in in_memory.values():
+        assert min(row["full_bytes"].values()) > row["without_model_bytes"] > 10**6
     with Store(str(tmp_path / "llm-nas.db")) as store:
         stored = store.measurements()
         assert len(stored) == 2 * 2 * 13
