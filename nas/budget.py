@@ -194,4 +194,4 @@ def admitted(answers: Sequence[Answer], budget: Budget, margin: float | None = N
             f"{nearest.size_bytes / 1e6:.0f} MB and {nearest.parameters_ratio:.0%} of the parameters",
             nearest,
         )
-    return sorted(within, key=lambda answer: answer.quality.kl)
+    return sorted(within, key=lambda answer: answer.quality.loss)

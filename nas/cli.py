@@ -196,6 +196,14 @@ def search(
         list[Path],
         typer.Option(help="Your own text in place of ours, .txt, .jsonl or hf:DATASET: calibrates and guides."),
     ] = [],  # noqa: B006
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="Go by the right choices of multiple-choice tasks in place of KL, as of nas evaluate; items whose "
+            "scores you report should not be among them."
+        ),
+    ] = [],  # noqa: B006
+    task_items: Annotated[int, typer.Option(help="Items of each task that a subnet is judged on.")] = 64,
     supernet_folder: SupernetFolder = None,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
     seed: int = 0,
@@ -211,16 +219,21 @@ def search(
     from nas.families import load_model
     from nas.latency import LatencyModel
     from nas.protocol import open_evaluator, open_supernet, protocol_on, tuned_digest
-    from nas.search import SearchSettings
+    from nas.search import Evaluates, SearchSettings
     from nas.search import search as run_search
     from nas.space import SearchSpace
     from nas.study import Study
     from nas.text_sets import as_files
 
+    if task:  # before anything takes long
+        from nas.tasks import ChoiceLoss, TaskEvaluator
+
     workloads = {
         "tpot_ms": Workload("decode", context_tokens, batch_size),
         "ttft_ms": Workload("prefill", prompt_tokens, batch_size),
     }
+    if task_items < 1:
+        raise ValueError(f"--task-items must be at least 1, got {task_items}")
     if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:
         raise ValueError(f"objectives must be kl and one of {', '.join(workloads)}, got {', '.join(objective)}")
     settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms, algorithm=algorithm)
@@ -245,13 +258,18 @@ def search(
             sentence = f"wanted {budget_ms:g} ms, but embedding and head alone take {least_ms:.3g} ms; allow more"
             raise typer.Exit(fail(sentence, EXIT_UNMET, {"space": members}))
         text = as_files(text, cache)
-        protocol = protocol_on(text, reform=reform, tuned=tuned_digest(supernet_folder))
+        protocol = protocol_on(
+            text, reform=reform, tuned=tuned_digest(supernet_folder), tasks=task, task_items=task_items
+        )
         protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
         note("calibrating and reforming")
         supernet = open_supernet(loaded, space, protocol, cache, supernet_folder)
+        evaluator: Evaluates = open_evaluator(supernet, protocol)
+        if task:
+            evaluator = TaskEvaluator(evaluator, ChoiceLoss(loaded, task, limit=task_items))
         with progress_bar("search") as progress:
-            trials = run_search(space, open_evaluator(supernet, protocol), latency.value_ms, study, settings, progress)
+            trials = run_search(space, evaluator, latency.value_ms, study, settings, progress)
         values_ms = latency.value_ms([trial.subnet for trial in trials])
     rows: list[dict[str, Any]] = [
         {
@@ -260,6 +278,7 @@ def search(
             "role": trial.role,
             "kl": trial.quality.kl,
             "perplexity": trial.quality.perplexity,
+            **({"task_loss": trial.quality.task_loss} if task else {}),
             objective[1]: float(ms),
         }
         for trial, ms in zip(trials, values_ms, strict=True)

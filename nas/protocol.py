@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,17 @@ class EvaluationProtocol:
     search_files: Sequence[Path] = SEARCH_FILES
     #: Digest of what all subnets were tuned by, see `nas.supernet_tuning`; empty where they were not.
     tuned: str = ""
+    #: What trials are judged by in place of KL: names of lm-eval's tasks, or files of items; and items of each.
+    tasks: Sequence[str] = ()
+    task_items: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self)
         for name in ("calibration_files", "search_files"):
             fields[name] = [text_digest(Path(file)) for file in fields[name]]
-        if not self.tuned:  # studies from before there was any
-            del fields["tuned"]
+        fields["tasks"] = [text_digest(Path(task)) if task.endswith(".jsonl") else task for task in self.tasks]
+        unset = {"tuned": not self.tuned, "tasks": not self.tasks, "task_items": not self.tasks}
+        fields = {name: value for name, value in fields.items() if not unset.get(name)}  # as before there were any
         return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:
@@ -64,12 +68,15 @@ class EvaluationProtocol:
         return file_windows(tokenizer, self.search_files, self.search_windows, self.search_tokens, after=after)
 
 
-def protocol_on(text: Sequence[Path], *, reform: bool = True, tuned: str = "") -> EvaluationProtocol:
+def protocol_on(
+    text: Sequence[Path], *, reform: bool = True, tuned: str = "", tasks: Sequence[str] = (), task_items: int = 0
+) -> EvaluationProtocol:
     """The protocol on a user's own files, or on those of `data/` where there are none."""
+    protocol = EvaluationProtocol(reform=reform, tuned=tuned, tasks=tasks, task_items=task_items)
     if not text:
-        return EvaluationProtocol(reform=reform, tuned=tuned)
+        return protocol
     files = tuple(file.resolve() for file in text)
-    return EvaluationProtocol(reform=reform, calibration_files=files, search_files=files, tuned=tuned)
+    return replace(protocol, calibration_files=files, search_files=files)
 
 
 def test_windows(tokenizer: Any, windows: int, tokens: int) -> torch.Tensor:

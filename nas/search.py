@@ -71,7 +71,8 @@ def search(
     settings: SearchSettings,
     progress: Progress = lambda done, total, what: None,
 ) -> list[Trial]:
-    """Evaluate `settings.evaluations` subnets, chosen for KL and `latency` [ms], and return the trials in order.
+    """Evaluate `settings.evaluations` subnets, chosen for KL, or the loss of tasks where the evaluator finds it, and
+    `latency` [ms], and return the trials in order.
 
     Fewer where the space, or the additive solver, has no more.
     """
@@ -118,7 +119,7 @@ def _run_published(space: SearchSpace, latency: Latency, run: _Run) -> None:
         run.evaluate(new, "search")
         if run.left > 0:
             try:
-                batch = batches.send([run.stored[subnet].quality.kl for subnet in batch])
+                batch = batches.send([run.stored[subnet].quality.loss for subnet in batch])
             except StopIteration:
                 break
 
@@ -169,7 +170,7 @@ def propose(
     optima = [
         s for bits in space.bits_choices for s in ladder(scores, latency, bits, settings.population // 4, _WORST_KL)
     ]
-    start = [trial.subnet for trial in sorted(trials, key=lambda trial: trial.quality.kl)] + optima
+    start = [trial.subnet for trial in sorted(trials, key=lambda trial: trial.quality.loss)] + optima
     start = list(dict.fromkeys(start))[: settings.population * 3 // 4]
     found = evolve(
         space,
@@ -185,8 +186,10 @@ def propose(
         return _unseen(space, seen, count, round_seed)
     predicted = objectives(candidates)
     known_ms = latency([trial.subnet for trial in trials])
-    known = np.column_stack([np.log([max(trial.quality.kl, 1e-6) for trial in trials]), known_ms])
-    reference = np.array([np.log(_WORST_KL), known_ms.max() * 1.01])
+    losses = [max(trial.quality.loss, 1e-6) for trial in trials]
+    known = np.column_stack([np.log(losses), known_ms])
+    worst = max(losses) * 1.01 if _by_task(trials) else _WORST_KL
+    reference = np.array([np.log(worst), known_ms.max() * 1.01])
     picked: list[int] = []
     if settings.budget_ms is not None:
         # half of the batch goes where the answer will be: the best predicted just within the budget
@@ -209,8 +212,13 @@ def quality_predictor(
     space: SearchSpace, scores: AdditiveScores, trials: Sequence[Trial], seed: int
 ) -> QualityPredictor:
     subnets = [trial.subnet for trial in trials]
-    kl = np.array([trial.quality.kl for trial in trials])
-    return QualityPredictor.fit(quality_features(space, subnets), scores.predict(subnets), kl, seed)
+    losses = np.array([trial.quality.loss for trial in trials])
+    features = quality_features(space, subnets)
+    return QualityPredictor.fit(features, scores.predict(subnets), losses, seed, is_kl=not _by_task(trials))
+
+
+def _by_task(trials: Sequence[Trial]) -> bool:
+    return any(trial.quality.task_loss is not None for trial in trials)
 
 
 def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport | None:
@@ -219,8 +227,9 @@ def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport
     if len(usable) < MINIMUM_TRIALS:
         return None
     additive_kl = np.array([trial.additive_kl for trial in usable], dtype=np.float64)
-    kl = np.array([trial.quality.kl for trial in usable])
-    return cross_validated(quality_features(space, [trial.subnet for trial in usable]), additive_kl, kl, seed=0)
+    losses = np.array([trial.quality.loss for trial in usable])
+    features = quality_features(space, [trial.subnet for trial in usable])
+    return cross_validated(features, additive_kl, losses, seed=0, is_kl=not _by_task(usable))
 
 
 def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:

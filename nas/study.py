@@ -73,6 +73,7 @@ class _Trial(_Base):
     seconds: Mapped[float]
     additive_kl: Mapped[float | None]
     created_at: Mapped[str]
+    task_loss: Mapped[float | None]
 
 
 class _Score(_Base):
@@ -88,7 +89,11 @@ def _version_2(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE studies ADD COLUMN text VARCHAR DEFAULT '[]' NOT NULL")
 
 
-SCHEMA = Schema("nas", _Base.metadata.sorted_tables, migrations=[_version_2])
+def _version_3(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE trials ADD COLUMN task_loss DOUBLE PRECISION")
+
+
+SCHEMA = Schema("nas", _Base.metadata.sorted_tables, migrations=[_version_2, _version_3])
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +195,7 @@ def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
 
 def _trial(row: _Trial) -> Trial:
     role: TrialRole = row.role  # type: ignore[assignment]
-    quality = Quality(row.kl, row.perplexity, row.tokens, row.seconds)
+    quality = Quality(row.kl, row.perplexity, row.tokens, row.seconds, row.task_loss)
     return Trial(Subnet.from_json(row.subnet), quality, role, row.additive_kl)
 
 

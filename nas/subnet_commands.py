@@ -186,10 +186,7 @@ def evaluate(
     quality = text_quality(supernet, chosen, unseen_windows(supernet.loaded.tokenizer, 4, 512))
     scores = {}
     if task:
-        try:
-            from nas.tasks import evaluate_tasks
-        except ImportError as error:
-            raise ValueError(f"--task needs lm-eval ({error}); pip install 'llm-nas[tasks]'") from error
+        from nas.tasks import evaluate_tasks
 
         supernet.activate(chosen)
         with progress_bar(chosen.id) as progress:

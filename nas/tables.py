@@ -128,8 +128,8 @@ def space(fields: Fields) -> str:
 
 
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
-    """The best of a search, by the rows' `kl`."""
-    best = sorted(rows, key=lambda row: float(row["kl"]))[:count]
+    """The best of a search, by the rows' `kl`, or `task_loss` where they have it."""
+    best = sorted(rows, key=lambda row: float(row.get("task_loss", row["kl"])))[:count]
     heads = ("subnet" if name == "id" else name for name in rows[0])
     table = Table(*heads, title=f"Study {study_name}")
     for row in best:
@@ -154,6 +154,7 @@ def answer_fields(answer: Answer) -> Fields:
         "bits": answer.subnet.bits,
         "kl": answer.quality.kl,
         "perplexity": answer.quality.perplexity,
+        **({} if answer.quality.task_loss is None else {"task_loss": answer.quality.task_loss}),
         "parameters": answer.parameters,
         "parameters_ratio": answer.parameters_ratio,
         "size_bytes": answer.size_bytes,

@@ -8,19 +8,29 @@ product evaluates in.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from hw_profiles.profile import Progress
 from nas.families import LoadedModel, computing, fast_dtype
+from nas.quality import Quality
+from nas.search import Evaluates
+from nas.space import Part, Subnet
+
+try:
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError(f"--task needs lm-eval ({error}); pip install 'llm-nas[tasks]'") from error
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 64
@@ -108,13 +118,86 @@ def evaluate_tasks(
     `choices` and `label`, the right one's index; scored is " " + choice after the context. ValueError for a task that
     is neither.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every default that it takes
-    datasets.disable_progress_bars()
-    manager = TaskManager(include_defaults=any(not task.endswith(".jsonl") for task in tasks))
-    wanted = [_of_file(Path(task)) if task.endswith(".jsonl") else _known(task, manager) for task in tasks]
+    manager, wanted = _asked_for(tasks)
     scorer = LoadedModelScorer(loaded, dtype, progress)
     found = simple_evaluate(model=scorer, tasks=wanted, task_manager=manager, limit=limit, log_samples=False)
     return {name: _scores(results) for name, results in found["results"].items()}
+
+
+class ChoiceLoss:
+    """Cross-entropy of the right choices among all of their items, in nats, mean over the items of all tasks.
+
+    What the probabilities are taken of is what accuracy compares, each choice's summed log-likelihood, so it falls as
+    accuracy rises, and does not move in steps of an item. Of the model as it is when it is called.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, tasks: Sequence[str], *, limit: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """On the first `limit` items of each task; ValueError as `evaluate_tasks`, or for one without choices."""
+        manager, wanted = _asked_for(tasks)
+        self._scorer = LoadedModelScorer(loaded, dtype)
+        self._requests: list[Instance] = []
+        #: Of each item, how many choices there are and which of them count as right.
+        self._items: list[tuple[int, list[int]]] = []
+        for name, task in manager.load(wanted)["tasks"].items():
+            metrics = task.aggregation()
+            if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in metrics or "acc_mutual_info" in metrics:
+                raise ValueError(f"wanted a task of multiple choice with its accuracy, got {name}; take another")
+            task.build_all_requests(limit=limit)
+            by_item: dict[int, list[Instance]] = {}
+            for request in task.instances:
+                by_item.setdefault(request.doc_id, []).append(request)
+            for requests in by_item.values():
+                self._items.append((len(requests), _right_choices(task, requests)))
+                self._requests += requests
+
+    def __call__(self) -> float:
+        found = self._scorer.loglikelihood(self._requests, disable_tqdm=True)
+        likelihoods = torch.tensor([likelihood for likelihood, _ in found], dtype=torch.float64)
+        of_items = torch.split(likelihoods, [count for count, _ in self._items])
+        losses = [
+            choices.logsumexp(0) - choices[right].logsumexp(0)
+            for choices, (_, right) in zip(of_items, self._items, strict=True)
+        ]
+        return float(torch.stack(losses).mean())
+
+
+def _right_choices(task: Task, requests: Sequence[Instance]) -> list[int]:
+    """Which ones, if they were the likeliest, lm-eval would count as right: labels have many forms, it knows all."""
+
+    def counts(chosen: int) -> bool:
+        found = [(-1.0 if i == chosen else -1e9, False) for i in range(len(requests))]
+        return bool(task.process_results(requests[0].doc, found)["acc"])
+
+    return [chosen for chosen in range(len(requests)) if counts(chosen)]
+
+
+class TaskEvaluator:
+    """Judges subnets by a task beside the KL that `evaluator` finds; single parts, which only rank, by KL alone."""
+
+    def __init__(self, evaluator: Evaluates, loss: ChoiceLoss) -> None:
+        self.evaluator = evaluator
+        self.loss = loss
+
+    def evaluate(self, subnet: Subnet) -> Quality:
+        start = time.perf_counter()
+        found = self.evaluator.evaluate(subnet)  # leaves it active
+        return replace(found, task_loss=self.loss(), seconds=time.perf_counter() - start)
+
+    def block_kl(self, layer: int, part: Part, choice: int, bits: int) -> float:
+        return self.evaluator.block_kl(layer, part, choice, bits)
+
+    def reformation_error(self, layer: int, part: Part, choice: int) -> float:
+        return self.evaluator.reformation_error(layer, part, choice)
+
+
+def _asked_for(tasks: Sequence[str]) -> tuple[TaskManager, list[str | dict[str, Any]]]:
+    """What `TaskManager.load` takes."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every default that it takes
+    datasets.disable_progress_bars()
+    manager = TaskManager(include_defaults=any(not task.endswith(".jsonl") for task in tasks))
+    return manager, [_of_file(Path(task)) if task.endswith(".jsonl") else _known(task, manager) for task in tasks]
 
 
 def _of_file(file: Path) -> dict[str, Any]:

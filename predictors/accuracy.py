@@ -3,7 +3,8 @@
     log KL  =  a + b log(additive)  +  shrinkage * trees(features, log additive)
 
 `additive` is the sum of single-block KLs, a strong estimate by itself (rank correlation 0.96 to 0.99 on SmolLM2), so a
-and b are robust, and the trees join only as far as held-out trials show that they help.
+and b are robust, and the trees join only as far as held-out trials show that they help. Any other loss that grows with
+the KL may stand in its place, such as that of a task.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ class QualityPredictor:
     boost: ResidualBoost
 
     @classmethod
-    def fit(cls, features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt.ArrayLike, seed: int) -> QualityPredictor:
-        """features [n, f], say the choice index of each part; additive_kl and kl [n]. No trials at all will do."""
+    def fit(
+        cls, features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt.ArrayLike, seed: int, *, is_kl: bool = True
+    ) -> QualityPredictor:
+        """features [n, f], say the choice index of each part; additive_kl and kl [n]. No trials at all will do.
+
+        With `is_kl` off, `kl` is another loss, which may grow much less than the KL does.
+        """
         X, log_additive = _inputs(features, additive_kl)
         log_kl = _log_kl(kl, "kl")
         if log_kl.shape != log_additive.shape:
@@ -61,11 +67,13 @@ class QualityPredictor:
             errors = log_kl - log_additive
             return cls(0.0, 1.0, ResidualBoost(0.0, None, errors, errors))
 
+        least_slope = 0.5 if is_kl else 0.0  # a KL's slope is near 1 or the data is odd
+
         def fit_base(train: npt.NDArray[np.bool_]) -> FloatArray:
-            intercept, slope = _calibrate(log_additive[train], log_kl[train])
+            intercept, slope = _calibrate(log_additive[train], log_kl[train], least_slope)
             return intercept + slope * log_additive
 
-        return cls(*_calibrate(log_additive, log_kl), fit_residual_boost(X, log_kl, fit_base, seed))
+        return cls(*_calibrate(log_additive, log_kl, least_slope), fit_residual_boost(X, log_kl, fit_base, seed))
 
     def predict(self, features: npt.ArrayLike, additive_kl: npt.ArrayLike, coverage: float = 0.9) -> QualityPrediction:
         """KL [n] with intervals, symmetric in log space; up to infinity while trials are too few for `coverage`."""
@@ -74,7 +82,9 @@ class QualityPredictor:
         return QualityPrediction(value, *log_interval(value, self.boost.held_out_log_errors, coverage))
 
 
-def cross_validated(features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt.ArrayLike, seed: int) -> QualityReport:
+def cross_validated(
+    features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt.ArrayLike, seed: int, *, is_kl: bool = True
+) -> QualityReport:
     """Each fold predicted by a fit, choice of shrinkage included, on the others; at least `MINIMUM_TRIALS` trials."""
     X, additive, actual = (np.asarray(a, dtype=np.float64) for a in (features, additive_kl, kl))
     if len(actual) < MINIMUM_TRIALS:
@@ -83,18 +93,18 @@ def cross_validated(features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt
     predicted = np.empty(len(actual))
     for k in range(int(fold.max()) + 1):
         train, held_out = fold != k, fold == k
-        fitted = QualityPredictor.fit(X[train], additive[train], actual[train], seed)
+        fitted = QualityPredictor.fit(X[train], additive[train], actual[train], seed, is_kl=is_kl)
         predicted[held_out] = fitted.predict(X[held_out], additive[held_out]).value
     return QualityReport(spearman(predicted, actual), spearman(additive, actual))
 
 
-def _calibrate(log_additive: FloatArray, log_kl: FloatArray) -> tuple[float, float]:
+def _calibrate(log_additive: FloatArray, log_kl: FloatArray, least_slope: float) -> tuple[float, float]:
     """(a, b): the Theil-Sen line, b the median slope over all pairs, so that a few odd trials do not turn it."""
     from scipy import stats
 
     if np.ptp(log_additive) == 0:
         return float(np.median(log_kl - log_additive)), 1.0
-    slope = float(np.clip(stats.theilslopes(log_kl, log_additive).slope, 0.5, 2.0))  # b is near 1 or the data is odd
+    slope = float(np.clip(stats.theilslopes(log_kl, log_additive).slope, least_slope, 2.0))
     return float(np.median(log_kl - slope * log_additive)), slope
 
 

@@ -511,6 +511,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         folders.append(format_)
     check_tuning(nas, answer["subnet"], on_device)
     check_judging(nas, tmp_path, answer["subnet"])
+    check_search_by_task(nas, search)
     check_a_tuned_supernet(nas, search)
     said = own.read_text()
     own.write_text(said.replace("e", "a"))
@@ -598,6 +599,23 @@ def check_judging(nas: Nas, folder: Path, subnet: str) -> None:
         refused = nas(*judge, "--task", task)
         assert refused.code == 2
         assert wanted in refused.json["error"]
+
+
+def check_search_by_task(nas: Nas, search: tuple[str, ...]) -> None:
+    """The study is of these items, as many and no others."""
+    by_task = [word if word != "s" else "by task" for word in search]
+    by_task[by_task.index("--evaluations") + 1] = "2"
+    searched = nas(*by_task, "--task", "items.jsonl", "--task-items", "6")
+    assert searched.code == 0
+    assert all(row["task_loss"] > 0 for row in searched.json["trials"])
+    best = min(searched.json["trials"], key=lambda row: row["task_loss"])
+    query = ("query", "--study", "by task", "--runtime", "onnxruntime", "--threads", "1", "--max-size-mb", "1")
+    answer = nas(*query, "--context-tokens", "8", "--json")
+    assert (answer.json["subnet"], answer.json["task_loss"]) == (best["id"], best["task_loss"])
+    for other in ((), ("--task", "items.jsonl", "--task-items", "7")):
+        refused = nas(*by_task, *other)
+        assert refused.code == 2
+        assert "was made for another protocol" in refused.json["error"]
 
 
 @pytest.mark.usefixtures("_single_thread")

@@ -12,6 +12,7 @@ import pytest
 
 from hw_profiles import Store
 from nas.pareto import hypervolume
+from nas.quality import Quality
 from nas.search import SearchSettings, search
 from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
 from nas.study import ALGORITHMS, Algorithm, Study, Trial
@@ -100,6 +101,31 @@ def test_a_budget_draws_trials_below_it(store: Store, uninterrupted: tuple[list[
 
     assert near(with_budget) > near(uninterrupted[0])
     assert best(with_budget) <= best(uninterrupted[0])
+
+
+class _WithTask(SyntheticEvaluator):
+    """Beside the KL a task that attention alone matters to."""
+
+    def evaluate(self, subnet: Subnet) -> Quality:
+        return replace(super().evaluate(subnet), task_loss=self.task_loss(subnet))
+
+    def task_loss(self, subnet: Subnet) -> float:
+        with_mlps = tuple(LayerChoice(layer.num_key_value_heads, 128) for layer in subnet.layers)
+        return 1 + 0.2 * self.kl(replace(subnet, layers=with_mlps))
+
+
+def test_a_task_takes_the_place_of_kl(store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:
+    evaluator = _WithTask(tiny_space())
+    by_task = run(store, evaluator)
+    assert len(by_task) == len(uninterrupted[0])
+
+    def hypervolume_of(trials: list[Trial]) -> float:
+        losses = [evaluator.task_loss(trial.subnet) for trial in trials]
+        values_ms = latency_ms([trial.subnet for trial in trials]).tolist()
+        return hypervolume(list(zip(losses, values_ms, strict=True)), (2.0, 12.0))
+
+    assert hypervolume_of(by_task) > hypervolume_of(uninterrupted[0])
+    assert all(trial.quality.loss == evaluator.task_loss(trial.subnet) for trial in by_task)
 
 
 @pytest.mark.parametrize("stop", [0, 5, 24, 25, 31, 45])

@@ -41,7 +41,7 @@ def random_trials(count: int, seed: int = 0) -> list[Trial]:
     values = rng.lognormal(size=(len(subnets), 3))
     roles = ("full", "seed", "search")
     return [
-        Trial(subnet, Quality(float(kl), float(perplexity), i, float(seconds)), roles[i % 3])
+        Trial(subnet, Quality(float(kl), float(perplexity), i, float(seconds), [None, 0.5][i % 2]), roles[i % 3])
         for i, (subnet, (kl, perplexity, seconds)) in enumerate(zip(subnets, values, strict=True))
     ][:count]
 
@@ -101,6 +101,7 @@ def test_studies_of_version_1_are_brought_up_to_date(store: Store, database_url:
     Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).add(trials[0])
     with store.transaction() as session:
         session.execute(text("ALTER TABLE studies DROP COLUMN text"))
+        session.execute(text("ALTER TABLE trials DROP COLUMN task_loss"))
         session.execute(text("UPDATE schema_version SET version = 1 WHERE name = 'nas'"))
     with Store(database_url) as later:
         study = Study.load(later, "s")
@@ -175,7 +176,7 @@ def test_a_study_of_a_later_llm_nas_is_refused(store: Store) -> None:
     Study.create(store, "s", "m", "0123", SPACE, PROTOCOL)
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99 WHERE name = 'nas'"))
-    with pytest.raises(StoreError, match="the tables of nas have schema version 99, wanted at most 2; use the llm-nas"):
+    with pytest.raises(StoreError, match="the tables of nas have schema version 99, wanted at most 3; use the llm-nas"):
         Study.load(store, "s")
 
 

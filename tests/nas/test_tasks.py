@@ -11,7 +11,7 @@ from export.huggingface import write_huggingface
 from nas.families import LoadedModel, load_model
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
-from nas.tasks import LoadedModelScorer, evaluate_tasks
+from nas.tasks import ChoiceLoss, LoadedModelScorer, evaluate_tasks
 from tests.nas.tiny_llama import save_tiny_llama
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -91,3 +91,28 @@ def test_likelihoods_are_lm_evals(loaded: LoadedModel) -> None:
     assert seen[-1] == (4, 4)
     greedy = int(loaded.model(torch.tensor([[3, 4, 5]])).logits[0, -1].argmax())
     assert scorer._loglikelihood_tokens([(("", ""), [3, 4, 5], [greedy])])[0][1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_of_choices_is_that_of_lm_evals_likelihoods(loaded: LoadedModel, items: Path) -> None:
+    scorer = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
+    found = simple_evaluate(model=scorer, tasks=[_task(items)], limit=20, log_samples=True)
+    losses = []
+    for sample in found["samples"]["items"]:
+        likelihoods = torch.tensor([likelihood for likelihood, _ in sample["filtered_resps"]])
+        assert len(likelihoods) == len(sample["doc"]["choices"])
+        losses.append(-float(likelihoods.log_softmax(0)[sample["doc"]["label"]]))
+    assert len(losses) == 20
+    loss = ChoiceLoss(loaded, [str(items)], limit=20, dtype=torch.float32)
+    assert loss() == pytest.approx(sum(losses) / 20, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_without_choices_has_no_such_loss(
+    loaded: LoadedModel, items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    plain = _task(items) | {"output_type": "loglikelihood", "doc_to_target": "{{context}}", "metric_list": metrics}
+    monkeypatch.setattr("nas.tasks._of_file", lambda file: plain)
+    with pytest.raises(ValueError, match="wanted a task of multiple choice with its accuracy, got items"):
+        ChoiceLoss(loaded, [str(items)], limit=4)
