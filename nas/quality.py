@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quality:
-    """`kl` in nats per token; `perplexity` of the next token within each window; `tokens` positions; `seconds` taken.
+    """`kl` in nats per token; `perplexity` of the next token within each window; `tokens` read; `seconds` taken.
 
     KL is the mean over positions of KL(full fp32 model || subnet). `task_loss` is that of the tasks that a search goes
     by in place of KL, see `nas.tasks.ChoiceLoss`; None where it goes by KL.

@@ -151,6 +151,8 @@ class ChoiceLoss:
             for requests in by_item.values():
                 self._items.append((len(requests), _right_choices(task, requests)))
                 self._requests += requests
+        #: Read at every call.
+        self.tokens = sum(len(self._scorer.tok_encode("".join(request.args))) for request in self._requests)
 
     def __call__(self) -> float:
         found = self._scorer.loglikelihood(self._requests, disable_tqdm=True)
@@ -183,7 +185,9 @@ class TaskEvaluator:
     def evaluate(self, subnet: Subnet) -> Quality:
         start = time.perf_counter()
         found = self.evaluator.evaluate(subnet)  # leaves it active
-        return replace(found, task_loss=self.loss(), seconds=time.perf_counter() - start)
+        loss = self.loss()
+        tokens, seconds = found.tokens + self.loss.tokens, time.perf_counter() - start
+        return replace(found, task_loss=loss, tokens=tokens, seconds=seconds)
 
     def block_kl(self, layer: int, part: Part, choice: int, bits: int) -> float:
         return self.evaluator.block_kl(layer, part, choice, bits)
