@@ -262,11 +262,11 @@ class Benchmark:
         base = SearchSpace.from_config(FAMILIES[family])
         profiled = {target.precision for target in self.store.targets()}
         space = replace(base, bits_choices=tuple(bits for bits in base.bits_choices if f"int{bits}" in profiled))
-        rng = np.random.default_rng(0)
+        pool_rng, rng = np.random.default_rng(0), np.random.default_rng(1)  # asks the same when it goes on
         study = Study.create(self.store, f"budgets of {family}", family, family, space, {})
         if not study.trials():
             for _ in range(_POOL):
-                subnet = space.sample(rng)
+                subnet = space.sample(pool_rng)
                 # quality is not the question here: more parameters count as better
                 kl = space.base.parameters / space.model_shape(subnet).parameters
                 study.add(Trial(subnet, Quality(kl, float(np.exp(kl)), 0, 0.0), "search"))

@@ -43,7 +43,8 @@ class Measured:
     memory: tuple[MemoryMeasurement, ...] = ()
 
     def to_json(self) -> str:
-        shapes = dict.fromkeys([self.reference, *(found.shape for found in (*self.measurements, *self.memory))])
+        measured = [*(found.shape for found in self.measurements), *(found.shape for found in self.memory)]
+        shapes = dict.fromkeys([self.reference, *measured])
         return json.dumps(
             {
                 "format": _FORMAT,

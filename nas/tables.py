@@ -129,7 +129,7 @@ def space(fields: Fields) -> str:
 
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
     """The best of a search, by the rows' `kl`, or `task_loss` where they have it."""
-    best = sorted(rows, key=lambda row: float(row.get("task_loss", row["kl"])))[:count]
+    best = sorted(rows, key=lambda row: float(row["task_loss" if "task_loss" in row else "kl"]))[:count]
     heads = ("subnet" if name == "id" else name for name in rows[0])
     table = Table(*heads, title=f"Study {study_name}")
     for row in best:

@@ -32,16 +32,15 @@ def _file(name: str, cache_dir: Path) -> Path:
     folder = cache_dir / "text"
     path = folder / f"{sha256(name.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
-        rows = _open(name)
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
-            file.writelines(_lines(rows, name))
+            file.writelines(_lines(_rows(name), name))
         part.replace(path)
     return path
 
 
-def _open(name: str) -> Iterable[Mapping[str, Any]]:
+def _rows(name: str) -> Iterator[Mapping[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -50,13 +49,10 @@ def _open(name: str) -> Iterable[Mapping[str, Any]]:
     if not path or name.count(":") > 3:
         raise ValueError(f"wanted {PREFIX}NAME, {PREFIX}NAME:CONFIG or {PREFIX}NAME:CONFIG:SPLIT, got {name}")
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-            path, config or None, split=split or "train", streaming=True
-        )
+        yield from datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # not there, of another format, or it wants code of its own
         reason = str(error).splitlines()[0]
         raise ValueError(f"wanted a data set with that split at {name}, got: {reason}") from error
-    return rows
 
 
 def _lines(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[str]:

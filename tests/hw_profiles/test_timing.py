@@ -55,8 +55,8 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
     assert set(timings) == {(name, work) for name in ("full", "half") for work in WORKLOADS}
     expected_ms = {
         WORKLOADS[0]: 4.0 + 16 * 0.5,
-        WORKLOADS[1]: 4.0 + 0.5 + (16 + 2) * 0.25,  # the median of five steps is the third, two tokens later
-        # after the untimed steps the context is no shorter than they are
+        # the median of five steps is the third, two tokens later; the context is no shorter than the untimed steps
+        WORKLOADS[1]: 4.0 + 0.5 + (max(16, WARM_STEPS) + 2) * 0.25,
         WORKLOADS[2]: 4.0 + 0.5 + (WARM_STEPS + 2) * 0.25,
         WORKLOADS[3]: 4.0 + 2 * (0.5 + (WARM_STEPS + 2) * 0.25),
     }

@@ -165,6 +165,7 @@ def test_a_study_of_before_versions_were_written_goes_on(store: Store, database_
     Study.create(store, "s", "m", "0123", SPACE, PROTOCOL).add(trials[0])
     with store.engine.begin() as connection:
         connection.execute(text("ALTER TABLE studies DROP COLUMN text"))
+        connection.execute(text("ALTER TABLE trials DROP COLUMN task_loss"))
         assert connection.execute(text("DELETE FROM schema_version WHERE name = 'nas'")).rowcount == 1
     with Store(database_url) as again:
         study = Study.create(again, "s", "m", "0123", SPACE, PROTOCOL)

@@ -29,9 +29,9 @@ def test_a_data_set_becomes_a_file_once(tmp_path):
 
 def test_splits_and_conversations(tmp_path):
     asked = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}]
-    _write(tmp_path / "set", "train", [{"instruction": "Add 1 and 2.", "input": None, "output": "3", "source": "x"}])
-    name = _write(tmp_path / "set", "test", asked)
-    files = as_files([Path(name), Path(f"{name}::test")], tmp_path)
+    told = [{"instruction": "Add 1 and 2.", "input": None, "output": "3", "source": "x"}]
+    names = [_write(tmp_path / "told", "train", told), _write(tmp_path / "asked", "test", asked)]
+    files = as_files([Path(names[0]), Path(f"{names[1]}::test")], tmp_path)
     assert [read_text(file, tokenizer=None) for file in files] == ["Add 1 and 2.\n3", "Why?\nBecause."]
 
 
