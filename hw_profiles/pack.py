@@ -307,28 +307,30 @@ def run_pack(
 ) -> None:
     """Time the pack's graphs for `targets`, some of the plan's, on this device; what the results hold is kept.
 
-    About `memory_graphs` of them are run for their memory afterwards, where the system tells it.
+    Once all are timed, about `memory_graphs` of them are run for their memory, where the system tells it.
     """
     plan = pack.plan
     in_memory = memory_plan(plan.graphs, plan.workloads, memory_graphs if can_measure_memory() else 0)
-    per_target = len(plan.graphs) + len(in_memory)
+    asked = [Target(device.id, runtime, precision, threads) for runtime, precision in targets]
+    total = len(asked) * (len(plan.graphs) + len(in_memory))
 
     def from_there(before: int, key: str) -> Progress:
-        return lambda done, _, what: progress(before + done, per_target * len(targets), f"{key}: {what}")
+        return lambda done, _, what: progress(before + done, total, f"{key}: {what}")
 
-    for number, (runtime, precision) in enumerate(targets):
-        target, build = Target(device.id, runtime, precision, threads), pack.builder(runtime)
-        before = number * per_target
+    for number, target in enumerate(asked):
         profile(
-            results, device, target, plan.graphs, plan.workloads, build, engines[runtime],
+            results, device, target, plan.graphs, plan.workloads, pack.builder(target.runtime),
+            engines[target.runtime],
             rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed, scratch=scratch,
-            progress=from_there(before, target.key),
+            progress=from_there(number * len(plan.graphs), target.key),
         )  # fmt: skip
-        if in_memory:
-            profile_memory(
-                results, target, engines[runtime].version(), plan.graphs, plan.workloads, build,
-                graphs=memory_graphs, scratch=scratch, progress=from_there(before + len(plan.graphs), target.key),
-            )  # fmt: skip
+    timed = len(asked) * len(plan.graphs)
+    for number, target in enumerate(asked if in_memory else ()):
+        profile_memory(
+            results, target, engines[target.runtime].version(), plan.graphs, plan.workloads,
+            pack.builder(target.runtime),
+            graphs=memory_graphs, scratch=scratch, progress=from_there(timed + number * len(in_memory), target.key),
+        )  # fmt: skip
 
 
 def chosen_targets(

@@ -262,12 +262,14 @@ def search(
             text, reform=reform, tuned=tuned_digest(supernet_folder), tasks=task, task_items=task_items
         )
         protocol.search(loaded.tokenizer)  # a text that is too short is refused before there is a study of it
+        if task:
+            task_loss = ChoiceLoss(loaded, task, limit=task_items)  # and so is what is no task
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
         note("calibrating and reforming")
         supernet = open_supernet(loaded, space, protocol, cache, supernet_folder)
         evaluator: Evaluates = open_evaluator(supernet, protocol)
         if task:
-            evaluator = TaskEvaluator(evaluator, ChoiceLoss(loaded, task, limit=task_items))
+            evaluator = TaskEvaluator(evaluator, task_loss)
         with progress_bar("search") as progress:
             trials = run_search(space, evaluator, latency.value_ms, study, settings, progress)
         values_ms = latency.value_ms([trial.subnet for trial in trials])

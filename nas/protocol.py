@@ -49,8 +49,11 @@ class EvaluationProtocol:
         for name in ("calibration_files", "search_files"):
             fields[name] = [text_digest(Path(file)) for file in fields[name]]
         fields["tasks"] = [text_digest(Path(task)) if task.endswith(".jsonl") else task for task in self.tasks]
-        unset = {"tuned": not self.tuned, "tasks": not self.tasks, "task_items": not self.tasks}
-        fields = {name: value for name, value in fields.items() if not unset.get(name)}  # as before there were any
+        # studies from before there were any have none
+        if not self.tuned:
+            del fields["tuned"]
+        if not self.tasks:
+            del fields["tasks"], fields["task_items"]
         return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:

@@ -612,6 +612,11 @@ def check_search_by_task(nas: Nas, search: tuple[str, ...]) -> None:
     query = ("query", "--study", "by task", "--runtime", "onnxruntime", "--threads", "1", "--max-size-mb", "1")
     answer = nas(*query, "--context-tokens", "8", "--json")
     assert (answer.json["subnet"], answer.json["task_loss"]) == (best["id"], best["task_loss"])
+    no_task = nas(*[word if word != "by task" else "no task" for word in by_task], "--task", "nonesuch")
+    assert no_task.code == 2
+    assert "wanted a task that lm-eval knows" in no_task.json["error"]
+    unknown = nas("query", "--study", "no task", "--max-size-mb", "1", "--json")
+    assert "there is no study 'no task'" in unknown.json["error"]
     for other in ((), ("--task", "items.jsonl", "--task-items", "7")):
         refused = nas(*by_task, *other)
         assert refused.code == 2
