@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from safetensors import SafetensorError
@@ -273,18 +273,7 @@ def search(
         with progress_bar("search") as progress:
             trials = run_search(space, evaluator, latency.value_ms, study, settings, progress)
         values_ms = latency.value_ms([trial.subnet for trial in trials])
-    rows: list[dict[str, Any]] = [
-        {
-            "id": trial.subnet.id,
-            "bits": trial.subnet.bits,
-            "role": trial.role,
-            "kl": trial.quality.kl,
-            "perplexity": trial.quality.perplexity,
-            **({"task_loss": trial.quality.task_loss} if task else {}),
-            objective[1]: float(ms),
-        }
-        for trial, ms in zip(trials, values_ms, strict=True)
-    ]
+    rows = [tables.trial_fields(trial, {objective[1]: float(ms)}) for trial, ms in zip(trials, values_ms, strict=True)]
     cost = {"evaluations": len(trials), "tokens": sum(t.quality.tokens for t in trials),
             "seconds": time.perf_counter() - started}  # fmt: skip
     emit({"study": study_name, "space": members, "trials": rows, **cost}, as_json, tables.trials(study_name, rows))

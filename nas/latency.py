@@ -24,8 +24,9 @@ Floats = NDArray[np.float64]
 #: Graphs of a profile that predictors are fitted on; the others judge them.
 TRAINING_ROLES: tuple[Role, ...] = ("reference", "table", "anchor")
 _CURVE_POINTS = 40
-#: Of a graph's latency, the standard deviation from one time that it is loaded to the next: what pages its weights land
-#: on stays with it. OpenVINO's decode of one int4 subnet took 0.81, 0.83 and 0.86 of the full model's time.
+#: Of a graph's latency relative to the full model's, the standard deviation from one time that both are loaded to the
+#: next, minutes later: pages and what is ours of the caches are others then. OpenVINO's decode of one int4 subnet took
+#: 0.81, 0.83 and 0.86 of the full model's time.
 LOAD_NOISE = 0.02
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from hw_profiles import Workload
 from hw_profiles.staleness import ProfileSummary
+from nas.quality import Quality
 
 if TYPE_CHECKING:  # they bring torch
     from export import Verification
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # they bring torch
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
     from nas.space import SearchSpace, Subnet
+    from nas.study import Trial
     from nas.supernet_tuning import TunedSupernet
     from nas.tasks import Score
     from nas.tuned import Tuned
@@ -127,6 +129,23 @@ def space(fields: Fields) -> str:
     return f"{float(fields['subnets']):.1e} subnets: {'; '.join(members)}"
 
 
+def trial_fields(trial: Trial, latency: Mapping[str, float]) -> Fields:
+    """One of a search; `latency` by the name of the objective."""
+    return {
+        "id": trial.subnet.id,
+        "bits": trial.subnet.bits,
+        "role": trial.role,
+        **_quality_fields(trial.quality),
+        **latency,
+    }
+
+
+def _quality_fields(quality: Quality) -> Fields:
+    """Without the loss of tasks where a search goes by KL."""
+    of_tasks = {} if quality.task_loss is None else {"task_loss": quality.task_loss}
+    return {"kl": quality.kl, "perplexity": quality.perplexity, **of_tasks}
+
+
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
     """The best of a search, by the rows' `kl`, or `task_loss` where they have it."""
     best = sorted(rows, key=lambda row: float(row["task_loss" if "task_loss" in row else "kl"]))[:count]
@@ -152,9 +171,7 @@ def answer_fields(answer: Answer) -> Fields:
     return {
         "subnet": answer.subnet.id,
         "bits": answer.subnet.bits,
-        "kl": answer.quality.kl,
-        "perplexity": answer.quality.perplexity,
-        **({} if answer.quality.task_loss is None else {"task_loss": answer.quality.task_loss}),
+        **_quality_fields(answer.quality),
         "parameters": answer.parameters,
         "parameters_ratio": answer.parameters_ratio,
         "size_bytes": answer.size_bytes,
