@@ -184,7 +184,9 @@ def timed(
     engine, threads = runtime(name), detect().cores
     sessions = {label: engine.load(path, threads, MAX_TOKENS) for label, path in paths.items()}
     vocab_size = loaded.model.config.vocab_size
-    return measure(sessions, reference, WORKLOADS, vocab_size=vocab_size, rounds=arguments.rounds, seed=arguments.seed)
+    return measure(
+        sessions, [reference], WORKLOADS, vocab_size=vocab_size, rounds=arguments.rounds, seed=arguments.seed
+    )
 
 
 def full_rows(

@@ -32,6 +32,7 @@ from hw_profiles import RUNTIMES, Measurement, PlannedGraph, Store, Target, Work
 from hw_profiles.measurement import Role
 from hw_profiles.memory import profile_memory
 from hw_profiles.profile import repeat_noise
+from hw_profiles.references import reference_shapes
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
 from nas.budget import Budget, BudgetUnmetError
 from nas.latency import TRAINING_ROLES, HeldoutGraph, LatencyModel, held_out_errors
@@ -302,15 +303,16 @@ class Benchmark:
         )
 
     def _timed_again_ms(self, target: Target, space: SearchSpace, shape: ModelShape, work: Workload) -> float:
-        """Beside the full model once more, told at the profile's speed as `nas verify --study` does."""
-        graphs = [PlannedGraph(space.base, "reference"), PlannedGraph(shape, "finalist")]
+        """Beside the references once more, told at the profile's speed as `nas verify --study` does."""
+        references = [PlannedGraph(full, "reference") for full in reference_shapes(space.base)]
+        graphs = [*references, PlannedGraph(shape, "finalist")]
         with Store("sqlite://") as again:
             time_graphs(
                 again, target, runtime(target.runtime), graphs, [work], rounds=FINALIST_ROUNDS, seed=2, progress=_silent
             )
             (timed,) = again.measurements(roles=["finalist"])
-        reference = self.store.measurements(target, work, ["reference"], space.base.id)[-1]
-        return timed.ratio * reference.latency_ms
+        profiled = self.store.measurements(target, work, ["reference"], space.base.id)[-1]
+        return replace(timed, profile_ms=profiled.profile_ms).latency_ms
 
     def seconds_of_ten_thousand(self, family: str) -> float:
         """For as many predictions of one phase, the fit not counted."""

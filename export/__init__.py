@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.artefact import ArtefactError, LatencyPrediction, Manifest, Parity, read_manifest
 from export.builders import BUILDERS, FORMAT_OF_RUNTIME
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
-from export.verify import ProfiledReference, Verification, verify
+from export.verify import ProfiledReferences, Verification, verify
 
 if TYPE_CHECKING:
     from export.folder import export_folder
@@ -24,7 +24,7 @@ __all__ = [
     "LatencyPrediction",
     "Manifest",
     "Parity",
-    "ProfiledReference",
+    "ProfiledReferences",
     "QuantizedWeight",
     "Verification",
     "dequantize",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,6 +20,7 @@ from export.builders import BUILDERS, RUNTIME_OF_FORMAT
 from export.generation import MAX_TOKENS, generate, not_working, open_session
 from hw_profiles.measurement import median_error
 from hw_profiles.memory import Footprint, measure_memory
+from hw_profiles.references import at_profile_speed
 from hw_profiles.runtimes import Runtime, Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import Timing, measure, pooled, tokens_needed
@@ -41,18 +42,18 @@ class LogitAgreement:
 
 
 @dataclass(frozen=True)
-class ProfiledReference:
-    """A graph that a profile of this device knows, and its milliseconds there by workload."""
+class ProfiledReferences:
+    """The graphs that those of a profile of this device were timed beside, and by workload and id what they took."""
 
-    shape: ModelShape
-    latencies_ms: Mapping[Workload, float]
+    shapes: tuple[ModelShape, ...]
+    latencies_ms: Mapping[Workload, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Verification:
     """`exact` is the agreement when the runtime computes in fp32, where with the shipped file it does not.
 
-    `timings` are beside `reference` where there was one, else beside the first folder.
+    `timings` are beside `references`, by their ids, where there were any, else beside the first folder.
     """
 
     directory: Path
@@ -62,7 +63,7 @@ class Verification:
     exact: LogitAgreement
     timings: dict[Workload, Timing]
     generated: str
-    reference: ProfiledReference | None = None
+    references: ProfiledReferences | None = None
     #: Of a process that did nothing but load the folder and run the workload; empty where it was not measured.
     footprints: Mapping[Workload, Footprint] = field(default_factory=dict)
 
@@ -77,11 +78,12 @@ class Verification:
     def at_profile_speed_ms(self, workload: Workload) -> float | None:
         """What the folder takes on a machine that is as fast as when it was profiled; None where no profile knows.
 
-        Between a profile and now a shared machine may have become half as fast, and the reference with it.
+        Between a profile and now a shared machine may have become half as fast, and the references with it.
         """
-        if self.reference is None or workload not in self.reference.latencies_ms:
+        if self.references is None or workload not in self.references.latencies_ms:
             return None
-        return self.timings[workload].ratio * self.reference.latencies_ms[workload]
+        timing = self.timings[workload]
+        return at_profile_speed(timing.ratio, timing.references_ms, self.references.latencies_ms[workload])
 
     @property
     def peak_memory_bytes(self) -> int | None:
@@ -105,7 +107,7 @@ def verify(
     new_tokens: int = 40,
     rounds: int = 10,
     seed: int = 0,
-    references: Mapping[tuple[Format, Precision], ProfiledReference] = MappingProxyType({}),
+    references: Mapping[tuple[Format, Precision], ProfiledReferences] = MappingProxyType({}),
     memory_of: Collection[Path] = (),
     limits_ms: Mapping[tuple[Path, Workload], float] = MappingProxyType({}),
 ) -> list[Verification]:
@@ -113,7 +115,7 @@ def verify(
 
     Where one of `limits_ms` lies within two standard errors of a folder's latency they are timed again, as many rounds,
     up to MOST_TIMINGS times in all, loaded anew each time: what pages the weights land on is part of the noise.
-    Folders of the format and precision of one of `references` are timed beside that graph, written for the occasion;
+    Folders of the format and precision of one of `references` are timed beside its graphs, written for the occasion;
     those in `memory_of` run in processes of their own as well, for their peak memory.
     Raises ArtefactError for a folder that is damaged or that its runtime cannot load, and ValueError for one in
     `memory_of` that torch runs, whose own memory would hide that of the model.
@@ -150,25 +152,24 @@ def verify(
         for directory, manifest in zip(directories, manifests, strict=True)
     }
     beside = [references.get((manifest.format, manifest.precision)) for manifest in manifests]
+    names = [str(directory) for directory in directories]
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        names = [str(directory) for directory in directories]
-        written, reference_of = _write_references(names, manifests, beside, Path(scratch))
+        written, references_of = _write_references(names, manifests, beside, Path(scratch))
         batches: list[dict[tuple[str, Workload], Timing]] = []
         while True:
             if batches:
                 sessions.clear()  # before there are two of each
                 sessions |= load()
-            sessions |= {name: engine.load(path, threads, max_tokens) for name, (engine, path) in written.items()}
-            batches.append(
-                measure(
-                    sessions,
-                    reference_of,
-                    workloads,
-                    vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
-                    rounds=rounds,
-                    seed=seed + len(batches),
-                )
+            sessions |= {name: graph.engine.load(graph.path, threads, max_tokens) for name, graph in written.items()}
+            timings = measure(
+                sessions,
+                references_of,
+                workloads,
+                vocab_size=min(manifest.shape.vocab_size for manifest in manifests),
+                rounds=rounds,
+                seed=seed + len(batches),
             )
+            batches.append({key: _by_shape(timing, written) for key, timing in timings.items()})
             results = [
                 Verification(
                     directory=directory,
@@ -178,10 +179,10 @@ def verify(
                     exact=exact,
                     timings={work: pooled([batch[str(directory), work] for batch in batches]) for work in workloads},
                     generated=generated,
-                    reference=reference,
+                    references=profiled,
                     footprints=footprints[directory],
                 )
-                for directory, manifest, reference, (shipped, exact, generated) in zip(
+                for directory, manifest, profiled, (shipped, exact, generated) in zip(
                     directories, manifests, beside, checked, strict=True
                 )
             ]
@@ -211,27 +212,43 @@ def _footprints(
     return {work: measure_memory(name, directory, threads, work, vocab_size) for work in workloads}
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A graph of a profile, to be loaded beside the folders."""
+
+    shape_id: str
+    engine: Runtime
+    path: Path
+
+
 def _write_references(
     names: Sequence[str],
     manifests: Sequence[Manifest],
-    references: Sequence[ProfiledReference | None],
+    references: Sequence[ProfiledReferences | None],
     scratch: Path,
-) -> tuple[dict[str, tuple[Runtime, Path]], dict[str, str]]:
-    """Graphs to load beside the sessions `names`, and for each of both the one to time it beside: the first, if any."""
-    written: dict[str, tuple[Runtime, Path]] = {}
-    reference_of = dict.fromkeys(names, names[0])
-    for name, manifest, reference in zip(names, manifests, references, strict=True):
-        if reference is None:
+) -> tuple[dict[str, _Written], dict[str, tuple[str, ...]]]:
+    """Graphs to load beside the sessions `names`, and for each of both those to time it beside: the first, if any."""
+    written: dict[str, _Written] = {}
+    references_of: dict[str, tuple[str, ...]] = dict.fromkeys(names, (names[0],))
+    for name, manifest, profiled in zip(names, manifests, references, strict=True):
+        if profiled is None:
             continue
-        key = f"{manifest.format} {manifest.precision} of the profile"
-        if key not in written:
-            engine = runtime(RUNTIME_OF_FORMAT[manifest.format])
-            directory = scratch / f"{manifest.format}-{manifest.precision}"
-            directory.mkdir()
-            written[key] = engine, BUILDERS[engine.name](reference.shape, manifest.precision, directory)
-            reference_of[key] = key
-        reference_of[name] = key
-    return written, reference_of
+        engine, kind = runtime(RUNTIME_OF_FORMAT[manifest.format]), f"{manifest.format}-{manifest.precision}"
+        keys = {f"{kind}/{shape.id}": shape for shape in profiled.shapes}
+        for key, shape in keys.items():
+            if key not in written:
+                (scratch / key).mkdir(parents=True)
+                path = BUILDERS[engine.name](shape, manifest.precision, scratch / key)
+                written[key] = _Written(shape.id, engine, path)
+            references_of[key] = tuple(keys)
+        references_of[name] = tuple(keys)
+    return written, references_of
+
+
+def _by_shape(timing: Timing, written: Mapping[str, _Written]) -> Timing:
+    """With the latencies of references by their shape's id, where they were written."""
+    by_shape = {written[k].shape_id if k in written else k: ms for k, ms in timing.references_ms.items()}
+    return replace(timing, references_ms=by_shape)
 
 
 def logit_agreement(session: Session, parity: Parity, token_by_token: bool = True) -> LogitAgreement:

@@ -18,7 +18,7 @@ from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS, Fields, model_shape, 
 MAX_FILE_BYTES = 32 * 2**20
 MAX_MEASUREMENTS = 50_000
 
-_FORMAT, _VERSION = "llm-nas measurements", 1
+_FORMAT, _VERSION = "llm-nas measurements", 2
 _MAX_SHAPES = 10_000
 _MAX_RATIO = 1e6
 _MAX_MS = 1e7  # three hours a token
@@ -153,7 +153,7 @@ def _row(found: Measurement) -> dict[str, object]:
         "ratio": found.ratio,
         "spread_ratio": found.spread_ratio,
         "repeats": found.repeats,
-        "reference_ms": found.reference_ms,
+        "references_ms": dict(found.references_ms),
         "affinity": found.affinity,
     }
 
@@ -216,14 +216,18 @@ def _known_shape(fields: Fields, name: str, shapes: Mapping[str, ModelShape]) ->
 def _measurement(
     fields: Fields, device: Device, shapes: Mapping[str, ModelShape], reference: ModelShape
 ) -> Measurement:
+    references_ms = fields.nested("references_ms")
+    if reference.id not in references_ms:
+        raise ValueError(f"{references_ms.where} must hold the model itself, {reference.id}, got others; {_REMEDY}")
     found = Measurement(
         **_graph(fields, device, shapes, reference),
         ratio=fields.number("ratio", 1 / _MAX_RATIO, _MAX_RATIO),
         spread_ratio=fields.number("spread_ratio", 0, _MAX_RATIO),
         repeats=fields.integer("repeats", 1, _MAX_PASSES),
-        reference_ms=fields.number("reference_ms", 1e-6, _MAX_MS),
+        references_ms={name: references_ms.number(name, 1e-6, _MAX_MS) for name in shapes if name in references_ms},
         affinity=fields.text("affinity", 1000),
     )
+    references_ms.end()
     fields.end()
     return found
 
@@ -250,14 +254,11 @@ def _graph(fields: Fields, device: Device, shapes: Mapping[str, ModelShape], ref
         fields.integer("threads", 1, MAX_THREADS),
     )
     shape = _known_shape(fields, "shape_id", shapes)
-    role = fields.choice("role", ROLES)
-    if role == "reference" and shape != reference:
-        raise fields.wrong("shape_id", f"{reference.id} where the role is reference", shape.id)
     return {
         "target": target,
         "shape": shape,
         "workload": workload(fields),
-        "role": role,
+        "role": fields.choice("role", ROLES),
         "reference_id": reference.id,
         "runtime_version": fields.text("runtime_version", 100),
         "created_at": _moment(fields),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, get_args
 
 from hw_profiles.devices import Target
+from hw_profiles.references import at_profile_speed
 from hw_profiles.shapes import ModelShape, Workload
 
-#: reference: the full model; table: one choice in all layers, or in every second; anchor: fits the predictor; heldout:
-#: judges it; repeat: a held-out shape once more, for the noise floor; finalist: about to be the answer to a query.
+#: reference: timed in every batch, the full model first (`references.py`); table: one choice in all layers, or in every
+#: second; anchor: fits the predictor; heldout: judges it; repeat: a held-out shape once more, for the noise floor;
+#: finalist: about to be the answer to a query; confirmation: the answer once more.
 Role = Literal["reference", "table", "anchor", "heldout", "repeat", "finalist", "confirmation"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -29,9 +32,10 @@ def median_error(spread: float, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One graph timed on one workload. `reference_ms` is the reference graph's latency in the same batch.
+    """One graph timed on one workload. `ratio` is to the geometric mean of the references in the same batch.
 
-    Of a workload that came to an earlier profile it is what the reference would have taken at the speed of that.
+    `references_ms` are their latencies there by shape id, and of a workload that came to an earlier profile what they
+    would have taken at the speed of that. `reference_id` is the first one's, the full model's, and tells the model.
 
     `affinity` names the CPUs that the process was allowed, as `hw_profiles.devices.affinity` does; empty is unknown.
     """
@@ -44,17 +48,26 @@ class Measurement:
     ratio: float
     spread_ratio: float
     repeats: int
-    reference_ms: float
+    references_ms: Mapping[str, float]
     runtime_version: str
     affinity: str = ""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    #: Median of `reference_ms` over the batches of the profile, finalists' left out, filled in by `Store.measurements`.
-    typical_reference_ms: float | None = None
+    #: Medians of `references_ms` over the batches of the profile, finalists' left out; filled in by
+    #: `Store.measurements`.
+    profile_ms: Mapping[str, float] | None = None
+
+    @property
+    def is_full_model(self) -> bool:
+        """Whether this is the first of the references."""
+        return self.role == "reference" and self.shape.id == self.reference_id
 
     @property
     def latency_ms(self) -> float:
-        typical = self.typical_reference_ms
-        return self.ratio * (self.reference_ms if typical is None else typical)
+        """At the speed of the profile."""
+        profile_ms = self.references_ms if self.profile_ms is None else self.profile_ms
+        if self.role == "reference" and self.shape.id in profile_ms:
+            return profile_ms[self.shape.id]
+        return at_profile_speed(self.ratio, self.references_ms, profile_ms)
 
     @property
     def high_ms(self) -> float:

@@ -110,7 +110,7 @@ def memory_plan(
     largest = tuple(works[-1] for works in extremes.values() if works)
     heldout = _spread([graph for graph in planned if graph.role == "heldout"], graphs // 4)
     others = _spread([graph for graph in planned if graph.role in ("table", "anchor")], graphs - 1 - len(heldout))
-    made = [(graph, everything) for graph in planned if graph.role == "reference"]
+    made = [(graph, everything) for graph in planned if graph.role == "reference"][:1]
     for i, graph in enumerate(others):
         turns = {"prefill": i, "decode": i // 2}
         made.append((graph, tuple(works[turns[phase] % len(works)] for phase, works in extremes.items() if works)))
@@ -147,10 +147,10 @@ def profile_memory(
     A graph that cannot be built or run is left out, and a ProfileError at the end names it. Its files lie under
     `scratch`, by default the system's temporary folder, while it is measured.
     """
-    (reference,) = (graph.shape for graph in planned if graph.role == "reference")
+    full = next(graph.shape for graph in planned if graph.role == "reference")
     stored = {
         (found.shape, found.role, found.workload)
-        for found in results.memory_measurements(target, reference_id=reference.id)
+        for found in results.memory_measurements(target, reference_id=full.id)
         if found.runtime_version == runtime_version
     }
     chosen = memory_plan(planned, workloads, graphs)
@@ -174,7 +174,7 @@ def profile_memory(
                     shape=graph.shape,
                     workload=work,
                     role=graph.role,
-                    reference_id=reference.id,
+                    reference_id=full.id,
                     peak_bytes=footprint.peak_bytes,
                     baseline_bytes=footprint.baseline_bytes,
                     runtime_version=runtime_version,

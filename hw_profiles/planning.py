@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.measurement import FINALIST_ROLES, Role
+from hw_profiles.references import reference_shapes
 from hw_profiles.shapes import PHASES, BlockShape, ModelShape, Workload
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
@@ -42,7 +43,7 @@ def plan(
     with_table: bool = True,
     seed: int = 0,
 ) -> list[PlannedGraph]:
-    """The graphs to time, in their order: the full model, all but the repeats in random order, the repeats.
+    """The graphs to time, in their order: the references, all but the repeats in random order, the repeats.
 
     Machines change while a profile lasts, and ratios with them where the balance of memory and arithmetic shifts: in
     random order that is noise for fit and judgement alike, and no bias of one against the other.
@@ -58,8 +59,10 @@ def plan(
     rng = np.random.default_rng(seed)
     table = _table_shapes(full, block_choices)
     # both ends among the anchors: of decoders much smaller than the table's the fit made a fifth too little
-    fitted = random_shapes(full, block_choices, np.linspace(*DENSITY_RANGE, anchors), {full, *table}, rng)
-    held = random_shapes(full, block_choices, spread_densities(heldout, rng), {full, *table, *fitted}, rng)
+    references = reference_shapes(full)
+    taken = {*references, *table}
+    fitted = random_shapes(full, block_choices, np.linspace(*DENSITY_RANGE, anchors), taken, rng)
+    held = random_shapes(full, block_choices, spread_densities(heldout, rng), taken | {*fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
     once = [
         *(PlannedGraph(shape, "table") for shape in table),
@@ -68,7 +71,7 @@ def plan(
     ]
     shuffled = [once[index] for index in rng.permutation(len(once))]
     return [
-        PlannedGraph(full, "reference"),
+        *(PlannedGraph(shape, "reference") for shape in references),
         *(graph for graph in shuffled if with_table or graph.role != "table"),
         *(PlannedGraph(held[index], "repeat") for index in again),
     ]
@@ -77,16 +80,21 @@ def plan(
 def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Workload]) -> list[tuple[Workload, ...]]:
     """What each planned graph is timed on: two workloads a phase, one that all share and one in turn.
 
-    The full model is timed on all of them, and so are finalists; a repeat is timed on what its first was.
+    The full model is timed on all of them, and so are finalists; the other references on all that are affordable; a
+    repeat is timed on what its first was.
     """
     all_of_them = tuple(sorted(set(workloads)))
+    full = next((graph.shape for graph in planned if graph.role == "reference"), None)
     by_phase = [_shared_and_others([w for w in all_of_them if w.phase == phase]) for phase in PHASES]
     turns: dict[ModelShape, int] = {}
     seen: Counter[Role] = Counter()  # a turn among those of its role: of a few anchors each workload gets its share
     assigned = []
     for graph in planned:
-        if graph.role in ("reference", *FINALIST_ROLES):
+        if graph.shape == full or graph.role in FINALIST_ROLES:
             assigned.append(all_of_them)
+            continue
+        if graph.role == "reference":
+            assigned.append(tuple(filter(is_affordable, all_of_them)))
             continue
         if graph.shape not in turns:
             turns[graph.shape] = seen[graph.role]
@@ -106,14 +114,14 @@ def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Wor
 
 def _shared_and_others(of_phase: Sequence[Workload]) -> tuple[list[Workload], list[Workload]]:
     """The workload of one phase that all graphs share, in a list of at most one, and those that take turns."""
-    affordable = [
-        work
-        for work in of_phase
-        if work.tokens * work.batch_size <= (MOST_TOKENS_FED if work.phase == "prefill" else MOST_TOKENS_CACHED)
-    ] or list(of_phase[:1])
-
+    affordable = list(filter(is_affordable, of_phase)) or list(of_phase[:1])
     shared = sorted(affordable, key=lambda work: doublings_apart(work, Workload(work.phase, _COMMON_TOKENS)))[:1]
     return shared, [work for work in affordable if work not in shared]
+
+
+def is_affordable(work: Workload) -> bool:
+    """Whether graphs other than the full model are timed on it."""
+    return work.tokens * work.batch_size <= (MOST_TOKENS_FED if work.phase == "prefill" else MOST_TOKENS_CACHED)
 
 
 def doublings_apart(one: Workload, other: Workload) -> float:

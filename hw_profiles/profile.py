@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
-from hw_profiles.planning import PlannedGraph, doublings_apart, workloads_of_graphs
+from hw_profiles.planning import PlannedGraph, doublings_apart, is_affordable, workloads_of_graphs
 from hw_profiles.runtimes import Runtime, Session, check_precision
 from hw_profiles.shapes import ModelShape, Precision, Workload
 from hw_profiles.timing import DECODE_STEPS, Timing, measure, tokens_needed
@@ -28,19 +29,19 @@ Progress = Callable[[int, int, str], None]
 
 #: A loaded graph takes up to this many times its weights: the file mapped, the runtime's packed copy, activations.
 MEMORY_PER_WEIGHT_BYTE = 2.5
-#: What the graphs of one batch may take together, the reference not counted.
+#: What the graphs of one batch may take together, the references not counted; and the references but the full model.
 BATCH_MEMORY_BYTES = 3 * 2**30
-#: Rounds of the reference where it is alone: its ratio to itself needs none, and the workloads that it is not timed on
-#: again with other graphs are the long ones.
+#: Rounds of the references where they are alone: ratios among them need none, and the workloads that they are not timed
+#: on again with other graphs are the long ones.
 ALONE_ROUNDS = 2
 #: Graphs built and loaded side by side, as far as there are threads: each holds a copy of its weights meanwhile.
 LOADED_AT_ONCE = 4
-#: Times by which the reference may be slower or faster in a batch than in the median one; told from so many batches on.
+#: Times by which a reference may be slower or faster in a batch than in the median one; told from so many batches on.
 STATE_RATIO = 1.2
 STATE_BATCHES = 2
 #: One batch in so many may be timed twice.
 POSTPONED_SHARE = 4
-#: Longer batches put more time between a graph and its reference.
+#: Longer batches put more time between a graph and its references.
 BATCH_GRAPHS = 8
 
 
@@ -79,38 +80,37 @@ def profile(
 
     A shared machine has slow spells, in which small graphs lose more than large ones: some batches that fell into one
     are timed again at the end.
+    The plan's graphs with role reference, the full model first, are in every batch, as far as they fit the memory.
     What was timed with another version of the runtime counts as lacking, and stays in the results. Workloads that come
-    to an earlier profile get the milliseconds that the reference would have taken then.
+    to an earlier profile get the milliseconds that the references would have taken then.
     A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
     under `scratch`, by default the system's temporary folder, while it is timed.
     """
     references = [graph.shape for graph in planned if graph.role == "reference"]
-    if len(references) != 1:
-        raise ValueError(f"a plan needs exactly one graph with role reference, got {len(references)}")
+    if not references:
+        raise ValueError("a plan needs a graph with role reference, the full model, got none")
     if target.device_id != device.id:
         raise ValueError(f"the target must be on device {device.id}, got one on {target.device_id}")
     if target.runtime != runtime.name:
         raise ValueError(f"the target must name the runtime {runtime.name}, got {target.runtime}")
     check_precision(runtime, target.precision)
     results.add_device(device)
-    run = _Run(results, target, references[0], build, runtime, rounds, decode_steps, scratch)
+    memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
+    beside = _references_in_memory(references, target.precision, memory_bytes)
+    run = _Run(results, target, beside, build, runtime, rounds, decode_steps, scratch)
     pending = run.pending(planned, workloads)
     done = len(planned) - sum(map(len, pending.values()))
     progress(done, len(planned), f"{done} graphs are stored already")
     if not pending:
         return
-    memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     failures: list[tuple[PlannedGraph, Exception]] = []
     with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
-        known = run.known_ms()
-        needed = tokens_needed([*workloads, *known], decode_steps)
-        reference = run.load(run.reference, Path(directory), needed)
-        later = [work for work in dict.fromkeys(workloads) if work not in known]
-        if known and later:
-            progress(done, len(planned), "timing the reference on further workloads")
-            run.time_reference_later(later, known, reference, seed)
-            pending = run.pending(planned, workloads)
-            done = len(planned) - sum(map(len, pending.values()))
+        needed = tokens_needed([*workloads, *run.known_ms(run.full)], decode_steps)
+        sessions = {shape.id: run.load(shape, Path(directory, shape.id), needed) for shape in beside}
+        progress(done, len(planned), "timing the references")
+        run.time_references(workloads, sessions, seed)
+        pending = run.pending(planned, workloads)
+        done = len(planned) - sum(map(len, pending.values()))
         batches = [(missing, batch) for missing, group in pending.items() for batch in run.batches(group, memory_bytes)]
         # in the plan's order, so that graphs timed on one workload are not all timed before those on another
         batches.sort(key=lambda missing_batch: planned.index(missing_batch[1][0]))
@@ -118,7 +118,7 @@ def profile(
         while left:
             number, (missing, batch) = left.popleft()
             progress(done, len(planned), "timing " + ", ".join(f"{graph.role} {graph.shape.id}" for graph in batch))
-            found, failed = run.time_batch(batch, missing, reference, seed + number)
+            found, failed = run.time_batch(batch, missing, sessions, seed + number)
             _free_memory()
             if run.in_another_state(found) and again:
                 again -= 1
@@ -127,7 +127,7 @@ def profile(
             results.add_measurements(found)
             failures += failed
             done += len(batch) - len(failed)
-        del reference
+        sessions.clear()  # before their files go
     progress(done, len(planned), "finished")
     if failures:
         graph, error = failures[0]
@@ -143,16 +143,21 @@ class _Run:
 
     results: Results
     target: Target
-    reference: ModelShape
+    #: Timed in every batch, the full model first.
+    references: tuple[ModelShape, ...]
     build: Build
     runtime: Runtime
     rounds: int
     decode_steps: int
     scratch: Path | None
-    #: Of workloads that came later: the machine's speed now, relative to when the others were timed.
-    speed: dict[Workload, float] = field(default_factory=dict)
+    #: Of references on workloads that came later: their speed now, relative to when the others were timed.
+    speed: dict[tuple[str, Workload], float] = field(default_factory=dict)
     #: Of every batch timed by this call.
-    reference_ms: dict[Workload, list[float]] = field(default_factory=dict)
+    references_ms: dict[tuple[str, Workload], list[float]] = field(default_factory=dict)
+
+    @property
+    def full(self) -> ModelShape:
+        return self.references[0]
 
     def pending(
         self, planned: Sequence[PlannedGraph], workloads: Sequence[Workload]
@@ -160,7 +165,7 @@ class _Run:
         """The graphs that the results lack, in groups that lack the same workloads."""
         stored = {
             (found.shape.id, found.role, found.workload)
-            for found in self.results.measurements(self.target, reference_id=self.reference.id)
+            for found in self.results.measurements(self.target, reference_id=self.full.id)
             if found.runtime_version == self.runtime.version()
         }
         groups: dict[tuple[Workload, ...], list[PlannedGraph]] = {}
@@ -170,36 +175,50 @@ class _Run:
                 groups.setdefault(missing, []).append(graph)
         return groups
 
-    def known_ms(self) -> dict[Workload, float]:
-        """What the reference takes on the workloads that it was timed on."""
+    def known_ms(self, reference: ModelShape) -> dict[Workload, float]:
+        """What it takes on the workloads that it was timed on."""
         return {
             found.workload: found.latency_ms
-            for found in self.results.measurements(self.target, reference_id=self.reference.id)
-            if found.role == "reference" and found.runtime_version == self.runtime.version()
+            for found in self.results.measurements(self.target, reference_id=self.full.id)
+            if found.role == "reference"
+            and found.shape == reference
+            and found.runtime_version == self.runtime.version()
         }
 
-    def time_reference_later(
-        self, workloads: Sequence[Workload], known_ms: Mapping[Workload, float], session: Session, seed: int
-    ) -> None:
-        """Time the reference on further workloads as ratios to the nearest known ones, timed again beside them.
+    def time_references(self, workloads: Sequence[Workload], sessions: Mapping[str, Session], seed: int) -> None:
+        """Time the references by themselves on what they lack; of what is not affordable that is the full model alone.
 
-        The machine may be slower by now, and what the results hold is of one speed.
+        Where the results know them on other workloads, they are timed on the nearest of these again: the machine may be
+        slower by now, and what the results hold is of one speed.
         """
-        beside = {work: min(known_ms, key=lambda other: doublings_apart(work, other)) for work in workloads}
-        timings = measure(
-            {self.reference.id: session},
-            self.reference.id,
-            [*workloads, *beside.values()],
-            vocab_size=self.reference.vocab_size,
-            rounds=self.rounds,
-            decode_steps=self.decode_steps,
-            seed=seed,
-        )
-        for work, near in beside.items():
-            self.speed[work] = known_ms[near] / timings[self.reference.id, near].median_ms
-        graph = PlannedGraph(self.reference, "reference")
-        found = [self._measurement(graph, work, timings[self.reference.id, work]) for work in workloads]
-        self.results.add_measurements(found)
+        affordable = [work for work in dict.fromkeys(workloads) if is_affordable(work)]
+        long = [work for work in dict.fromkeys(workloads) if not is_affordable(work)]
+        for references, works in ((self.references, affordable), (self.references[:1], long)):
+            known_ms = {shape.id: self.known_ms(shape) for shape in references}
+            lacking = [work for work in works if any(work not in known for known in known_ms.values())]
+            if not lacking:
+                continue
+            earlier = set.intersection(*map(set, known_ms.values()))
+            near = {work: min(earlier, key=partial(doublings_apart, work)) for work in lacking if earlier}
+            timings = measure(
+                {name: sessions[name] for name in known_ms},
+                tuple(known_ms),
+                [*lacking, *near.values()],
+                vocab_size=self.full.vocab_size,
+                rounds=self.rounds if earlier else min(self.rounds, ALONE_ROUNDS),
+                decode_steps=self.decode_steps,
+                seed=seed,
+            )
+            for work, other in near.items():
+                for name, known in known_ms.items():
+                    self.speed[name, work] = known[other] / timings[name, other].median_ms
+            self.results.add_measurements(
+                [
+                    self._measurement(PlannedGraph(shape, "reference"), work, timings[shape.id, work])
+                    for shape in references
+                    for work in lacking
+                ]
+            )
 
     def batches(self, graphs: Sequence[PlannedGraph], memory_bytes: int) -> Iterator[list[PlannedGraph]]:
         """Consecutive graphs that fit the memory, at least one each. Repeats never share a batch with their first."""
@@ -207,7 +226,7 @@ class _Run:
         batch_bytes = 0.0
         for graph in graphs:
             own_bytes = MEMORY_PER_WEIGHT_BYTE * graph.shape.weight_bytes(self.target.precision)
-            if graph.role == "reference":
+            if graph.shape in self.references:
                 own_bytes = 0  # loaded anyway
             full = batch_bytes + own_bytes > memory_bytes or len(batch) == BATCH_GRAPHS
             if batch and (full or (graph.role == "repeat") != (batch[-1].role == "repeat")):
@@ -224,12 +243,16 @@ class _Run:
         return self.runtime.load(path, self.target.threads, max_tokens)
 
     def time_batch(
-        self, batch: Sequence[PlannedGraph], workloads: Sequence[Workload], reference: Session, seed: int
+        self,
+        batch: Sequence[PlannedGraph],
+        workloads: Sequence[Workload],
+        references: Mapping[str, Session],
+        seed: int,
     ) -> tuple[list[Measurement], list[tuple[PlannedGraph, Exception]]]:
         """Build, load and time a batch; also returns the graphs that could not be built or loaded, and why."""
         found: list[Measurement] = []
         failed: list[tuple[PlannedGraph, Exception]] = []
-        sessions = {self.reference.id: reference}
+        sessions = dict(references)
         max_tokens = tokens_needed(workloads, self.decode_steps)
         with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
 
@@ -254,24 +277,23 @@ class _Run:
         return found, failed
 
     def in_another_state(self, found: Sequence[Measurement]) -> bool:
-        """Whether the reference took much more or less time on some workload than in the median batch before."""
-        batch_ms = {measured.workload: measured.reference_ms for measured in found}
-        earlier = {work: self.reference_ms.setdefault(work, []) for work in batch_ms}
-        ratios = [batch_ms[work] / statistics.median(ms) for work, ms in earlier.items() if len(ms) >= STATE_BATCHES]
-        for work, ms in batch_ms.items():
-            self.reference_ms[work].append(ms)
+        """Whether a reference took much more or less time on some workload than in the median batch before."""
+        batch_ms = {(name, m.workload): value_ms for m in found for name, value_ms in m.references_ms.items()}
+        earlier = {key: self.references_ms.setdefault(key, []) for key in batch_ms}
+        ratios = [batch_ms[key] / statistics.median(ms) for key, ms in earlier.items() if len(ms) >= STATE_BATCHES]
+        for key, value_ms in batch_ms.items():
+            self.references_ms[key].append(value_ms)
         return any(max(ratio, 1 / ratio) > STATE_RATIO for ratio in ratios)
 
     def _measurements(
         self, graphs: Sequence[PlannedGraph], sessions: dict[str, Session], workloads: Sequence[Workload], seed: int
     ) -> list[Measurement]:
-        alone = [graph.role for graph in graphs] == ["reference"]
         timings = measure(
             sessions,
-            self.reference.id,
+            [shape.id for shape in self.references],
             workloads,
-            vocab_size=self.reference.vocab_size,
-            rounds=min(self.rounds, ALONE_ROUNDS) if alone else self.rounds,
+            vocab_size=self.full.vocab_size,
+            rounds=self.rounds,
             decode_steps=self.decode_steps,
             seed=seed,
         )
@@ -283,14 +305,31 @@ class _Run:
             shape=graph.shape,
             workload=workload,
             role=graph.role,
-            reference_id=self.reference.id,
+            reference_id=self.full.id,
             ratio=timing.ratio,
             spread_ratio=timing.spread_ratio,
             repeats=timing.repeats,
-            reference_ms=timing.reference_ms * self.speed.get(workload, 1.0),
+            references_ms={
+                name: value_ms * self.speed.get((name, workload), 1.0)
+                for name, value_ms in timing.references_ms.items()
+            },
             runtime_version=self.runtime.version(),
             affinity=affinity(),
         )
+
+
+def _references_in_memory(
+    references: Sequence[ModelShape], precision: Precision, memory_bytes: int
+) -> tuple[ModelShape, ...]:
+    """The first, and of the others as many as together fit the memory, from the smallest."""
+    full, *others = references
+    taken_bytes = 0.0
+    fitting = {full}
+    for shape in sorted(others, key=lambda shape: shape.parameters):
+        taken_bytes += MEMORY_PER_WEIGHT_BYTE * shape.weight_bytes(precision)
+        if taken_bytes <= memory_bytes:
+            fitting.add(shape)
+    return tuple(shape for shape in references if shape in fitting)
 
 
 def part_of(progress: Progress, number: int, parts: int, title: str) -> Progress:

@@ -1,9 +1,9 @@
 """The measurement database: an SQLite file by default, PostgreSQL by URL. Ratios are stored, latencies are read.
 
-Only the ratio to the reference graph and the reference's own latency in that batch are stored. Readers get
-latency = ratio * median of the reference's latency over all batches, so that a batch timed in a slow hour, or resumed
-on another day, is put on the same footing as the others. Versions of a runtime are kept apart: each has its own
-reference, and a graph timed with another version is another measurement.
+Only the ratio to the references and their own latencies in that batch are stored. Readers get the latency at which the
+references take their median over all batches, so that a batch timed in a slow hour, or resumed on another day, is put
+on the same footing as the others. Versions of a runtime are kept apart: each has its own references' latencies, and a
+graph timed with another version is another measurement.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class _Measurement(_OfOneGraph, _Base):
     ratio: Mapped[float]
     spread_ratio: Mapped[float]
     repeats: Mapped[int]
-    reference_ms: Mapped[float]
+    #: JSON: milliseconds by shape id.
+    references_ms: Mapped[str]
     affinity: Mapped[str]
 
 
@@ -169,7 +170,16 @@ def _version_3(connection: Connection) -> None:
     )
 
 
-SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2, _version_3])
+def _version_4(connection: Connection) -> None:
+    """Several references instead of the full model alone."""
+    connection.exec_driver_sql("ALTER TABLE measurements ADD COLUMN references_ms VARCHAR NOT NULL DEFAULT '{}'")
+    connection.exec_driver_sql(
+        """UPDATE measurements SET references_ms = '{"' || reference_id || '": ' || reference_ms || '}'"""
+    )
+    connection.exec_driver_sql("ALTER TABLE measurements DROP COLUMN reference_ms")
+
+
+SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2, _version_3, _version_4])
 
 
 class Store:
@@ -249,9 +259,9 @@ class Store:
             query = query.filter_by(runtime_version=runtime_version)
         with self.transaction() as session:
             found = [_from_row(row) for row in session.scalars(query)]
-        typical_ms = _typical_reference_ms(found)
+        profile_ms = _profile_ms(found)
         return [
-            replace(measurement, typical_reference_ms=typical_ms[_reference_key(measurement)])
+            replace(measurement, profile_ms=profile_ms[_reference_key(measurement)])
             for measurement in found
             if roles is None or measurement.role in roles
         ]
@@ -389,7 +399,7 @@ def _to_row(measurement: Measurement) -> dict[str, Any]:
         "ratio": measurement.ratio,
         "spread_ratio": measurement.spread_ratio,
         "repeats": measurement.repeats,
-        "reference_ms": measurement.reference_ms,
+        "references_ms": json.dumps(dict(measurement.references_ms)),
         "affinity": measurement.affinity,
     }
 
@@ -423,7 +433,7 @@ def _from_row(row: _Measurement) -> Measurement:
         ratio=row.ratio,
         spread_ratio=row.spread_ratio,
         repeats=row.repeats,
-        reference_ms=row.reference_ms,
+        references_ms=json.loads(row.references_ms),
         affinity=row.affinity,
         **_key_fields(row),
     )
@@ -457,14 +467,19 @@ def _reference_key(measurement: Measurement) -> _ReferenceKey:
     return measurement.target, measurement.workload, measurement.reference_id, measurement.runtime_version
 
 
-def _typical_reference_ms(measurements: Sequence[Measurement]) -> dict[_ReferenceKey, float]:
-    """Median over the batches of a profile; those of one batch share the very same `reference_ms`, which counts once.
+def _profile_ms(measurements: Sequence[Measurement]) -> dict[_ReferenceKey, dict[str, float]]:
+    """Medians over the batches of a profile; those of one batch share the very same latencies, which count once.
 
     Finalists are timed later, one by one, when the machine may be slower: they must not move what budgets were set by.
     """
-    of_profile: dict[_ReferenceKey, set[float]] = {}
-    of_finalists: dict[_ReferenceKey, set[float]] = {}
+    of_profile: dict[_ReferenceKey, dict[str, set[float]]] = {}
+    of_finalists: dict[_ReferenceKey, dict[str, set[float]]] = {}
     for measurement in measurements:
         of_batches = of_finalists if measurement.role in FINALIST_ROLES else of_profile
-        of_batches.setdefault(_reference_key(measurement), set()).add(measurement.reference_ms)
-    return {key: statistics.median(values) for key, values in (of_finalists | of_profile).items()}
+        of_key = of_batches.setdefault(_reference_key(measurement), {})
+        for shape_id, value_ms in measurement.references_ms.items():
+            of_key.setdefault(shape_id, set()).add(value_ms)
+    return {
+        key: {shape_id: statistics.median(values_ms) for shape_id, values_ms in of_key.items()}
+        for key, of_key in (of_finalists | of_profile).items()
+    }

@@ -1,8 +1,9 @@
-"""Latency on a machine that drifts: all graphs in each round, in random order, as a ratio to a reference graph.
+"""Latency on a machine that drifts: all graphs in each round, in random order, as a ratio to references.
 
-Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to a reference timed in the same
-round does not move with the machine. The reference's own noise is in all ratios of a batch, so it is visited more
-often: with n other graphs about sqrt(n) times a round, which gives the ratios the least noise for the time spent.
+Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to references timed in the same
+round moves much less. The references' own noise is in all ratios of a batch, so they are visited more often: with n
+other graphs about sqrt(n) times a round in all, which gives the ratios the least noise for the time spent, and the
+smaller ones once more.
 """
 
 from __future__ import annotations
@@ -40,19 +41,22 @@ _DRAWS = 1000
 
 @dataclass(frozen=True)
 class Timing:
-    """`ratio` is the median over `repeats` passes of own / reference; spreads are half the interquartile range."""
+    """`ratio` is the median over `repeats` passes of own / geometric mean of the references.
+
+    `references_ms` are their medians by name; spreads are half the interquartile range.
+    """
 
     ratio: float
     spread_ratio: float
     median_ms: float
     spread_ms: float
-    reference_ms: float
+    references_ms: dict[str, float]
     repeats: int
 
 
 def measure(
     sessions: Mapping[str, Session],
-    reference: str | Mapping[str, str],
+    references: Sequence[str] | Mapping[str, Sequence[str]],
     workloads: Sequence[Workload],
     *,
     vocab_size: int,
@@ -62,23 +66,29 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[tuple[str, Workload], Timing]:
-    """Time every session on every workload, against the session named `reference`, or against each its own of them.
+    """Time every session on every workload, against the sessions named `references`, or against each its own of them.
+
+    The first of several references is the largest.
 
     A visit's value is one prefill, or the median of `decode_steps` single-token steps from the context's length on, or
     from WARM_STEPS on for a shorter one. The values in the cache do not matter to the speed: it is made, not
-    computed. A pass's value is that of the one visit, for the reference the geometric mean over its visits. A round has
+    computed. A pass's value is that of the one visit, or the geometric mean over the visits of a reference. A round has
     one pass for every workload and PASSES - 1 more for decode. `clock` returns seconds.
     """
-    reference_of = dict.fromkeys(sessions, reference) if isinstance(reference, str) else reference
-    if set(reference_of) != set(sessions) or not set(reference_of.values()) <= set(sessions):
-        raise ValueError(f"the reference must be one of the sessions {', '.join(sessions)}, got {reference!r}")
+    each = references if isinstance(references, Mapping) else dict.fromkeys(sessions, references)
+    beside = {name: tuple(own) for name, own in each.items()}
+    named = {reference for own in beside.values() for reference in own}
+    if set(beside) != set(sessions) or not all(beside.values()) or not named <= set(sessions):
+        raise ValueError(f"the references must be among the sessions {', '.join(sessions)}, got {references!r}")
     if rounds < 1 or decode_steps < 1:
         raise ValueError(f"rounds and decode_steps must be 1 or more, got {rounds=} {decode_steps=}")
     rng = np.random.default_rng(seed)
     distinct = sorted(set(workloads))
     visits = list(sessions)
-    for name, own in Counter(reference_of.values()).items():  # of these, one is the reference itself
-        visits += [name] * (math.ceil(math.sqrt(own - 1)) - 1)
+    for own, count in Counter(beside.values()).items():
+        others = max(count - len(own), 0)
+        visits += list(own) * (math.ceil(math.sqrt(others) / len(own)) - 1)
+        visits += list(own[1:]) if others else []  # they are cheaper than the first, and noisier
     times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
     prefills, decodes = ([work for work in distinct if work.phase == phase] for phase in PHASES)
     passes = [distinct, *([decodes] * (PASSES - 1) if decodes else [])]
@@ -96,7 +106,7 @@ def measure(
         for key, values_ms in pass_ms.items() if counts else ():
             times_ms[key].append(float(np.exp(np.mean(np.log(values_ms)))))
     return {
-        (name, work): _summary(np.array(own_ms), np.array(times_ms[reference_of[name], work]))
+        (name, work): _summary(own_ms, {reference: times_ms[reference, work] for reference in beside[name]})
         for (name, work), own_ms in times_ms.items()
     }
 
@@ -104,8 +114,8 @@ def measure(
 def _order(visits: Sequence[str], before: Sequence[str], rng: np.random.Generator) -> list[str]:
     """A random order in which no session follows itself, where there is one, the last visit `before` included.
 
-    Visited twice on end, a session finds its weights in the processor's cache: that would favour the reference, which
-    is visited most.
+    Visited twice on end, a session finds its weights in the processor's cache: that would favour a reference that is
+    visited more often than others.
     """
     for _ in range(_DRAWS):
         order = [visits[index] for index in rng.permutation(len(visits))]
@@ -162,26 +172,28 @@ def _step_ms(session: Session, token_ids: NDArray[np.int64], clock: Callable[[],
     return (clock() - start) * 1e3
 
 
-def _summary(own_ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> Timing:
-    ratios = own_ms / reference_ms
+def _summary(own_ms: Sequence[float], references_ms: Mapping[str, Sequence[float]]) -> Timing:
+    ratios = np.array(own_ms) / np.exp(np.mean(np.log(list(references_ms.values())), axis=0))
     return Timing(
         ratio=float(np.median(ratios)),
         spread_ratio=_half_interquartile_range(ratios),
         median_ms=float(np.median(own_ms)),
-        spread_ms=_half_interquartile_range(own_ms),
-        reference_ms=float(np.median(reference_ms)),
+        spread_ms=_half_interquartile_range(np.array(own_ms)),
+        references_ms={name: float(np.median(values_ms)) for name, values_ms in references_ms.items()},
         repeats=len(own_ms),
     )
 
 
 def pooled(timings: Sequence[Timing]) -> Timing:
     """Several calls of `measure` on one session and workload, as many passes each, as one: means of all they say."""
-    ratio, spread_ratio, median_ms, spread_ms, reference_ms = (
-        fmean(getattr(timing, name) for timing in timings)
-        for name in ("ratio", "spread_ratio", "median_ms", "spread_ms", "reference_ms")
+    return Timing(
+        ratio=fmean(timing.ratio for timing in timings),
+        spread_ratio=fmean(timing.spread_ratio for timing in timings),
+        median_ms=fmean(timing.median_ms for timing in timings),
+        spread_ms=fmean(timing.spread_ms for timing in timings),
+        references_ms={name: fmean(t.references_ms[name] for t in timings) for name in timings[0].references_ms},
+        repeats=sum(timing.repeats for timing in timings),
     )
-    repeats = sum(timing.repeats for timing in timings)
-    return Timing(ratio, spread_ratio, median_ms, spread_ms, reference_ms, repeats)
 
 
 def _half_interquartile_range(values: NDArray[np.float64]) -> float:

@@ -78,7 +78,7 @@ class LatencyModel:
                 continue
             predictors[precision] = predictor
             for m in found:
-                if m.workload == workload and m.role in ("reference", *FINALIST_ROLES):
+                if m.workload == workload and (m.is_full_model or m.role in FINALIST_ROLES):
                     measured.setdefault((precision, m.shape), []).append(m)
         if not predictors:
             raise ProfileMissingError(
@@ -241,7 +241,7 @@ def latency_curves(
     timed = _measurements(store, device_id, runtime, threads, space, phase, allow_stale=True)
     curves = []
     for precision in PRECISIONS:
-        full_ms = {m.workload: m.latency_ms for m in timed if m.role == "reference" and m.target.precision == precision}
+        full_ms = {m.workload: m.latency_ms for m in timed if m.is_full_model and m.target.precision == precision}
         if len(full_ms) < 2:
             continue
         model = LatencyModel.fit(store, device_id, runtime, threads, space, min(full_ms), allow_stale=True)
@@ -259,7 +259,7 @@ def latency_curves(
 def _profiled(store: Store) -> str:
     """For people: every target with its workloads."""
     of_targets: dict[tuple[str, str], list[Workload]] = {}
-    for m in store.measurements(roles=["reference"]):
+    for m in filter(lambda m: m.is_full_model, store.measurements(roles=["reference"])):
         of_targets.setdefault((m.target.key, m.workload.phase), []).append(m.workload)
     return ", ".join(f"{key} {describe_workloads(workloads)}" for (key, _), workloads in sorted(of_targets.items()))
 
@@ -285,10 +285,10 @@ def _additive_ms(found: Sequence[Measurement], shapes: Sequence[ModelShape], wor
         return np.full(len(shapes), np.nan)
     counts = Counter(m.workload for m in table)
     shared = workload if counts[workload] == max(counts.values()) else counts.most_common(1)[0][0]
-    full_ms = {m.workload: m.latency_ms for m in found if m.role == "reference"}
+    full_ms = {m.workload: m.latency_ms for m in found if m.is_full_model}
     rows = [m for m in table if m.workload == shared]
-    reference = next(m.shape for m in found if m.role == "reference")
-    fitted = AdditiveTable.fit(reference, full_ms[shared], [m.shape for m in rows], [m.latency_ms for m in rows])
+    full = next(m.shape for m in found if m.is_full_model)
+    fitted = AdditiveTable.fit(full, full_ms[shared], [m.shape for m in rows], [m.latency_ms for m in rows])
     return fitted.predict(shapes) * full_ms[workload] / full_ms[shared]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReference
+from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReferences
 from export.artefact import Format
 from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
 from hw_profiles.measured import read_measured
@@ -15,6 +15,7 @@ from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.memory import can_measure_memory, profile_memory
 from hw_profiles.pack import PackPlan, write_pack
 from hw_profiles.profile import Progress, part_of, profile
+from hw_profiles.references import reference_shapes
 from hw_profiles.runtimes import Runtime, check_precision, engine_of, runtime
 from hw_profiles.shapes import Precision
 from hw_profiles.timing import DECODE_STEPS
@@ -278,8 +279,9 @@ def measure_finalists(
     workloads: Sequence[Workload],
     progress: Progress = lambda done, total, what: None,
 ) -> None:
-    """Time candidate answers beside the full model, FINALIST_ROUNDS times."""
-    planned = [PlannedGraph(full, "reference"), *(PlannedGraph(shape, role) for shape in shapes)]
+    """Time candidate answers beside the profile's references, FINALIST_ROUNDS times."""
+    references = [PlannedGraph(shape, "reference") for shape in reference_shapes(full)]
+    planned = [*references, *(PlannedGraph(shape, role) for shape in shapes)]
     seed = FINALIST_ROLES.index(role) + 1
     time_graphs(store, target, engine, planned, workloads, rounds=FINALIST_ROUNDS, seed=seed, progress=progress)
 
@@ -304,8 +306,8 @@ def time_graphs(
 
 def full_latency_ms(store: Store, target: Target, runtime_version: str, workload: Workload, full: ModelShape) -> float:
     """The full model's own latency in a profile."""
-    (reference,) = store.measurements(target, workload, ["reference"], full.id, runtime_version)
-    return reference.latency_ms
+    found = store.measurements(target, workload, ["reference"], full.id, runtime_version)
+    return next(m.latency_ms for m in found if m.is_full_model)
 
 
 def profiled_references(
@@ -314,8 +316,8 @@ def profiled_references(
     wanted: Iterable[tuple[Format, Precision]],
     threads: int,
     workloads: Sequence[Workload],
-) -> dict[tuple[Format, Precision], ProfiledReference]:
-    """The full model as this device's profile with the installed runtimes knows it, for formats that one reads.
+) -> dict[tuple[Format, Precision], ProfiledReferences]:
+    """The references as this device's profile with the installed runtimes knows them, for formats that one reads.
 
     Raises ProfileMissingError where one of the workloads is not in it.
     """
@@ -324,12 +326,14 @@ def profiled_references(
         for name in (name for name, read in FORMAT_OF_RUNTIME.items() if read == format_):
             version, target = runtime(name).version(), Target(detect().id, name, precision, threads)
             found = store.measurements(target, roles=["reference"], reference_id=full.id, runtime_version=version)
-            latencies_ms = {m.workload: m.latency_ms for m in found}
+            profile_ms = {m.workload: m.profile_ms or m.references_ms for m in found}
             for workload in workloads:
-                if workload not in latencies_ms:
+                if workload not in profile_ms:
                     raise ProfileMissingError(
                         f"{target.key} was not profiled for {workload.phase} at {workload.tokens} tokens with {name} "
                         f"{version}; run nas profile, or leave --study out to judge by the clock alone"
                     )
-            references[format_, precision] = ProfiledReference(full, latencies_ms)
+            names = {name for of_workload in profile_ms.values() for name in of_workload}
+            shapes = tuple(shape for shape in dict.fromkeys(m.shape for m in found) if shape.id in names)
+            references[format_, precision] = ProfiledReferences(shapes, profile_ms)
     return references

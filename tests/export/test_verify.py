@@ -17,7 +17,7 @@ from export import (
     ArtefactError,
     Manifest,
     Parity,
-    ProfiledReference,
+    ProfiledReferences,
     Verification,
     dequantize,
     export_folder,
@@ -28,6 +28,7 @@ from export import (
 from export.artefact import FORMATS, MANIFEST_FILE, Format
 from export.generation import generate
 from export.verify import MAX_LOGIT_DIFFERENCE, MAX_MEAN_KL, LogitAgreement, logit_agreement
+from hw_profiles.references import DEPTHS, reference_shapes
 from hw_profiles.runtimes import Session
 from hw_profiles.shapes import PRECISIONS, Precision, Workload
 from hw_profiles.timing import Timing, measure
@@ -130,7 +131,7 @@ def test_folders_are_timed_together(exported: dict[tuple[Format, Precision], Pat
     assert [result.directory for result in results] == folders
     for workload in WORKLOADS:
         assert results[0].timings[workload].ratio == 1
-        assert results[0].timings[workload].reference_ms == results[1].timings[workload].reference_ms
+        assert results[0].timings[workload].references_ms == results[1].timings[workload].references_ms
 
 
 @pytest.mark.parametrize(("limit_ms", "timings"), [(10.1, 3), (14.0, 1), (6.0, 1)])
@@ -164,9 +165,11 @@ def test_a_close_limit_is_timed_again(
 
 
 def test_a_folder_is_timed_beside_what_its_profile_knows(exported: dict[tuple[Format, Precision], Path]) -> None:
-    """The reference is the model itself, so at a million milliseconds in the profile the folder takes about as long."""
+    """The first is the model itself, so at a million milliseconds in the profile the folder takes about as long."""
     folders = [exported["openvino", "int8"], exported["onnx", "int8"], exported["huggingface", "int8"]]
-    reference = ProfiledReference(tiny_models.shape(tied=True), dict.fromkeys(WORKLOADS, 1e6))
+    shapes = reference_shapes(tiny_models.shape(tied=True))
+    profile_ms = {shape.id: 1e6 * depth for shape, depth in zip(shapes, DEPTHS, strict=False)}
+    known = ProfiledReferences(shapes, dict.fromkeys(WORKLOADS, profile_ms))
     results = verify(
         folders,
         threads=1,
@@ -174,13 +177,15 @@ def test_a_folder_is_timed_beside_what_its_profile_knows(exported: dict[tuple[Fo
         prompt=PROMPT,
         new_tokens=2,
         rounds=3,
-        references={("openvino", "int8"): reference, ("onnx", "int8"): reference},
+        references={("openvino", "int8"): known, ("onnx", "int8"): known},
     )
     for result in results[:2]:
         for workload in WORKLOADS:
             timing, value_ms = result.timings[workload], result.at_profile_speed_ms(workload)
-            assert value_ms == timing.ratio * 1e6 == result.judged_ms(workload)[0]
-            assert 0.1 < timing.ratio < 10
+            assert set(timing.references_ms) == {shape.id for shape in shapes}
+            assert value_ms == result.judged_ms(workload)[0]
+            assert value_ms is not None
+            assert 1e5 < value_ms < 1e7
     assert results[2].at_profile_speed_ms(WORKLOADS[0]) is None
 
 

@@ -22,7 +22,7 @@ THIN = replace(FULL, blocks=(BlockShape(4, 2, 128), BlockShape(2, 1, 32)))
 TARGET = Target(DEVICE.id, "onnxruntime", "int8", 4)
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
 REFERENCE = Measurement(
-    TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 1.0, 0.0, 7, 12.5, "1.23", "0-1", MOMENT
+    TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 1.0, 0.0, 7, {FULL.id: 12.5}, "1.23", "0-1", MOMENT
 )
 IN_MEMORY = MemoryMeasurement(
     TARGET, FULL, Workload("decode", 8), "reference", FULL.id, 2 * 10**8, 10**7, "1.23", None, MOMENT
@@ -34,7 +34,7 @@ MEASURED = Measured(
         REFERENCE,
         replace(REFERENCE, workload=Workload("prefill", 8)),
         replace(REFERENCE, shape=THIN, role="heldout", ratio=0.1 + 0.2, spread_ratio=0.01),
-        replace(REFERENCE, shape=THIN, role="repeat", ratio=0.31),
+        replace(REFERENCE, shape=THIN, role="repeat", ratio=0.31, references_ms={FULL.id: 12.5, THIN.id: 5.0}),
     ),
     (IN_MEMORY, replace(IN_MEMORY, shape=THIN, role="heldout", peak_bytes=10**8, step_joules=0.25)),
 )
@@ -106,7 +106,7 @@ def double(name: str) -> Callable[[Any], None]:
 ROW = ("measurements", 2)
 CHANGES = {
     "format": (set_("format", to="zip"), "format must be one of llm-nas measurements, got .zip"),
-    "version": (set_("version", to=2), "format version 1, got 2; use the same llm-nas"),
+    "version": (set_("version", to=1), "format version 2, got 1; use the same llm-nas"),
     "no device": (drop("device"), "must have the field device, got none"),
     "more": (set_("extra", to=1), "no other fields than the known ones, got .extra"),
     "cores": (set_("device", "cores", to=0), "device: cores must be a whole number from 1"),
@@ -121,7 +121,10 @@ CHANGES = {
     ),
     "zero": (set_(*ROW, "ratio", to=0), "ratio must be a number from"),
     "true": (set_(*ROW, "ratio", to=True), "ratio must be a number from 1e-06 to 1e.06, got true"),
-    "text": (set_(*ROW, "reference_ms", to="1"), "reference_ms must be a number"),
+    "text": (set_(*ROW, "references_ms", FULL.id, to="1"), f"references_ms: {FULL.id} must be a number"),
+    "references": (set_(*ROW, "references_ms", to=12.5), "references_ms must be a JSON object, got 12.5"),
+    "another's reference": (set_(*ROW, "references_ms", to={THIN.id: 1.0}), "must hold the model itself"),
+    "unknown reference": (set_(*ROW, "references_ms", "0" * 12, to=1.0), "no other fields than the known ones"),
     "spread": (set_(*ROW, "spread_ratio", to=-0.1), "spread_ratio must be a number from 0"),
     "repeats": (set_(*ROW, "repeats", to=1.5), "repeats must be a whole number"),
     "phase": (set_(*ROW, "phase", to="train"), "phase must be one of prefill, decode, got .train"),
@@ -137,7 +140,6 @@ CHANGES = {
     "CPUs": (set_("device", "cpus", to=4), "device: cpus must be at most 1000 printable characters"),
     "threads": (set_(*ROW, "threads", to=10**6), "threads must be a whole number from 1 to 4096"),
     "shape": (set_(*ROW, "shape_id", to="0" * 12), "shape_id must be the id of one of the file's shapes"),
-    "false reference": (set_(*ROW, "role", to="reference"), "shape_id must be .* where the role is reference"),
     "when": (set_(*ROW, "created_at", to="yesterday"), "created_at must be an ISO 8601 time"),
     "naive": (set_(*ROW, "created_at", to="2026-01-01T00:00:00"), "created_at must be an ISO 8601 time"),
     "ancient": (set_(*ROW, "created_at", to="0001-01-01T00:00:00+14:00"), "created_at must be an ISO 8601 time"),
@@ -185,7 +187,7 @@ TEXTS = {
     "digits": (b'{"format": ' + b"9" * 5000 + b"}", "must be JSON"),
     "duplicate": (b'{"format": 1, "format": 2}', 'the key "format" is there twice'),
     "duplicate inside": (MEASURED.to_json().replace('"cores":4', '"cores":4,"cores":5').encode(), "is there twice"),
-    "overflow": (MEASURED.to_json().replace("12.5", "1e999").encode(), "reference_ms must be a number"),
+    "overflow": (MEASURED.to_json().replace("12.5", "1e999").encode(), "must be a number from 1e-06"),
     "large": (b" " * (MAX_FILE_BYTES + 1), "must have at most"),
 }
 

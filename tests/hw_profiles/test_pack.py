@@ -29,7 +29,7 @@ from hw_profiles.measured import MeasuredFile, read_measured
 from hw_profiles.measurement import Measurement
 from hw_profiles.pack import PLAN_FILE, Pack, PackPlan, run_pack, write_pack
 from hw_profiles.planning import PlannedGraph, plan
-from hw_profiles.profile import profile
+from hw_profiles.profile import ALONE_ROUNDS, profile
 from hw_profiles.runtimes import RUNTIMES, name_on
 from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
@@ -111,21 +111,22 @@ def test_a_pack_measures_what_a_profile_does(pack: Path, run: Run, tmp_path: Pat
     found = found_in(tmp_path / "measured.json")
     assert set(found) == set(local) == EXPECTED
     for key, its in found.items():
-        same = {name: getattr(local[key], name) for name in ("ratio", "spread_ratio", "reference_ms", "created_at")}
-        assert replace(its, **same) == replace(local[key], typical_reference_ms=None)  # all but what was timed
+        same = {name: getattr(local[key], name) for name in ("ratio", "spread_ratio", "references_ms", "created_at")}
+        assert replace(its, **same) == replace(local[key], profile_ms=None)  # all but what was timed
     before = (tmp_path / "measured.json").read_bytes()
     code, err = run("pack.zip", "--output", "measured.json")
     assert (code, err.count("\n")) == (0, 1)
     assert (tmp_path / "measured.json").read_bytes() == before
 
 
-def test_ratios_are_those_programmed(tmp_path: Path, run: Run) -> None:
+def test_latencies_are_those_programmed(tmp_path: Path, run: Run) -> None:
     slow = tuple(g for g in PLANNED if g.role in ("reference", "anchor"))
     write_pack(tmp_path / "slow.zip", replace(PLAN, graphs=slow, rounds=5), {"fake": Builder(scale=5.0)})
     assert run("slow.zip", "--output", "measured.json")[0] == 0
     for found in read_measured(tmp_path / "measured.json").measurements:
-        assert found.ratio == pytest.approx(milliseconds(found.shape) / milliseconds(FULL), rel=0.25)
-        assert found.repeats == (5 if found.workload.phase == "prefill" else 5 * PASSES)
+        assert found.latency_ms == pytest.approx(5.0 * milliseconds(found.shape), rel=0.25)
+        rounds = ALONE_ROUNDS if found.role == "reference" else 5
+        assert found.repeats == (rounds if found.workload.phase == "prefill" else rounds * PASSES)
 
 
 def test_options_take_part_of_a_pack(tmp_path: Path, run: Run) -> None:
@@ -369,7 +370,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: forge(p, more=((f"fake/int8/{FULL.id}/more", bytes(70 * 2**20)),)),
         "bytes of weights in fake/int8/",
     ),
-    "version": (lambda p: forge(p, alter=set_("version", to=2)), "format version 1, got 2"),
+    "version": (lambda p: forge(p, alter=set_("version", to=1)), "format version 2, got 1"),
     "rounds": (lambda p: forge(p, alter=set_("rounds", to=10**9)), "rounds must be a whole number from 1 to 1000"),
     "tokens": (lambda p: forge(p, alter=set_("workloads", 0, "tokens", to=10**9)), "tokens must be a whole number"),
     "batch": (lambda p: forge(p, alter=set_("workloads", 0, "batch_size", to=10**9)), "batch_size must be a whole"),
@@ -377,8 +378,8 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "runtime": (lambda p: forge(p, alter=set_("targets", 0, "runtime", to="os")), "runtime must be one of"),
     "another folder": (lambda p: forge(p, alter=set_("graphs", 0, "folder", to="..")), "folder must be one of"),
     "no reference": (
-        lambda p: forge(p, alter=set_("graphs", 0, "role", to="table")),
-        "must have the role reference, got 0",
+        lambda p: forge(p, alter=lambda plan: [graph.update(role="table") for graph in plan["graphs"]]),
+        "must have the role reference, got none",
     ),
     "no graphs": (lambda p: forge(p, alter=set_("graphs", to=[])), "graphs must be a list of 1 to"),
     "threads": (lambda p: forge(p, alter=set_("threads", to=-1)), "threads must be a whole number from 1 to 4096"),

@@ -16,7 +16,15 @@ import pytest
 from hw_profiles.devices import Device, Target, affinity
 from hw_profiles.measurement import Measurement
 from hw_profiles.planning import PlannedGraph, plan
-from hw_profiles.profile import BATCH_GRAPHS, MEMORY_PER_WEIGHT_BYTE, ProfileError, profile, repeat_noise
+from hw_profiles.profile import (
+    ALONE_ROUNDS,
+    BATCH_GRAPHS,
+    MEMORY_PER_WEIGHT_BYTE,
+    ProfileError,
+    profile,
+    repeat_noise,
+)
+from hw_profiles.references import reference_shapes
 from hw_profiles.runtimes import Session
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import BlockShape, ModelShape, Precision, Workload
@@ -29,6 +37,7 @@ FULL = ModelShape(16, 4, 32, True, (BlockShape(4, 2, 64),) * 6)
 CHOICES = [BlockShape(heads, heads // 2, width) for heads in (4, 2, 0) for width in (64, 32, 0)]
 WORKLOADS = [Workload("prefill", 8), Workload("decode", 8)]
 PLANNED = plan(FULL, CHOICES, anchors=6, heldout=4, repeats=2)
+REFERENCES = reference_shapes(FULL)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +118,46 @@ def test_ratios_are_those_programmed(store: Store) -> None:
         assert found.ratio == pytest.approx(milliseconds(found.shape) / milliseconds(FULL), rel=0.25)
     reference = store.measurements(roles=["reference"])
     assert [m.ratio for m in reference] == [1.0, 1.0]
-    assert {m.workload.phase: m.repeats for m in reference} == {"prefill": 5, "decode": 5 * PASSES}
+    assert {m.workload.phase: m.repeats for m in reference} == {
+        "prefill": ALONE_ROUNDS,
+        "decode": ALONE_ROUNDS * PASSES,
+    }
+    others = store.measurements(roles=["anchor"])
+    assert {m.workload.phase: m.repeats for m in others} == {"prefill": 5, "decode": 5 * PASSES}
+
+
+def test_all_references_are_in_every_batch(store: Store) -> None:
+    run(store, Builder(scale=5.0))
+    assert len(REFERENCES) == 3
+    for found in store.measurements():
+        assert set(found.references_ms) == {shape.id for shape in REFERENCES}
+        assert found.latency_ms == pytest.approx(5.0 * milliseconds(found.shape), rel=0.3)
+    references = store.measurements(roles=["reference"])
+    assert {m.shape for m in references} == {*REFERENCES}
+    assert {m.shape for m in references if m.is_full_model} == {FULL}
+    for found in references:  # the median over all batches, not their own
+        batches = {m.references_ms[found.shape.id] for m in store.measurements(workload=found.workload)}
+        assert len(batches) > 2
+        assert min(batches) <= found.latency_ms <= max(batches)
+
+
+def test_references_that_do_not_fit_the_memory_are_graphs_as_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest_bytes = int(MEMORY_PER_WEIGHT_BYTE * REFERENCES[-1].weight_bytes("int8")) + 1
+    monkeypatch.setattr("hw_profiles.profile.BATCH_MEMORY_BYTES", smallest_bytes)
+    run(store, Builder())
+    assert set(stored(store)) == {(g.role, g.shape.id, work) for g in PLANNED for work in WORKLOADS}
+    assert all(set(m.references_ms) == {FULL.id, REFERENCES[-1].id} for m in store.measurements())
+
+
+def test_long_prompts_are_timed_on_the_full_model_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hw_profiles.planning.MOST_TOKENS_FED", 8)
+    long = Workload("prefill", 16)
+    run(store, Builder(), workloads=[*WORKLOADS, long])
+    (found,) = store.measurements(workload=long)
+    assert (found.shape, dict(found.references_ms)) == (FULL, {FULL.id: found.latency_ms})
+    assert {m.shape for m in store.measurements(workload=WORKLOADS[0])} == {g.shape for g in PLANNED}
 
 
 def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
@@ -145,37 +193,43 @@ def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
 
 
 def test_a_batch_in_a_slow_spell_is_timed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third one's reference takes half as long again; the last but one's too, but one in four is the limit."""
+    """The third one's references take half as long again; the last but one's too, but one in four is the limit."""
     calls: list[set[str]] = []
 
     def in_spells(sessions: dict[str, Session], *args: Any, **options: Any) -> dict[tuple[str, Workload], Timing]:
         calls.append(set(sessions))
-        slower = 1.5 if len(calls) in (3, len(PLANNED) - 1) else 1.0
+        slower = 1.5 if len(calls) in (4, len(PLANNED) - 2) else 1.0
         timings = measure(sessions, *args, **options)
-        return {key: replace(found, reference_ms=slower * 10.0, ratio=slower) for key, found in timings.items()}
+        return {
+            key: replace(found, references_ms=dict.fromkeys(found.references_ms, slower * 10.0), ratio=slower)
+            for key, found in timings.items()
+        }
 
     monkeypatch.setattr(sys.modules[profile.__module__], "measure", in_spells)
     monkeypatch.setattr(sys.modules[profile.__module__], "BATCH_GRAPHS", 1)
-    monkeypatch.setattr(sys.modules[profile.__module__], "POSTPONED_SHARE", len(PLANNED))
+    monkeypatch.setattr(sys.modules[profile.__module__], "POSTPONED_SHARE", len(PLANNED) - len(REFERENCES))
     run(store, Builder())
-    assert len(calls) == len(PLANNED) + 1
-    assert calls[-1] == calls[2]
-    ratios = {found.ratio for found in store.measurements() if found.shape.id in calls[2] - {FULL.id}}
+    references = {shape.id for shape in REFERENCES}
+    batches = len(PLANNED) - len(REFERENCES)
+    assert calls[0] == references
+    assert len(calls) == 1 + batches + 1
+    assert calls[-1] == calls[3]
+    ratios = {found.ratio for found in store.measurements() if found.shape.id in calls[3] - references}
     assert ratios == {1.0}
     assert len(stored(store)) == len(PLANNED) * len(WORKLOADS)
 
 
-def test_files_are_gone_and_the_reference_is_built_once(store: Store) -> None:
+def test_files_are_gone_and_the_references_are_built_once(store: Store) -> None:
     build = Builder()
     run(store, build)
     assert not any(folder.exists() for folder in build.folders)
-    assert build.built.count(FULL) == 1  # the reference stays loaded
+    assert [build.built.count(shape) for shape in REFERENCES] == [1, 1, 1]  # they stay loaded
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryError()])
 def test_an_interrupted_profile_goes_on_where_it_was(store: Store, failure: BaseException) -> None:
     """The build stops in the second batch: the first is kept as it is, the rest is measured by the next call."""
-    stopped = Builder(lambda shape, count: failure if count > BATCH_GRAPHS + 1 else None)
+    stopped = Builder(lambda shape, count: failure if count > BATCH_GRAPHS + 3 else None)
     with pytest.raises((KeyboardInterrupt, ProfileError)):
         run(store, stopped)
     before = stored(store)
@@ -186,8 +240,8 @@ def test_an_interrupted_profile_goes_on_where_it_was(store: Store, failure: Base
     after = stored(store)
     assert set(after) == {(g.role, g.shape.id, work) for g in PLANNED for work in WORKLOADS}
     for key, found in before.items():
-        assert replace(after[key], typical_reference_ms=None) == replace(found, typical_reference_ms=None)
-    assert len(resumed.built) == 1 + len(PLANNED) - len(before) // len(WORKLOADS)  # 1: the reference
+        assert replace(after[key], profile_ms=None) == replace(found, profile_ms=None)
+    assert len(resumed.built) == len(REFERENCES) + len(PLANNED) - len(before) // len(WORKLOADS)
 
 
 KILLED = """
@@ -243,7 +297,7 @@ class UpgradedRuntime(FakeRuntime):
 def test_after_an_upgrade_all_is_measured_afresh(store: Store) -> None:
     run(store, Builder())
     before = store.measurements()
-    stopped = Builder(lambda shape, count: KeyboardInterrupt() if count > BATCH_GRAPHS + 1 else None)
+    stopped = Builder(lambda shape, count: KeyboardInterrupt() if count > BATCH_GRAPHS + 3 else None)
     with pytest.raises(KeyboardInterrupt):
         run(store, stopped, runtime=UpgradedRuntime())
     told = run(store, Builder(), runtime=UpgradedRuntime())
@@ -276,12 +330,14 @@ def test_a_failing_reference_stops_at_once(store: Store) -> None:
 
 def test_batches_keep_to_the_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw_profiles.profile.BATCH_MEMORY_BYTES", 6 * FULL.weight_bytes("int8"))
-    batches = [line.count(",") + 1 for line in run(store, Builder()) if "timing" in line]
+    batches = [
+        line.count(",") + 1 for line in run(store, Builder()) if "timing" in line and "the references" not in line
+    ]
     graphs = [g for g in PLANNED if g.role != "reference"]
     weight_bytes = [g.shape.weight_bytes("int8") for g in graphs]
-    assert sum(batches) == len(PLANNED)
+    assert sum(batches) == len(graphs)
     position = 0
-    for size in [batches[0] - 1, *batches[1:]]:  # the reference counts nothing
+    for size in batches:
         taken_bytes = MEMORY_PER_WEIGHT_BYTE * sum(weight_bytes[position : position + size])
         assert taken_bytes <= 6 * FULL.weight_bytes("int8")
         position += size
@@ -292,18 +348,18 @@ def test_repeats_come_in_a_later_batch(store: Store) -> None:
     run(store, Builder())
     for again in store.measurements(roles=["repeat"]):
         first = next(m for m in store.measurements(again.target, again.workload, ["heldout"]) if m.shape == again.shape)
-        assert again.reference_ms != first.reference_ms
+        assert again.references_ms != first.references_ms
 
 
 def test_repeat_noise_by_hand(store: Store) -> None:
     work, shapes = WORKLOADS[0], [graph.shape for graph in PLANNED[1:4]]
     store.add_device(DEVICE)
     assert repeat_noise(store.measurements(TARGET, work)) is None
-    made = Measurement(TARGET, FULL, work, "reference", FULL.id, 1.0, 0.0, 3, 10.0, "1")
+    made = Measurement(TARGET, FULL, work, "reference", FULL.id, 1.0, 0.0, 3, {FULL.id: 10.0}, "1")
     pairs = zip(shapes, (0.5, 0.6, 0.4), (0.55, 0.6, 0.36), strict=True)  # +10 %, 0, -10 %
     for shape, first, second in pairs:
         store.add_measurements([replace(made, shape=shape, role="heldout", ratio=first)])
-        store.add_measurements([replace(made, shape=shape, role="repeat", ratio=second, reference_ms=20.0)])
+        store.add_measurements([replace(made, shape=shape, role="repeat", ratio=second, references_ms={FULL.id: 20.0})])
     assert repeat_noise(store.measurements(TARGET, work)) == pytest.approx(0.1)
     assert repeat_noise(store.measurements(TARGET, WORKLOADS[1])) is None
     for role, ratio in (("heldout", 0.5), ("repeat", 0.75)):  # with another version: +50 %
@@ -314,8 +370,8 @@ def test_repeat_noise_by_hand(store: Store) -> None:
 
 
 def test_arguments_that_do_not_fit_together(store: Store) -> None:
-    with pytest.raises(ValueError, match="exactly one graph with role reference, got 0"):
-        run(store, Builder(), PLANNED[1:])
+    with pytest.raises(ValueError, match="needs a graph with role reference, the full model, got none"):
+        run(store, Builder(), PLANNED[3:])
     with pytest.raises(ValueError, match="must be on device"):
         profile(store, DEVICE, replace(TARGET, device_id="x"), PLANNED, WORKLOADS, Builder(), FakeRuntime())
     with pytest.raises(ValueError, match="must name the runtime fake, got openvino"):

@@ -33,7 +33,7 @@ def timed(
 ) -> Measurement:
     created = START + timedelta(days=day)
     return Measurement(
-        target, shape(width), workload, role, FULL.id, 0.5, 0.01, 9, 10.0, version, created_at=created
+        target, shape(width), workload, role, FULL.id, 0.5, 0.01, 9, {FULL.id: 10.0}, version, created_at=created
     )  # fmt: skip
 
 

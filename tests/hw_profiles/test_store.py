@@ -35,7 +35,9 @@ FULL = shape(64)
 
 
 def measurement(width: int, ratio: float = 0.5, reference_ms: float = 10.0, **changes: object) -> Measurement:
-    made = Measurement(TARGET, shape(width), DECODE, "anchor", FULL.id, ratio, 0.01, 9, reference_ms, "2026.4")
+    made = Measurement(
+        TARGET, shape(width), DECODE, "anchor", FULL.id, ratio, 0.01, 9, {FULL.id: reference_ms}, "2026.4"
+    )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -69,7 +71,7 @@ def test_what_goes_in_comes_out(store: Store, database_url: str) -> None:
     with Store(database_url) as again:
         assert again.devices() == [DEVICE]
         assert again.targets() == [TARGET]
-        assert again.measurements() == [replace(stored, typical_reference_ms=10.0)]
+        assert again.measurements() == [replace(stored, profile_ms={FULL.id: 10.0})]
 
 
 def test_filters(store: Store) -> None:
@@ -84,7 +86,7 @@ def test_filters(store: Store) -> None:
     store.add_measurements(rows)
 
     def found(**filters: object) -> set[int]:
-        got = [replace(m, typical_reference_ms=None) for m in store.measurements(**filters)]  # type: ignore[arg-type]
+        got = [replace(m, profile_ms=None) for m in store.measurements(**filters)]  # type: ignore[arg-type]
         return {rows.index(m) for m in got}
 
     assert found() == {0, 1, 2, 3, 4}
@@ -117,13 +119,32 @@ def test_latency_uses_the_median_reference_of_all_batches(store: Store) -> None:
     assert measurement(4).latency_ms == pytest.approx(5)  # before it is stored: its own batch
 
 
+def test_each_reference_has_a_median_of_its_own(store: Store) -> None:
+    """The second batch fell into a spell that only large graphs felt, and knew a third reference."""
+    small, third = shape(4), shape(6)
+    store.add_measurements(
+        [
+            measurement(8, ratio=1.0, references_ms={FULL.id: 16.0, small.id: 4.0}),
+            measurement(12, ratio=1.0, references_ms={FULL.id: 20.0, small.id: 4.0, third.id: 10.0}),
+            measurement(64, ratio=2.0, role="reference", references_ms={FULL.id: 16.0, small.id: 4.0}),
+        ]
+    )
+    first, second, full = store.measurements()
+    assert first.profile_ms == second.profile_ms == {FULL.id: 18.0, small.id: 4.0, third.id: 10.0}
+    assert full.latency_ms == 18.0
+    assert full.is_full_model
+    assert 8.0 < first.latency_ms < 8.0 * (18 / 16)
+    mean_ms = (20.0 * 4.0 * 10.0) ** (1 / 3)
+    assert mean_ms * (18 / 20) < second.latency_ms < mean_ms
+
+
 def test_finalists_do_not_move_what_a_profile_took(store: Store) -> None:
     """They are timed later, here on a machine that has become half as fast: only their ratio counts."""
     profiled = [measurement(8, reference_ms=10.0), measurement(12, reference_ms=12.0)]
     finalists = [measurement(width, ratio=0.5, role="finalist", reference_ms=24.0 + width) for width in (4, 16, 20)]
     store.add_measurements([*profiled, *finalists])
-    assert {m.typical_reference_ms for m in store.measurements()} == {11.0}
-    assert [m.latency_ms for m in store.measurements(roles=["finalist"])] == [5.5] * 3
+    assert all(m.profile_ms == {FULL.id: 11.0} for m in store.measurements())
+    assert [m.latency_ms for m in store.measurements(roles=["finalist"])] == pytest.approx([5.5] * 3)
 
 
 def test_versions_of_a_runtime_are_kept_apart(store: Store) -> None:
@@ -131,7 +152,8 @@ def test_versions_of_a_runtime_are_kept_apart(store: Store) -> None:
     store.add_measurements([measurement(8), measurement(12)])
     store.add_measurements([measurement(8, ratio=0.4, reference_ms=30.0, runtime_version="2026.5")])
     both = store.measurements()
-    assert [(m.runtime_version, m.latency_ms) for m in both] == [("2026.4", 5.0), ("2026.4", 5.0), ("2026.5", 12.0)]
+    assert [m.runtime_version for m in both] == ["2026.4", "2026.4", "2026.5"]
+    assert [m.latency_ms for m in both] == pytest.approx([5.0, 5.0, 12.0])
     assert store.measurements(runtime_version="2026.4") == both[:2]
     assert store.measurements(runtime_version="2026.5") == both[2:]
     assert store.measurements(runtime_version="2026.6") == []
@@ -227,7 +249,7 @@ def old_database(url: str, stored: Sequence[Measurement]) -> None:
                     "shape": old.shape.to_json(),
                     **asdict(old.workload),
                     **{name: getattr(old, name) for name in ("role", "ratio", "spread_ratio", "repeats")},
-                    "reference_ms": old.reference_ms,
+                    "reference_ms": old.references_ms[FULL.id],
                     "runtime_version": old.runtime_version,
                     "created_at": old.created_at.isoformat(),
                 }
@@ -253,7 +275,7 @@ def test_a_database_of_version_1_is_migrated(database_url: str) -> None:
     old_database(database_url, stored)
     with Store(database_url) as store:
         assert store.devices() == [DEVICE]
-        assert store.measurements() == [replace(m, typical_reference_ms=10.0) for m in stored]
+        assert store.measurements() == [replace(m, profile_ms={FULL.id: 10.0}) for m in stored]
         assert {m.affinity for m in store.measurements()} == {""}
         assert layout(store) == new_layout
         assert set(new_layout) == {"schema_version", "devices", "measurements", "memory_measurements"}
@@ -339,7 +361,7 @@ def test_a_newer_schema(database_url: str, store: Store) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99"))
     with pytest.raises(
-        StoreError, match=r"the tables of hw_profiles have schema version 99, wanted at most 3; use the"
+        StoreError, match=r"the tables of hw_profiles have schema version 99, wanted at most 4; use the"
     ):
         Store(database_url)
 

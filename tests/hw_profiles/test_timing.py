@@ -50,7 +50,7 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
     clock = Clock()
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
     timings = measure(
-        sessions, "full", WORKLOADS, vocab_size=16, rounds=3, decode_steps=5, clock=clock, sleep=clock.wait
+        sessions, ["full"], WORKLOADS, vocab_size=16, rounds=3, decode_steps=5, clock=clock, sleep=clock.wait
     )
     assert set(timings) == {(name, work) for name in ("full", "half") for work in WORKLOADS}
     expected_ms = {
@@ -63,7 +63,7 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
     for work, value_ms in expected_ms.items():
         full, half = timings["full", work], timings["half", work]
         assert full.ratio == pytest.approx(1.0)
-        assert full.median_ms == full.reference_ms == half.reference_ms == pytest.approx(value_ms)
+        assert full.median_ms == full.references_ms["full"] == half.references_ms["full"] == pytest.approx(value_ms)
         assert half.ratio == pytest.approx(0.5)
         assert half.median_ms == pytest.approx(value_ms / 2)
         assert half.repeats == (3 if work.phase == "prefill" else 3 * PASSES)
@@ -73,7 +73,7 @@ def test_times_follow_the_programmed_formula(tmp_path: Path) -> None:
 def test_decode_on_an_empty_cache(tmp_path: Path) -> None:
     clock, work = Clock(), Workload("decode", 0)
     sessions = load(tmp_path, {"full": REFERENCE}, clock.wait)
-    timing = measure(sessions, "full", [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
+    timing = measure(sessions, ["full"], [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
     assert timing["full", work].median_ms == pytest.approx(4.0 + 0.5 + (WARM_STEPS + 1) * 0.25)
 
 
@@ -83,7 +83,7 @@ def test_the_tokens_needed_are_those_fed(tmp_path: Path) -> None:
         clock = Clock()
         REFERENCE.write(tmp_path)
         session = FakeRuntime(clock.wait).load(tmp_path, threads=1, max_tokens=needed)
-        measure({"full": session}, "full", [work], vocab_size=16, decode_steps=3, clock=clock, sleep=clock.wait)
+        measure({"full": session}, ["full"], [work], vocab_size=16, decode_steps=3, clock=clock, sleep=clock.wait)
 
 
 @pytest.mark.parametrize(("step_ms", "untimed"), [(1.0, 20), (10.0, 20), (12.0, 17), (45.0, 5), (500.0, 1)])
@@ -98,25 +98,34 @@ def test_slow_models_take_fewer_untimed_steps(tmp_path: Path, step_ms: float, un
         return original(token_ids)
 
     original, sessions["full"].step = sessions["full"].step, counted  # type: ignore[method-assign, assignment]
-    measure(sessions, "full", [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
+    measure(sessions, ["full"], [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
     assert steps == (1 + PASSES) * (1 + untimed + 3)
 
 
 def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
     clock, work = Clock(), Workload("prefill", 16)
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF, "other": REFERENCE}, clock.wait)
-    beside = {"full": "full", "half": "half", "other": "half"}
+    beside = {"full": ["full"], "half": ["half"], "other": ["half"]}
     timings = measure(sessions, beside, [work], vocab_size=16, rounds=2, clock=clock, sleep=clock.wait)
     assert [timings[name, work].ratio for name in sessions] == pytest.approx([1.0, 1.0, 2.0])
-    with pytest.raises(ValueError, match=r"must be one of the sessions"):
-        measure(sessions, {"full": "full"}, [work], vocab_size=16)
+    for wrong in ({"full": ["full"]}, {key: ["third"] for key in sessions}, dict.fromkeys(sessions, ())):
+        with pytest.raises(ValueError, match=r"must be among the sessions full, half, other"):
+            measure(sessions, wrong, [work], vocab_size=16)
+
+
+def test_several_references_count_by_their_geometric_mean(tmp_path: Path) -> None:
+    clock, work = Clock(), Workload("prefill", 16)
+    sessions = load(tmp_path, {"full": REFERENCE, "half": HALF, "other": REFERENCE}, clock.wait)
+    timings = measure(sessions, ["full", "half"], [work], vocab_size=16, rounds=2, clock=clock, sleep=clock.wait)
+    assert [timings[name, work].ratio for name in sessions] == pytest.approx([2**0.5, 2**-0.5, 2**0.5])
+    assert timings["other", work].references_ms == pytest.approx({"full": 12.0, "half": 6.0})
 
 
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
     clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 60.0, 1.0))
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
-    timing = measure(sessions, "full", WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
+    timing = measure(sessions, ["full"], WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
     for work in WORKLOADS:
         half = timing["half", work]
         assert half.spread_ms / half.median_ms > 0.1
@@ -124,7 +133,12 @@ def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
         assert half.spread_ratio < 0.02
 
 
-def test_every_round_visits_all_in_changing_order_and_the_reference_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("references", "visited"),
+    [(["a"], "aabcd"), (["a", "b"], "abbcd"), (["a", "b", "c"], "abbccd"), (["d", "a", "b", "c"], "abcd")],
+)
+def test_every_round_visits_all_in_changing_order(references: list[str], visited: str) -> None:
+    """One reference of three others as often as their square root says, of several the smaller ones once more."""
     visits: list[str] = []
 
     class Recorder:
@@ -148,12 +162,12 @@ def test_every_round_visits_all_in_changing_order_and_the_reference_twice(tmp_pa
         assert seconds == SETTLE_S
         visits.append("|")
 
-    measure(sessions, "a", WORKLOADS[:1], vocab_size=4, rounds=5, clock=clock, sleep=pause)
+    measure(sessions, references, WORKLOADS[:1], vocab_size=4, rounds=5, clock=clock, sleep=pause)
     order = "".join(visits).replace("|", "")
     assert sorted(order[:4]) == list("abcd")  # to warm up
-    rounds = [order[i : i + 5] for i in range(4, len(order), 5)]
+    rounds = [order[i : i + len(visited)] for i in range(4, len(order), len(visited))]
     assert len(rounds) == 5
-    assert all(sorted(one) == list("aabcd") for one in rounds)  # sqrt(3) others, rounded up
+    assert all(sorted(one) == list(visited) for one in rounds)
     assert len(set(rounds)) > 2
     assert not any(one == next_one for one, next_one in pairwise(order))  # none finds its weights in the cache
 
@@ -179,7 +193,7 @@ def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
 
     sessions: dict[str, Session] = {name: Alternating(name) for name in "abcd"}
     work = Workload("prefill", 8)
-    timing = measure(sessions, "a", [work], vocab_size=4, rounds=3, clock=clock, sleep=clock.wait)
+    timing = measure(sessions, ["a"], [work], vocab_size=4, rounds=3, clock=clock, sleep=clock.wait)
     assert timing["a", work].median_ms == pytest.approx(2.0)
     assert [timing[name, work].ratio for name in "abcd"] == pytest.approx([1.0, 3.0, 3.0, 3.0])
     assert timing["b", work].repeats == 3
@@ -188,14 +202,14 @@ def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
 def test_a_known_sleep_on_the_real_clock(tmp_path: Path) -> None:
     work = Workload("prefill", 1)
     sessions = load(tmp_path, {"full": FakeModel(base_ms=20.0), "half": FakeModel(base_ms=10.0)}, time.sleep)
-    timing = measure(sessions, "full", [work], vocab_size=4, rounds=5, decode_steps=1)
+    timing = measure(sessions, ["full"], [work], vocab_size=4, rounds=5, decode_steps=1)
     assert timing["half", work].ratio == pytest.approx(0.5, rel=0.15)
     assert 10.0 <= timing["half", work].median_ms < 20.0
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     sessions = load(tmp_path, {"full": REFERENCE}, time.sleep)
-    with pytest.raises(ValueError, match=r"one of the sessions full, got 'ful'"):
-        measure(sessions, "ful", WORKLOADS, vocab_size=4)
+    with pytest.raises(ValueError, match=r"among the sessions full, got \['ful'\]"):
+        measure(sessions, ["ful"], WORKLOADS, vocab_size=4)
     with pytest.raises(ValueError, match=r"rounds=0"):
-        measure(sessions, "full", WORKLOADS, vocab_size=4, rounds=0)
+        measure(sessions, ["full"], WORKLOADS, vocab_size=4, rounds=0)

@@ -123,7 +123,9 @@ def measurement(
     version: str = VERSION,
 ) -> Measurement:
     reference_ms = shape_ms(full, target.precision, workload)
-    return Measurement(target, shape, workload, role, full.id, ms / reference_ms, 0.01, 9, reference_ms, version)
+    return Measurement(
+        target, shape, workload, role, full.id, ms / reference_ms, 0.01, 9, {full.id: reference_ms}, version
+    )
 
 
 def fill_profile(

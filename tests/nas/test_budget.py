@@ -143,7 +143,7 @@ class Model:
             return None
         target, base = Target("d", "fake", "int4", 1), self.space.base
         return timed_together(
-            [Measurement(target, base, DECODE, "finalist", base.id, 0.5, 0.1, 15, 14.0 * self.scale, "1")]
+            [Measurement(target, base, DECODE, "finalist", base.id, 0.5, 0.1, 15, {base.id: 14.0 * self.scale}, "1")]
         )
 
 
@@ -172,4 +172,4 @@ def test_describe_gives_each_trial_its_own_costs() -> None:
     assert answers[1].latencies == {DECODE: Latency(2.0, 1.0, 4.0, None), PREFILL: Latency(20.0, 10.0, 40.0, None)}
     # 15 ratios of 0.5, half of them within 0.1: a standard error of 1.25 x 1.48 x 0.1 / sqrt(15) = 0.0478
     high_ms = pytest.approx(70.0 * (0.5 + 2 * 0.0478) / 0.5, rel=1e-3)
-    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, 70.0, high_ms)
+    assert answers[2].latencies[PREFILL] == Latency(30.0, 15.0, 60.0, pytest.approx(70.0), high_ms)

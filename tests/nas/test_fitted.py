@@ -128,7 +128,12 @@ def few_anchors(store: Store, device: Device, factor: float, count: int = 9, ver
     ]
     # stored are ratios to the full model, so its milliseconds make the whole device slower
     store.add_measurements(
-        [replace(m, reference_ms=m.reference_ms * factor, runtime_version=version) for m in (full, *graphs)]
+        [
+            replace(
+                m, references_ms={name: ms * factor for name, ms in m.references_ms.items()}, runtime_version=version
+            )
+            for m in (full, *graphs)
+        ]
     )
     return target
 
