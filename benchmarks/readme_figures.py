@@ -100,8 +100,8 @@ def budget(budget: dict[str, Any]) -> str:
     met = "meets" if budget["met"] else "MISSES"
     return (
         f"The exported OpenVINO file {met} its budget: {budget['remeasured_tpot_ms']:.2f} ms of "
-        f"{budget['tpot_ms']:.2f}, its ratio to the profile's own reference, timed beside it, times what that took in "
-        f"the profile. By the clock it took {budget['clock_tpot_ms']:.2f} ms, and "
+        f"{budget['tpot_ms']:.2f}, told at the profile's speed by what the profile's own references take beside it. "
+        f"By the clock it took {budget['clock_tpot_ms']:.2f} ms, and "
         f"{budget['share_of_full_in_same_run']:.0%} of the full model's time in the same interleaved run, where 85 % "
         "are allowed. What the clock says moves with what else the shared host does."
     )

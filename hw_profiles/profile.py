@@ -30,7 +30,7 @@ Progress = Callable[[int, int, str], None]
 #: A loaded graph takes up to this many times its weights: the file mapped, the runtime's packed copy, activations.
 MEMORY_PER_WEIGHT_BYTE = 2.5
 #: What the graphs of one batch may take together, the references not counted; and the references but the full model.
-BATCH_MEMORY_BYTES = 3 * 2**30
+BATCH_MEMORY_BYTES = 6 * 2**30
 #: Rounds of the references where they are alone: ratios among them need none, and the workloads that they are not timed
 #: on again with other graphs are the long ones.
 ALONE_ROUNDS = 2
@@ -106,7 +106,11 @@ def profile(
     failures: list[tuple[PlannedGraph, Exception]] = []
     with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=scratch) as directory:
         needed = tokens_needed([*workloads, *run.known_ms(run.full)], decode_steps)
-        sessions = {shape.id: run.load(shape, Path(directory, shape.id), needed) for shape in beside}
+        sessions = {}
+        for shape, session in zip(beside, run.load(beside, Path(directory), needed), strict=True):
+            if isinstance(session, Exception):
+                raise session
+            sessions[shape.id] = session
         progress(done, len(planned), "timing the references")
         run.time_references(workloads, sessions, seed)
         pending = run.pending(planned, workloads)
@@ -221,7 +225,7 @@ class _Run:
             )
 
     def batches(self, graphs: Sequence[PlannedGraph], memory_bytes: int) -> Iterator[list[PlannedGraph]]:
-        """Consecutive graphs that fit the memory, at least one each. Repeats never share a batch with their first."""
+        """Consecutive graphs that fit the memory, at least one each, and no shape twice in one."""
         batch: list[PlannedGraph] = []
         batch_bytes = 0.0
         for graph in graphs:
@@ -229,7 +233,7 @@ class _Run:
             if graph.shape in self.references:
                 own_bytes = 0  # loaded anyway
             full = batch_bytes + own_bytes > memory_bytes or len(batch) == BATCH_GRAPHS
-            if batch and (full or (graph.role == "repeat") != (batch[-1].role == "repeat")):
+            if batch and (full or graph.shape in {other.shape for other in batch}):
                 yield batch
                 batch, batch_bytes = [], 0.0
             batch.append(graph)
@@ -237,10 +241,21 @@ class _Run:
         if batch:
             yield batch
 
-    def load(self, shape: ModelShape, directory: Path, max_tokens: int) -> Session:
-        directory.mkdir(exist_ok=True)
-        path = self.build(shape, self.target.precision, directory)
-        return self.runtime.load(path, self.target.threads, max_tokens)
+    def load(self, shapes: Sequence[ModelShape], directory: Path, max_tokens: int) -> list[Session | Exception]:
+        """Build the shapes, each in a folder of its own, and load them; where that fails, why."""
+
+        def load_one(shape: ModelShape) -> Session | Exception:
+            try:
+                folder = directory / shape.id
+                folder.mkdir(exist_ok=True)
+                path = self.build(shape, self.target.precision, folder)
+                return self.runtime.load(path, self.target.threads, max_tokens)
+            except Exception as error:
+                return error
+
+        # OpenVINO compiles on one core, for two seconds a graph; nothing is timed meanwhile
+        with ThreadPoolExecutor(min(self.target.threads, LOADED_AT_ONCE)) as pool:
+            return list(pool.map(load_one, shapes))
 
     def time_batch(
         self,
@@ -255,21 +270,13 @@ class _Run:
         sessions = dict(references)
         max_tokens = tokens_needed(workloads, self.decode_steps)
         with tempfile.TemporaryDirectory(prefix="hw_profiles-", dir=self.scratch) as directory:
-
-            def load(graph: PlannedGraph) -> Session | Exception:
-                try:
-                    return self.load(graph.shape, Path(directory, graph.shape.id), max_tokens)
-                except Exception as error:
-                    return error
-
             missing = [graph for graph in batch if graph.shape.id not in sessions]
-            # OpenVINO compiles on one core, for two seconds a graph; nothing is timed meanwhile
-            with ThreadPoolExecutor(min(self.target.threads, LOADED_AT_ONCE)) as pool:
-                for graph, session in zip(missing, pool.map(load, missing), strict=True):
-                    if isinstance(session, Exception):
-                        failed.append((graph, session))
-                    else:
-                        sessions[graph.shape.id] = session
+            loaded_now = self.load([graph.shape for graph in missing], Path(directory), max_tokens)
+            for graph, session in zip(missing, loaded_now, strict=True):
+                if isinstance(session, Exception):
+                    failed.append((graph, session))
+                else:
+                    sessions[graph.shape.id] = session
             loaded = [graph for graph in batch if graph.shape.id in sessions]
             if loaded:
                 found = self._measurements(loaded, sessions, workloads, seed)

@@ -17,169 +17,21 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import (
-    BigInteger,
-    Connection,
-    Engine,
-    ForeignKey,
-    UniqueConstraint,
-    create_engine,
-    event,
-    inspect,
-    select,
-)
+from sqlalchemy import Engine, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
+from sqlalchemy.orm import Session
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.measurement import FINALIST_ROLES, Measurement, MemoryMeasurement, Role
-from hw_profiles.schema import BUSY_TIMEOUT_MS, VERSIONS, Schema, SchemaError, lock_for_writing
+from hw_profiles.measurement_tables import SCHEMA, DeviceRow, GraphRow, MeasurementRow, MemoryMeasurementRow, Row
+from hw_profiles.schema import BUSY_TIMEOUT_MS, VERSIONS, SchemaError, lock_for_writing
 from hw_profiles.shapes import ModelShape, Phase, Precision, Workload
 
 
 class StoreError(ValueError):
     """The database cannot be used. The message says where, why, and what to do."""
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class _Device(_Base):
-    __tablename__ = "devices"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    #: The fields of Device as JSON.
-    description: Mapped[str]
-
-
-class _OfOneGraph:
-    """One graph on one workload of one target, there once for each role and version of the runtime."""
-
-    @declared_attr.directive
-    def __table_args__(cls) -> tuple[UniqueConstraint]:  # noqa: N805
-        return (
-            UniqueConstraint(
-                *("device_id", "runtime", "precision", "threads"),
-                *("reference_id", "shape_id", "phase", "tokens", "batch_size", "role", "runtime_version"),
-            ),
-        )
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
-    runtime: Mapped[str]
-    precision: Mapped[str]
-    threads: Mapped[int]
-    reference_id: Mapped[str]
-    shape_id: Mapped[str]
-    shape: Mapped[str]
-    phase: Mapped[str]
-    tokens: Mapped[int]
-    batch_size: Mapped[int]
-    role: Mapped[str]
-    runtime_version: Mapped[str]
-    created_at: Mapped[str]
-
-
-class _Measurement(_OfOneGraph, _Base):
-    __tablename__ = "measurements"
-
-    ratio: Mapped[float]
-    spread_ratio: Mapped[float]
-    repeats: Mapped[int]
-    #: JSON: milliseconds by shape id.
-    references_ms: Mapped[str]
-    affinity: Mapped[str]
-
-
-class _MemoryMeasurement(_OfOneGraph, _Base):
-    __tablename__ = "memory_measurements"
-
-    peak_bytes: Mapped[int] = mapped_column(BigInteger)
-    baseline_bytes: Mapped[int] = mapped_column(BigInteger)
-    step_joules: Mapped[float | None]
-
-
-def _version_2(connection: Connection) -> None:
-    """Adds `affinity`, and `runtime_version` to what makes a measurement unique; SQLite can only copy for that."""
-    number = "SERIAL" if connection.dialect.name == "postgresql" else "INTEGER"
-    key = "device_id, runtime, precision, threads, reference_id, shape_id, phase, tokens, batch_size, role"
-    copied = f"{key}, shape, ratio, spread_ratio, repeats, reference_ms, runtime_version, created_at"
-    connection.exec_driver_sql(
-        f"""
-        CREATE TABLE measurements_2 (
-            id {number} NOT NULL PRIMARY KEY,
-            device_id VARCHAR NOT NULL REFERENCES devices (id),
-            runtime VARCHAR NOT NULL,
-            precision VARCHAR NOT NULL,
-            threads INTEGER NOT NULL,
-            reference_id VARCHAR NOT NULL,
-            shape_id VARCHAR NOT NULL,
-            shape VARCHAR NOT NULL,
-            phase VARCHAR NOT NULL,
-            tokens INTEGER NOT NULL,
-            batch_size INTEGER NOT NULL,
-            role VARCHAR NOT NULL,
-            ratio DOUBLE PRECISION NOT NULL,
-            spread_ratio DOUBLE PRECISION NOT NULL,
-            repeats INTEGER NOT NULL,
-            reference_ms DOUBLE PRECISION NOT NULL,
-            runtime_version VARCHAR NOT NULL,
-            affinity VARCHAR NOT NULL,
-            created_at VARCHAR NOT NULL,
-            UNIQUE ({key}, runtime_version)
-        )
-        """
-    )
-    connection.exec_driver_sql(
-        f"INSERT INTO measurements_2 ({copied}, affinity) SELECT {copied}, '' FROM measurements ORDER BY id"
-    )
-    connection.exec_driver_sql("DROP TABLE measurements")
-    connection.exec_driver_sql("ALTER TABLE measurements_2 RENAME TO measurements")
-
-
-def _version_3(connection: Connection) -> None:
-    """Adds the measurements of memory and energy."""
-    number = "SERIAL" if connection.dialect.name == "postgresql" else "INTEGER"
-    key = "device_id, runtime, precision, threads, reference_id, shape_id, phase, tokens, batch_size, role"
-    connection.exec_driver_sql(
-        f"""
-        CREATE TABLE memory_measurements (
-            id {number} NOT NULL PRIMARY KEY,
-            device_id VARCHAR NOT NULL REFERENCES devices (id),
-            runtime VARCHAR NOT NULL,
-            precision VARCHAR NOT NULL,
-            threads INTEGER NOT NULL,
-            reference_id VARCHAR NOT NULL,
-            shape_id VARCHAR NOT NULL,
-            shape VARCHAR NOT NULL,
-            phase VARCHAR NOT NULL,
-            tokens INTEGER NOT NULL,
-            batch_size INTEGER NOT NULL,
-            role VARCHAR NOT NULL,
-            peak_bytes BIGINT NOT NULL,
-            baseline_bytes BIGINT NOT NULL,
-            step_joules DOUBLE PRECISION,
-            runtime_version VARCHAR NOT NULL,
-            created_at VARCHAR NOT NULL,
-            UNIQUE ({key}, runtime_version)
-        )
-        """
-    )
-
-
-def _version_4(connection: Connection) -> None:
-    """Several references instead of the full model alone."""
-    connection.exec_driver_sql("ALTER TABLE measurements ADD COLUMN references_ms VARCHAR NOT NULL DEFAULT '{}'")
-    connection.exec_driver_sql(
-        """UPDATE measurements SET references_ms = '{"' || reference_id || '": ' || reference_ms || '}'"""
-    )
-    connection.exec_driver_sql("ALTER TABLE measurements DROP COLUMN reference_ms")
-
-
-SCHEMA = Schema("hw_profiles", _Base.metadata.sorted_tables, migrations=[_version_2, _version_3, _version_4])
 
 
 class Store:
@@ -213,11 +65,11 @@ class Store:
         """Remember a device; one that is known already stays as it is."""
         description = json.dumps(asdict(device), sort_keys=True)
         with self.transaction() as session:
-            self._insert_new(session, _Device, [{"id": device.id, "description": description}])
+            self._insert_new(session, DeviceRow, [{"id": device.id, "description": description}])
 
     def devices(self) -> list[Device]:
         with self.transaction() as session:
-            rows = session.scalars(select(_Device).order_by(_Device.id)).all()
+            rows = session.scalars(select(DeviceRow).order_by(DeviceRow.id)).all()
             return [_device(row.description) for row in rows]
 
     def add_measurements(self, measurements: Sequence[Measurement]) -> None:
@@ -226,7 +78,7 @@ class Store:
             return
         with self.transaction() as session:
             lock_for_writing(session.connection())
-            self._insert_new(session, _Measurement, [_to_row(measurement) for measurement in measurements])
+            self._insert_new(session, MeasurementRow, [_to_row(measurement) for measurement in measurements])
 
     def add_memory_measurements(self, measurements: Sequence[MemoryMeasurement]) -> None:
         """As `add_measurements`."""
@@ -234,7 +86,9 @@ class Store:
             return
         with self.transaction() as session:
             lock_for_writing(session.connection())
-            self._insert_new(session, _MemoryMeasurement, [_to_memory_row(measurement) for measurement in measurements])
+            self._insert_new(
+                session, MemoryMeasurementRow, [_to_memory_row(measurement) for measurement in measurements]
+            )
 
     def measurements(
         self,
@@ -248,7 +102,7 @@ class Store:
 
         `reference_id` picks the model: the id of its full shape.
         """
-        query = select(_Measurement).order_by(_Measurement.id)
+        query = select(MeasurementRow).order_by(MeasurementRow.id)
         if target is not None:
             query = query.filter_by(**asdict(target))
         if workload is not None:
@@ -268,7 +122,7 @@ class Store:
 
     def memory_measurements(self, target: Target, *, reference_id: str | None = None) -> list[MemoryMeasurement]:
         """In the order they were added, of all versions of the runtime; `reference_id` as in `measurements`."""
-        query = select(_MemoryMeasurement).order_by(_MemoryMeasurement.id).filter_by(**asdict(target))
+        query = select(MemoryMeasurementRow).order_by(MemoryMeasurementRow.id).filter_by(**asdict(target))
         if reference_id is not None:
             query = query.filter_by(reference_id=reference_id)
         with self.transaction() as session:
@@ -276,7 +130,7 @@ class Store:
 
     def targets(self) -> list[Target]:
         """The targets with at least one measurement."""
-        columns = (_Measurement.device_id, _Measurement.runtime, _Measurement.precision, _Measurement.threads)
+        columns = (MeasurementRow.device_id, MeasurementRow.runtime, MeasurementRow.precision, MeasurementRow.threads)
         with self.transaction() as session:
             rows = session.execute(select(*columns).distinct()).all()
         return sorted(
@@ -310,7 +164,7 @@ class Store:
             if "locked" not in str(error):
                 raise
 
-    def _insert_new(self, session: Session, table: type[_Base], rows: list[dict[str, Any]]) -> None:
+    def _insert_new(self, session: Session, table: type[Row], rows: list[dict[str, Any]]) -> None:
         """Insert the rows whose keys are not there yet, also if another process inserts them at the same moment."""
         insert = sqlite.insert if self.engine.dialect.name == "sqlite" else postgresql.insert
         session.execute(insert(table).on_conflict_do_nothing(), rows)
@@ -428,7 +282,7 @@ def _key_columns(measurement: Measurement | MemoryMeasurement) -> dict[str, Any]
 _parse_shape = functools.lru_cache(maxsize=4096)(ModelShape.from_json)
 
 
-def _from_row(row: _Measurement) -> Measurement:
+def _from_row(row: MeasurementRow) -> Measurement:
     return Measurement(
         ratio=row.ratio,
         spread_ratio=row.spread_ratio,
@@ -439,7 +293,7 @@ def _from_row(row: _Measurement) -> Measurement:
     )
 
 
-def _from_memory_row(row: _MemoryMeasurement) -> MemoryMeasurement:
+def _from_memory_row(row: MemoryMeasurementRow) -> MemoryMeasurement:
     return MemoryMeasurement(
         peak_bytes=row.peak_bytes,
         baseline_bytes=row.baseline_bytes,
@@ -448,7 +302,7 @@ def _from_memory_row(row: _MemoryMeasurement) -> MemoryMeasurement:
     )
 
 
-def _key_fields(row: _OfOneGraph) -> dict[str, Any]:
+def _key_fields(row: GraphRow) -> dict[str, Any]:
     return {
         "target": Target(row.device_id, row.runtime, cast(Precision, row.precision), row.threads),
         "shape": _parse_shape(row.shape),

@@ -3,7 +3,7 @@
 Minutes apart, the median of one and the same graph moved by up to 22 %; the ratio to references timed in the same
 round moves much less. The references' own noise is in all ratios of a batch, so they are visited more often: with n
 other graphs about sqrt(n) times a round in all, which gives the ratios the least noise for the time spent, and the
-smaller ones once more.
+smaller ones more often than the first.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def measure(
     visits = list(sessions)
     for own, count in Counter(beside.values()).items():
         others = max(count - len(own), 0)
-        visits += list(own) * (math.ceil(math.sqrt(others) / len(own)) - 1)
-        visits += list(own[1:]) if others else []  # they are cheaper than the first, and noisier
+        for place, name in enumerate(own):  # all but the first take half of its time or less, and are noisier
+            visits += [name] * (math.ceil(math.sqrt(others * (2 if place else 1)) / len(own)) - 1)
     times_ms: dict[tuple[str, Workload], list[float]] = {(name, work): [] for name in sessions for work in distinct}
     prefills, decodes = ([work for work in distinct if work.phase == phase] for phase in PHASES)
     passes = [distinct, *([decodes] * (PASSES - 1) if decodes else [])]

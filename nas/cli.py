@@ -254,6 +254,8 @@ def search(
         )
         members = tables.space_fields(space, latency)
         note(f"{loaded.name}: {tables.space(members)}")
+        if loaded.window:
+            note(f"its attention over windows of {loaded.window:,} tokens is taken for full attention over as many")
         if budget_ms is not None and budget_ms < (least_ms := members["smallest"]["low_ms"]):
             sentence = f"wanted {budget_ms:g} ms, but embedding and head alone take {least_ms:.3g} ms; allow more"
             raise typer.Exit(fail(sentence, EXIT_UNMET, {"space": members}))

@@ -5,6 +5,7 @@ A model is a Hugging Face id, a local folder, or a .gguf file. Shape letters: N 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -44,7 +45,7 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
 
-    #: A config attribute that must be unset: it turns on attention over a window, which no writer here supports.
+    #: The config attribute, where there is one, that limits attention to a window, which no writer here supports.
     sliding_window: str = ""
     #: Whether projections share matrices: split when it is loaded, see `nas.fused`.
     fused: bool = False
@@ -67,6 +68,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+#: Rotary embeddings that are the same whatever the number of positions.
+_ROPE_OF_ANY_LENGTH = ("default", "linear", "llama3")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A decoder in fp32 with its tokenizer; `fingerprint` is equal for equal configs and weights."""
@@ -78,6 +83,8 @@ class LoadedModel:
     family: Family
     #: As the model's own files name it.
     licence: str | None = None
+    #: Positions that the model was left with because its attention is limited to a window of as many.
+    window: int | None = None
 
     @property
     def config(self) -> Any:
@@ -131,12 +138,18 @@ def computing(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None) -> LoadedModel:
-    """A Hugging Face model that is already in memory as a LoadedModel; ValueError where its family has no row."""
-    if _family(model.config).fused:
+def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, window: int | None = None) -> LoadedModel:
+    """A Hugging Face model that is already in memory as a LoadedModel.
+
+    ValueError where its family has no row, or its attention a window.
+    """
+    row = _family(model.config)
+    if row.sliding_window and getattr(model.config, row.sliding_window, None):
+        raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
+    if row.fused:
         model = unfused(model)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config), licence)
+    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config), licence, window)
 
 
 def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -163,7 +176,34 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         except OSError as error:
             raise _not_there(source, error) from error
+    config, _ = within_window(config)
     return unfused_config(config) if _family(config).fused else config
+
+
+def within_window(config: Any) -> tuple[Any, int | None]:
+    """A config of full attention over as many positions as the window has, for texts that short the same; the window.
+
+    None where the config has no window, or one that no text within its positions is longer than. ValueError where its
+    rotary embedding depends on the number of positions.
+    """
+    row = _family(config)
+    window = getattr(config, row.sliding_window, None) if row.sliding_window else None
+    if not window:
+        return config, None
+    config = copy.deepcopy(config)
+    setattr(config, row.sliding_window, None)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    if window >= config.max_position_embeddings:
+        return config, None
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPE_OF_ANY_LENGTH:
+        raise ValueError(
+            f"wanted a sliding window beside a rotary embedding of type {', '.join(_ROPE_OF_ANY_LENGTH)}, got {rope}, "
+            "which depends on the number of positions; take another model"
+        )
+    config.max_position_embeddings = window
+    return config, window
 
 
 def _locate(model: str) -> Path | str:
@@ -203,8 +243,6 @@ def _family(config: Any) -> Family:
     if row is None:
         supported = ", ".join(sorted(FAMILIES))
         raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
-    if row.sliding_window and getattr(config, row.sliding_window, None):
-        raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")
@@ -218,13 +256,12 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
     logging.disable_progress_bar()  # ours tell what a user waits for
     options = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        _family(config)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        config, window = within_window(AutoConfig.from_pretrained(source, **options))
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise _not_there(source, error) from error
-    return wrap(model, tokenizer, Path(source).name, _licence(source))
+    return wrap(model, tokenizer, Path(source).name, _licence(source), window)
 
 
 def _licence(source: str) -> str | None:

@@ -270,7 +270,7 @@ def verify(
 ) -> None:
     """Compare folders with the supernet they came from and time them. Exit code 1 where parity or a budget fails.
 
-    With --study limits are held against what a folder takes beside the profile's own reference, times what that took
+    With --study limits are held against what a folder takes beside the profile's own references, at the speed they had
     in the profile: the machine may be faster or slower now, as the limits' milliseconds are those of the profile.
     """
     from export import read_manifest

@@ -17,9 +17,10 @@ from sqlalchemy import Connection, inspect, text
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.measurement import MemoryMeasurement
+from hw_profiles.measurement_tables import SCHEMA, _version_2
 from hw_profiles.schema import BUSY_TIMEOUT_MS, lock_for_writing
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
-from hw_profiles.store import SCHEMA, Measurement, Store, StoreError, _version_2
+from hw_profiles.store import Measurement, Store, StoreError
 from tests.processes import run_at_once
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nas.families import FAMILIES, fingerprint, load_config, load_model, wrap
+from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
 from nas.space import model_shape
 from nas.tokenizer import tokenizer_from_gguf
 
@@ -148,6 +148,36 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     model.config.sliding_window = 16
     with pytest.raises(ValueError, match="full attention in every layer"):
         wrap(model, None, "windowed")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+def test_a_window_becomes_the_number_of_positions(tmp_path, family, tiny_model):
+    """Logits are the windowed model's own as far as the window reaches, and not beyond."""
+    model = tiny_model(family)
+    config = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+    model.config.update(config if family.startswith("qwen") else {"sliding_window": 16})
+    model.save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    windowed = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert (loaded.window, loaded.config.max_position_embeddings) == (16, 16)
+    assert load_config(str(tmp_path)).max_position_embeddings == 16
+    assert not getattr(loaded.config, "sliding_window", None)
+    ids = torch.arange(24).reshape(1, 24)
+    with torch.no_grad():
+        ours, theirs = loaded.model(ids).logits, windowed(ids).logits
+    torch.testing.assert_close(ours[:, :16], theirs[:, :16], atol=1e-5, rtol=1e-5)
+    assert (ours[:, 16:] - theirs[:, 16:]).abs().max() > 1e-2
+
+
+def test_a_window_that_changes_nothing_and_one_that_changes_the_rotation(tiny_model):
+    config = tiny_model("phi3").config
+    config.sliding_window = config.max_position_embeddings
+    assert (within_window(config)[0].sliding_window, within_window(config)[1]) == (None, None)
+    config.sliding_window = 16
+    config.rope_parameters = config.rope_parameters | {"rope_type": "longrope"}
+    with pytest.raises(ValueError, match="got longrope, which depends on the number of positions"):
+        within_window(config)
 
 
 def test_tokenizer_splits_digits_adds_nothing_and_survives_saving(tmp_path):
