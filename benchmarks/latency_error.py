@@ -1,4 +1,4 @@
-"""How far off are latency predictions, beside simpler ones and the noise of timing, and what do budgets lose by it?
+"""How far off are predictions of latency and memory, beside simpler ones and noise, and what do budgets lose by it?
 
 Profiles this machine for two families as `nas profile` does by default, times further random graphs that no predictor
 sees, and asks for random budgets. Everything timed is in the database: stopped, it goes on where it was.
@@ -36,6 +36,7 @@ from hw_profiles.references import reference_shapes
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
 from nas.budget import Budget, BudgetUnmetError
 from nas.latency import TRAINING_ROLES, HeldoutGraph, LatencyModel, held_out_errors
+from nas.memory import memory_profile
 from nas.profiling import FINALIST_ROUNDS, first_graphs, profile_target, time_graphs
 from nas.quality import Quality
 from nas.queries import answer_query
@@ -80,10 +81,11 @@ def main() -> None:
         for name in arguments.family:
             benchmark.profile(name, arguments.precision)
         rows = [row for name in arguments.family for row in benchmark.errors(name)]
+        memory = [row for name in arguments.family for row in benchmark.memory(name, arguments.precision)]
         budgets = [benchmark.budgets(name, arguments.queries) for name in arguments.family if arguments.queries]
         speed_s = benchmark.seconds_of_ten_thousand(arguments.family[0])
-        result = summary(rows, budgets, benchmark, speed_s)
-    print_tables(rows, budgets, result["bars"])
+        result = summary(rows, memory, budgets, benchmark, speed_s)
+    print_tables(rows, memory, budgets, result["bars"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -141,6 +143,17 @@ class BudgetRow:
     #: Mean share of a budget that the answer leaves unused.
     unused: float
     worst_excess: float
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Held-out graphs of a target, each run in a process of its own for a short and a long workload."""
+
+    target: str
+    measurements: int
+    mape: float
+    worst: float
+    interval_coverage: float
 
 
 class Benchmark:
@@ -224,6 +237,28 @@ class Benchmark:
                         flops_spearman=found.flops_spearman,
                         raw_linear_mape=mape(simple["raw_linear"], actual),
                         plain_xgboost_mape=mape(simple["plain_xgboost"], actual),
+                    )
+                )
+        return rows
+
+    def memory(self, family: str, precisions: Iterable[Precision]) -> list[MemoryRow]:
+        space = SearchSpace.from_config(FAMILIES[family])
+        rows = []
+        for name in self.runtimes:
+            for precision in precisions:
+                target = Target(self.device.id, name, precision, self.threads)
+                found = memory_profile(self.store, target, space.base)
+                if found is None or found.predicted is None:
+                    continue
+                peaks = np.array([m.peak_bytes for m in found.held_out])
+                covered = (found.predicted.low_bytes <= peaks) & (peaks <= found.predicted.high_bytes)
+                rows.append(
+                    MemoryRow(
+                        target=f"{family}/{target.key}",
+                        measurements=len(peaks),
+                        mape=mape(found.predicted.value_bytes, peaks),
+                        worst=float(np.max(np.abs(found.predicted.value_bytes / peaks - 1))),
+                        interval_coverage=float(np.mean(covered)),
                     )
                 )
         return rows
@@ -328,7 +363,11 @@ class Benchmark:
 
 
 def summary(
-    rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], benchmark: Benchmark, speed_s: float
+    rows: Sequence[ErrorRow],
+    memory: Sequence[MemoryRow],
+    budgets: Sequence[BudgetRow],
+    benchmark: Benchmark,
+    speed_s: float,
 ) -> dict[str, Any]:
     device = detect()
     bars = [
@@ -354,6 +393,7 @@ def summary(
         "versions": {"python": platform.python_version(), **{n: runtime(n).version() for n in benchmark.runtimes}},
         "seed": 0,
         "errors": [asdict(row) for row in rows],
+        "memory": [asdict(row) for row in memory],
         "budgets": [asdict(row) for row in budgets],
         "profile_seconds": benchmark.seconds,
         "profile_graphs": benchmark.graphs,
@@ -362,7 +402,12 @@ def summary(
     }
 
 
-def print_tables(rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], bars: Sequence[dict[str, Any]]) -> None:
+def print_tables(
+    rows: Sequence[ErrorRow],
+    memory: Sequence[MemoryRow],
+    budgets: Sequence[BudgetRow],
+    bars: Sequence[dict[str, Any]],
+) -> None:
     names = [name for name in ErrorRow.__dataclass_fields__ if name not in ("family", "runtime", "phase", "graphs")]
     for row in rows:
         table = Table("", "value", title=f"{row.family}, {row.runtime}, {row.phase}: {row.graphs} held-out timings")
@@ -370,8 +415,8 @@ def print_tables(rows: Sequence[ErrorRow], budgets: Sequence[BudgetRow], bars: S
             value = getattr(row, name)
             table.add_row(name, f"{value:.3f}" if name.endswith("spearman") else f"{value:.1%}")
         console.print(table)
-    for budget in budgets:
-        console.print(asdict(budget))
+    for row_or_budget in (*memory, *budgets):
+        console.print(asdict(row_or_budget))
     console.print(table_of(bars))
 
 

@@ -36,7 +36,7 @@ BATCH_MEMORY_BYTES = 6 * 2**30
 ALONE_ROUNDS = 2
 #: Graphs built and loaded side by side, as far as there are threads: each holds a copy of its weights meanwhile.
 LOADED_AT_ONCE = 4
-#: Times by which a reference may be slower or faster in a batch than in the median one; told from so many batches on.
+#: Times by which references may be slower or faster in a batch than in the median one; told from so many batches on.
 STATE_RATIO = 1.2
 STATE_BATCHES = 2
 #: One batch in so many may be timed twice.
@@ -156,8 +156,8 @@ class _Run:
     scratch: Path | None
     #: Of references on workloads that came later: their speed now, relative to when the others were timed.
     speed: dict[tuple[str, Workload], float] = field(default_factory=dict)
-    #: Of every batch timed by this call.
-    references_ms: dict[tuple[str, Workload], list[float]] = field(default_factory=dict)
+    #: Geometric means of every batch timed by this call.
+    references_ms: dict[Workload, list[float]] = field(default_factory=dict)
 
     @property
     def full(self) -> ModelShape:
@@ -192,8 +192,8 @@ class _Run:
     def time_references(self, workloads: Sequence[Workload], sessions: Mapping[str, Session], seed: int) -> None:
         """Time the references by themselves on what they lack; of what is not affordable that is the full model alone.
 
-        Where the results know them on other workloads, they are timed on the nearest of these again: the machine may be
-        slower by now, and what the results hold is of one speed.
+        Where the results know the full model, they are timed on the nearest of its workloads as well: the machine may
+        be slower by now, and what the results hold is of one speed.
         """
         affordable = [work for work in dict.fromkeys(workloads) if is_affordable(work)]
         long = [work for work in dict.fromkeys(workloads) if not is_affordable(work)]
@@ -202,7 +202,7 @@ class _Run:
             lacking = [work for work in works if any(work not in known for known in known_ms.values())]
             if not lacking:
                 continue
-            earlier = set.intersection(*map(set, known_ms.values()))
+            earlier = known_ms[self.full.id]
             near = {work: min(earlier, key=partial(doublings_apart, work)) for work in lacking if earlier}
             timings = measure(
                 {name: sessions[name] for name in known_ms},
@@ -215,7 +215,8 @@ class _Run:
             )
             for work, other in near.items():
                 for name, known in known_ms.items():
-                    self.speed[name, work] = known[other] / timings[name, other].median_ms
+                    like = name if other in known else self.full.id
+                    self.speed[name, work] = known_ms[like][other] / timings[like, other].median_ms
             self.results.add_measurements(
                 [
                     self._measurement(PlannedGraph(shape, "reference"), work, timings[shape.id, work])
@@ -284,12 +285,12 @@ class _Run:
         return found, failed
 
     def in_another_state(self, found: Sequence[Measurement]) -> bool:
-        """Whether a reference took much more or less time on some workload than in the median batch before."""
-        batch_ms = {(name, m.workload): value_ms for m in found for name, value_ms in m.references_ms.items()}
-        earlier = {key: self.references_ms.setdefault(key, []) for key in batch_ms}
-        ratios = [batch_ms[key] / statistics.median(ms) for key, ms in earlier.items() if len(ms) >= STATE_BATCHES]
-        for key, value_ms in batch_ms.items():
-            self.references_ms[key].append(value_ms)
+        """Whether the references took much more or less time on some workload than in the median batch before."""
+        batch_ms = {m.workload: statistics.geometric_mean(m.references_ms.values()) for m in found}
+        earlier = {work: self.references_ms.setdefault(work, []) for work in batch_ms}
+        ratios = [batch_ms[work] / statistics.median(ms) for work, ms in earlier.items() if len(ms) >= STATE_BATCHES]
+        for work, value_ms in batch_ms.items():
+            self.references_ms[work].append(value_ms)
         return any(max(ratio, 1 / ratio) > STATE_RATIO for ratio in ratios)
 
     def _measurements(
