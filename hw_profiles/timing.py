@@ -25,8 +25,15 @@ from hw_profiles.shapes import PHASES, Workload
 #: Idle before a visit. Worker threads of the session before go on spinning for about 35 ms (ONNX Runtime) and would
 #: take a core from the session being timed.
 SETTLE_S = 0.05
-#: Single-token steps of which a decode latency is the median.
+#: Single-token steps of which a decode latency is the median, at most; of slow models as many as take DECODE_MS, but
+#: FEWEST_STEPS: what noise is left is between visits.
 DECODE_STEPS = 10
+DECODE_MS = 100.0
+FEWEST_STEPS = 4
+#: Prompts of at most so many tokens over all sequences are as noisy as single tokens and nearly as cheap: run so many
+#: times in a visit, of which the first, in the caches that another model left, goes untimed.
+SHORT_PROMPT_TOKENS = 64
+SHORT_PROMPT_RUNS = 3
 #: Untimed steps before them, at most, and the milliseconds after which they end. After another model's weights those of
 #: SmolLM2 at int4 move into the caches step by step: of 84 % of it the first step took 6.7 ms, the tenth 4.9, the
 #: twentieth 4.5, the fortieth 4.4, which is what generating many tokens costs. Slower models, which no cache holds,
@@ -70,10 +77,11 @@ def measure(
 
     The first of several references is the largest.
 
-    A visit's value is one prefill, or the median of `decode_steps` single-token steps from the context's length on, or
-    from WARM_STEPS on for a shorter one. The values in the cache do not matter to the speed: it is made, not
-    computed. A pass's value is that of the one visit, or the geometric mean over the visits of a reference. A round has
-    one pass for every workload and PASSES - 1 more for decode. `clock` returns seconds.
+    A visit's value is one prefill, of short prompts the mean of the runs after the first, or the median of
+    `decode_steps` single-token steps, fewer of slow models, from the context's length on, or from WARM_STEPS on for
+    a shorter one. The values in the cache do not matter to the speed: it is made, not computed. A pass's value is
+    that of the one visit, or the geometric mean over the visits of a reference. A round has one pass for every
+    workload and PASSES - 1 more for decode. `clock` returns seconds.
     """
     each = references if isinstance(references, Mapping) else dict.fromkeys(sessions, references)
     beside = {name: tuple(own) for name, own in each.items()}
@@ -151,12 +159,17 @@ def _visit(
     values_ms: dict[Workload, float] = {}
     session.reset(new_tokens=1)
     wake_ms = _step_ms(session, next(iter(tokens.values()))[:1, :1], clock)  # also wakes the threads up
-    warm_steps = min(WARM_STEPS, max(1, math.ceil(WARM_MS / max(wake_ms, 1e-3))))
+    wake_ms = max(wake_ms, 1e-3)
+    warm_steps = min(WARM_STEPS, max(1, math.ceil(WARM_MS / wake_ms)))
+    decode_steps = min(decode_steps, max(FEWEST_STEPS, math.ceil(DECODE_MS / wake_ms)))
     for work in workloads:
         ids = tokens[work.batch_size]
         if work.phase == "prefill":
-            session.reset(work.batch_size, 0, work.tokens)
-            values_ms[work] = _step_ms(session, ids[:, : work.tokens], clock)
+            runs_ms = []
+            for _ in range(SHORT_PROMPT_RUNS if work.tokens * work.batch_size <= SHORT_PROMPT_TOKENS else 1):
+                session.reset(work.batch_size, 0, work.tokens)
+                runs_ms.append(_step_ms(session, ids[:, : work.tokens], clock))
+            values_ms[work] = fmean(runs_ms[1:] or runs_ms)
         else:
             steps = warm_steps + decode_steps
             session.reset(work.batch_size, max(work.tokens, WARM_STEPS) - warm_steps, steps)

@@ -18,8 +18,10 @@ from predictors import LatencyPredictor, most_informative
 
 #: Anchors timed before the first fit, and as many more before each look at whether they still help.
 ANCHORS_AT_ONCE = 4
-#: Sampling stops when as many more anchors lowered the held-out error by less than this share.
-LEAST_GAIN = 0.05
+#: Sampling stops when as many more anchors lowered the held-out error by less than this share, about what they do by
+#: averaging noise; or when the error is as low as ENOUGH.
+LEAST_GAIN = 0.1
+ENOUGH = 0.03
 _CANDIDATES = 200
 
 
@@ -47,13 +49,15 @@ class Sampling:
         return list(dict.fromkeys(shape for shapes in zip(*orders, strict=True) for shape in shapes))[:count]
 
     def may_still_help(self, timed: Sequence[PlannedGraph]) -> bool:
-        """Whether the error is above the noise floor, and fell with the anchors timed last."""
+        """Whether the error is above what will do and above the noise floor, and fell with the anchors timed last."""
         error = self._held_out_error(timed)
+        if error <= max(ENOUGH, self._noise(timed)):
+            return False
         anchors = [graph for graph in timed if graph.role == "anchor"]
         if len(anchors) <= ANCHORS_AT_ONCE:
-            return error > self._noise(timed)
+            return True
         without_last = [graph for graph in timed if graph not in anchors[-ANCHORS_AT_ONCE:]]
-        return self._noise(timed) < error <= (1 - LEAST_GAIN) * self._held_out_error(without_last)
+        return error <= (1 - LEAST_GAIN) * self._held_out_error(without_last)
 
     def _measurements(self, timed: Sequence[PlannedGraph]) -> list[Measurement]:
         """Of those graphs alone: what else the database knows of the target must not change an order to time in."""

@@ -164,32 +164,49 @@ def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
     """The machine is a third as fast by then: ratios are what they were, and so is what they are ratios of."""
     first, further = Workload("decode", 8), [Workload("decode", 20), Workload("prefill", 40)]
     few = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")][:3]
+    run_at(1.0, store, few, [first])
+    run_at(3.0, store, few, [first, *further])
+    for found in store.measurements():
+        assert found.latency_ms == pytest.approx(at_full_speed_ms(found), rel=0.02), found.workload
+    assert len(store.measurements()) == len(few) * 3
+
+
+def test_references_that_come_later_are_of_the_same_speed(store: Store) -> None:
+    """As in a profile of an earlier version, which knew the full model alone."""
+    few = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")]
+    run_at(1.0, store, few[:3], WORKLOADS)
+    run_at(3.0, store, [*PLANNED[: len(REFERENCES)], *few[1:]], WORKLOADS)
+    found = store.measurements()
+    assert {m.shape for m in found if m.role == "reference"} == {*REFERENCES}
+    assert len(found) == (len(REFERENCES) + len(few) - 1) * len(WORKLOADS)
+    for measured in found:
+        assert measured.latency_ms == pytest.approx(at_full_speed_ms(measured), rel=0.02), measured.workload
+
+
+def run_at(slowness: float, store: Store, planned: list[PlannedGraph], workloads: list[Workload]) -> None:
+    """On a machine so many times as slow, whose clock is the sum of what the graphs take."""
     now_s = 0.0
 
     def wait(seconds: float) -> None:
         nonlocal now_s
         now_s += seconds
 
-    def run_at(slowness: float, workloads: list[Workload]) -> None:
-        def build(shape: ModelShape, precision: Precision, directory: Path) -> Path:
-            per_token_ms = slowness * shape.parameters / 1e4
-            model = FakeModel(per_token_ms, per_token_ms, per_token_ms / 10, shape.vocab_size)
-            return model.write(directory)
+    def build(shape: ModelShape, precision: Precision, directory: Path) -> Path:
+        per_token_ms = slowness * shape.parameters / 1e4
+        return FakeModel(per_token_ms, per_token_ms, per_token_ms / 10, shape.vocab_size).write(directory)
 
-        with pytest.MonkeyPatch.context() as patch:
-            timer = partial(measure, clock=lambda: now_s, sleep=wait)
-            patch.setattr("hw_profiles.profile.measure", timer)
-            options = {"rounds": 3, "decode_steps": 2, "runtime": FakeRuntime(wait)}
-            profile(store, DEVICE, TARGET, few, workloads, build, **options)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hw_profiles.profile.measure", partial(measure, clock=lambda: now_s, sleep=wait))
+        options = {"rounds": 3, "decode_steps": 2, "runtime": FakeRuntime(wait)}
+        profile(store, DEVICE, TARGET, planned, workloads, build, **options)  # type: ignore[arg-type]
 
-    run_at(1.0, [first])
-    run_at(3.0, [first, *further])
-    for found in store.measurements():
-        context = found.workload.tokens + 1 if found.workload.phase == "decode" else 0
-        fed = 1 if found.workload.phase == "decode" else found.workload.tokens
-        expected = found.shape.parameters / 1e4 * (1 + fed + (context - 0.5) / 10 * (found.workload.phase == "decode"))
-        assert found.latency_ms == pytest.approx(expected, rel=0.02), found.workload
-    assert len(store.measurements()) == len(few) * 3
+
+def at_full_speed_ms(found: Measurement) -> float:
+    """What `run_at` makes a graph take where the slowness is 1."""
+    fed, context = found.workload.tokens, 0.0
+    if found.workload.phase == "decode":
+        fed, context = 1, found.workload.tokens + 0.5
+    return found.shape.parameters / 1e4 * (1 + fed + context / 10)
 
 
 def test_a_batch_in_a_slow_spell_is_timed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,20 +55,19 @@ def test_a_change_of_clock_scales_all(own_ms: float) -> None:
 
 
 def test_a_lost_cache_is_told_by_size() -> None:
-    """Each doubling of a graph takes 10 % longer than it should, and UNEVEN_NOISE of that counts as noise."""
-    now_ms = {"full": 16.0 * 1.21, "half": 8.0 * 1.1, "quarter": 4.0}
+    """The middle one takes a third longer than it did, the others as long; UNEVEN_NOISE of that counts as noise."""
+    now_ms = {"full": 16.0, "half": 8.0 * 4 / 3, "quarter": 4.0}
     mean_ms = geometric_mean(now_ms.values())
-    slope = math.log(1.1) / math.log(2.2) / (1 + UNEVEN_NOISE)
-
-    def expected_ms(own_ms: float, place_ms: float) -> float:
-        return own_ms / 1.1 * (place_ms / mean_ms) ** -slope
-
-    for own_ms, place_ms in ((5.0, 5.0), (12.0, 12.0), (1.0, 4.0), (99.0, 16.0 * 1.21)):
+    mean, low, high = -math.log(4 / 3) / 3, 0.0, -math.log(4 / 3)
+    at_ends, at_middle = (math.exp(mean + (change - mean) / (1 + UNEVEN_NOISE)) for change in (low, high))
+    between = math.sqrt(at_ends * at_middle)
+    middle_of_both_ms = math.sqrt(4.0 * 8.0 * 4 / 3)
+    cases = ((4.0, at_ends), (1.0, at_ends), (8.0 * 4 / 3, at_middle), (middle_of_both_ms, between), (99.0, at_ends))
+    for own_ms, factor in cases:
         told_ms = at_profile_speed(own_ms / mean_ms, now_ms, PROFILE_MS)
-        assert told_ms == pytest.approx(expected_ms(own_ms, place_ms))
-    small_ms, large_ms = (at_profile_speed(own_ms / mean_ms, now_ms, PROFILE_MS) for own_ms in (4.0, 16.0 * 1.21))
-    assert abs(small_ms / 4.0 - 1) < 0.03 < abs(4.0 / 1.1 / 4.0 - 1)  # better than their mean alone
-    assert abs(large_ms / 16.0 - 1) < 0.03 < abs(16.0 * 1.21 / 1.1 / 16.0 - 1)
+        assert told_ms == pytest.approx(own_ms * factor)
+    assert at_ends == pytest.approx(1.0, abs=0.03)
+    assert 0.75 < at_middle < 0.81
 
 
 def test_only_what_both_know_counts() -> None:

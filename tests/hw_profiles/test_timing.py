@@ -11,7 +11,15 @@ import pytest
 from hw_profiles.runtimes import Session
 from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Workload
-from hw_profiles.timing import PASSES, SETTLE_S, WARM_STEPS, measure, tokens_needed
+from hw_profiles.timing import (
+    PASSES,
+    SETTLE_S,
+    SHORT_PROMPT_RUNS,
+    SHORT_PROMPT_TOKENS,
+    WARM_STEPS,
+    measure,
+    tokens_needed,
+)
 
 WORKLOADS = [
     Workload("prefill", 16),
@@ -86,8 +94,10 @@ def test_the_tokens_needed_are_those_fed(tmp_path: Path) -> None:
         measure({"full": session}, ["full"], [work], vocab_size=16, decode_steps=3, clock=clock, sleep=clock.wait)
 
 
-@pytest.mark.parametrize(("step_ms", "untimed"), [(1.0, 20), (10.0, 20), (12.0, 17), (45.0, 5), (500.0, 1)])
-def test_slow_models_take_fewer_untimed_steps(tmp_path: Path, step_ms: float, untimed: int) -> None:
+@pytest.mark.parametrize(
+    ("step_ms", "untimed", "timed"), [(1.0, 20, 9), (10.0, 20, 9), (12.0, 17, 9), (20.0, 10, 5), (500.0, 1, 4)]
+)
+def test_slow_models_take_fewer_steps(tmp_path: Path, step_ms: float, untimed: int, timed: int) -> None:
     clock, work = Clock(), Workload("decode", 40)
     sessions = load(tmp_path, {"full": FakeModel(base_ms=step_ms)}, clock.wait)
     steps = 0
@@ -98,8 +108,38 @@ def test_slow_models_take_fewer_untimed_steps(tmp_path: Path, step_ms: float, un
         return original(token_ids)
 
     original, sessions["full"].step = sessions["full"].step, counted  # type: ignore[method-assign, assignment]
-    measure(sessions, ["full"], [work], vocab_size=16, rounds=1, decode_steps=3, clock=clock, sleep=clock.wait)
-    assert steps == (1 + PASSES) * (1 + untimed + 3)
+    measure(sessions, ["full"], [work], vocab_size=16, rounds=1, decode_steps=9, clock=clock, sleep=clock.wait)
+    assert steps == (1 + PASSES) * (1 + untimed + timed)
+
+
+@pytest.mark.parametrize(
+    ("work", "runs"),
+    [
+        (Workload("prefill", SHORT_PROMPT_TOKENS), SHORT_PROMPT_RUNS),
+        (Workload("prefill", SHORT_PROMPT_TOKENS // 2, 2), SHORT_PROMPT_RUNS),
+        (Workload("prefill", SHORT_PROMPT_TOKENS // 2 + 1, 2), 1),
+    ],
+)
+def test_short_prompts_run_several_times_of_which_the_first_does_not_count(work: Workload, runs: int) -> None:
+    """The first run of a visit takes 9 ms, the others 4 and 6."""
+    clock, prefills = Clock(), 0
+
+    class Warming:
+        def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
+            pass
+
+        def step(
+            self, token_ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+        ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+            nonlocal prefills
+            if token_ids.shape[1] > 1:
+                clock.wait(1e-3 * (9.0, 4.0, 6.0)[prefills % runs])
+                prefills += 1
+            return np.zeros((1, 1), np.float32)
+
+    timing = measure({"a": Warming()}, ["a"], [work], vocab_size=4, rounds=2, clock=clock, sleep=clock.wait)
+    assert timing["a", work].median_ms == pytest.approx(5.0 if runs > 1 else 9.0)
+    assert prefills == 3 * runs  # to warm up, and two rounds
 
 
 def test_each_session_beside_its_own_reference(tmp_path: Path) -> None:
@@ -123,7 +163,7 @@ def test_several_references_count_by_their_geometric_mean(tmp_path: Path) -> Non
 
 def test_drift_cancels_in_the_ratio(tmp_path: Path) -> None:
     """The machine becomes three times slower over the session: milliseconds move, the ratio does not."""
-    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 60.0, 1.0))
+    clock = Clock(drift=lambda now_s: 1.0 + 2.0 * min(now_s / 120.0, 1.0))
     sessions = load(tmp_path, {"full": REFERENCE, "half": HALF}, clock.wait)
     timing = measure(sessions, ["full"], WORKLOADS, vocab_size=16, rounds=25, clock=clock, sleep=clock.wait)
     for work in WORKLOADS:
@@ -193,7 +233,7 @@ def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
             return np.zeros((1, 1), np.float32)
 
     sessions: dict[str, Session] = {name: Alternating(name) for name in "abcd"}
-    work = Workload("prefill", 8)
+    work = Workload("prefill", SHORT_PROMPT_TOKENS + 1)
     timing = measure(sessions, ["a"], [work], vocab_size=4, rounds=3, clock=clock, sleep=clock.wait)
     assert timing["a", work].median_ms == pytest.approx(2.0)
     assert [timing[name, work].ratio for name in "abcd"] == pytest.approx([1.0, 3.0, 3.0, 3.0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,8 +79,8 @@ def test_sampling_stops_where_more_anchors_do_not_help(store: Store, monkeypatch
 
 
 def test_none_are_timed_once_the_noise_is_reached(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = Scattered(0.0)
-    run(store, build, monkeypatch)
+    monkeypatch.setattr("nas.sampling.ENOUGH", 0.0)
+    run(store, Scattered(0.0), monkeypatch)
     found = store.measurements(TARGET)
     with Store("sqlite://") as noisy:
         noisy.add_device(detect())
@@ -87,6 +88,12 @@ def test_none_are_timed_once_the_noise_is_reached(store: Store, monkeypatch: pyt
         timed = [PlannedGraph(m.shape, m.role) for m in found if m.workload == WORKLOADS[0]]
         first = [g for g in timed if g.role != "anchor"] + [g for g in timed if g.role == "anchor"][:ANCHORS_AT_ONCE]
         assert not Sampling(noisy, TARGET, "1", SPACE).may_still_help(first)
+
+
+def test_none_are_timed_once_the_error_will_do(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.sampling.ENOUGH", math.inf)
+    run(store, Scattered(0.5), monkeypatch)
+    assert len(anchors(store)) == ANCHORS_AT_ONCE
 
 
 def test_an_interrupted_profile_ends_in_the_same_graphs(
@@ -98,6 +105,7 @@ def test_an_interrupted_profile_ends_in_the_same_graphs(
                 raise KeyboardInterrupt
             return super().__call__(shape, precision, directory)
 
+    monkeypatch.setattr("nas.sampling.ENOUGH", 0.0)
     run(store, Scattered(0.02), monkeypatch)
     with Store(str(tmp_path / "other.db")) as other:
         with pytest.raises(KeyboardInterrupt):
