@@ -239,10 +239,10 @@ def test_timings_of_a_graph_count_together() -> None:
 
     def timing(latency_ms: float, role: Role) -> Measurement:
         shape, spread = SPACE.base, 0.025 * 3 / (1.25 * 1.48)  # of nine rounds
-        return Measurement(target, shape, DECODE, role, shape.id, 1.0, spread, 9, latency_ms, "1")
+        return Measurement(target, shape, DECODE, role, shape.id, 1.0, spread, 9, {shape.id: latency_ms}, "1")
 
     once = timed_together([timing(4.0, "finalist")])
-    assert (once.latency_ms, once.is_confirmed) == (4.0, False)
+    assert (once.latency_ms, once.is_confirmed) == (pytest.approx(4.0), False)
     assert once.high_ms == pytest.approx(4.2)
     alike = timed_together([timing(4.0, "finalist"), timing(4.0, "confirmation")])
     assert alike.high_ms == pytest.approx(4.0 + 0.2 / 2**0.5)
@@ -254,7 +254,7 @@ def test_timings_of_a_graph_count_together() -> None:
 def test_however_long_it_was_timed_a_load_may_have_been_lucky() -> None:
     shape = SPACE.base
     long = Measurement(
-        Target(DEVICE.id, "fake", "int4", 1), shape, DECODE, "finalist", shape.id, 1.0, 1e-4, 999, 4.0, "1"
+        Target(DEVICE.id, "fake", "int4", 1), shape, DECODE, "finalist", shape.id, 1.0, 1e-4, 999, {shape.id: 4.0}, "1"
     )
     assert timed_together([long]).high_ms == pytest.approx(4.0 * (1 + 2 * LOAD_NOISE))
     assert timed_together([long] * 4).high_ms == pytest.approx(4.0 * (1 + LOAD_NOISE))
