@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from bars import at_least, at_most, table_of
 from latency_baselines import flops_line, plain_xgboost, raw_linear
+from memory_error import MemoryRow, memory_errors
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +37,6 @@ from hw_profiles.references import reference_shapes
 from hw_profiles.shapes import PHASES, PRECISIONS, ModelShape, Phase, Precision
 from nas.budget import Budget, BudgetUnmetError
 from nas.latency import TRAINING_ROLES, HeldoutGraph, LatencyModel, held_out_errors
-from nas.memory import memory_profile
 from nas.profiling import FINALIST_ROUNDS, first_graphs, profile_target, time_graphs
 from nas.quality import Quality
 from nas.queries import answer_query
@@ -145,17 +145,6 @@ class BudgetRow:
     worst_excess: float
 
 
-@dataclass(frozen=True)
-class MemoryRow:
-    """Held-out graphs of a target, each run in a process of its own for a short and a long workload."""
-
-    target: str
-    measurements: int
-    mape: float
-    worst: float
-    interval_coverage: float
-
-
 class Benchmark:
     def __init__(self, store: Store, runtimes: Sequence[str], heldout: int, seconds_file: Path) -> None:
         self.store = store
@@ -242,26 +231,8 @@ class Benchmark:
         return rows
 
     def memory(self, family: str, precisions: Iterable[Precision]) -> list[MemoryRow]:
-        space = SearchSpace.from_config(FAMILIES[family])
-        rows = []
-        for name in self.runtimes:
-            for precision in precisions:
-                target = Target(self.device.id, name, precision, self.threads)
-                found = memory_profile(self.store, target, space.base)
-                if found is None or found.predicted is None:
-                    continue
-                peaks = np.array([m.peak_bytes for m in found.held_out])
-                covered = (found.predicted.low_bytes <= peaks) & (peaks <= found.predicted.high_bytes)
-                rows.append(
-                    MemoryRow(
-                        target=f"{family}/{target.key}",
-                        measurements=len(peaks),
-                        mape=mape(found.predicted.value_bytes, peaks),
-                        worst=float(np.max(np.abs(found.predicted.value_bytes / peaks - 1))),
-                        interval_coverage=float(np.mean(covered)),
-                    )
-                )
-        return rows
+        targets = [Target(self.device.id, name, bits, self.threads) for name in self.runtimes for bits in precisions]
+        return memory_errors(self.store, family, SearchSpace.from_config(FAMILIES[family]).base, targets)
 
     def _measurements(self, name: str, space: SearchSpace, phase: Phase, roles: Sequence[Role]) -> list[Measurement]:
         found = self.store.measurements(

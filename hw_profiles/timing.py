@@ -32,8 +32,8 @@ DECODE_MS = 100.0
 FEWEST_STEPS = 4
 #: Prompts of at most so many tokens over all sequences are as noisy as single tokens and nearly as cheap: run so many
 #: times in a visit, of which the first, in the caches that another model left, goes untimed.
-SHORT_PROMPT_TOKENS = 64
-SHORT_PROMPT_RUNS = 3
+REPEATED_PROMPT_TOKENS = 64
+PROMPT_RUNS = 3
 #: Untimed steps before them, at most, and the milliseconds after which they end. After another model's weights those of
 #: SmolLM2 at int4 move into the caches step by step: of 84 % of it the first step took 6.7 ms, the tenth 4.9, the
 #: twentieth 4.5, the fortieth 4.4, which is what generating many tokens costs. Slower models, which no cache holds,
@@ -166,7 +166,7 @@ def _visit(
         ids = tokens[work.batch_size]
         if work.phase == "prefill":
             runs_ms = []
-            for _ in range(SHORT_PROMPT_RUNS if work.tokens * work.batch_size <= SHORT_PROMPT_TOKENS else 1):
+            for _ in range(PROMPT_RUNS if work.tokens * work.batch_size <= REPEATED_PROMPT_TOKENS else 1):
                 session.reset(work.batch_size, 0, work.tokens)
                 runs_ms.append(_step_ms(session, ids[:, : work.tokens], clock))
             values_ms[work] = fmean(runs_ms[1:] or runs_ms)

@@ -13,9 +13,9 @@ from hw_profiles.runtimes.fake import FakeModel, FakeRuntime
 from hw_profiles.shapes import Workload
 from hw_profiles.timing import (
     PASSES,
+    PROMPT_RUNS,
+    REPEATED_PROMPT_TOKENS,
     SETTLE_S,
-    SHORT_PROMPT_RUNS,
-    SHORT_PROMPT_TOKENS,
     WARM_STEPS,
     measure,
     tokens_needed,
@@ -115,9 +115,9 @@ def test_slow_models_take_fewer_steps(tmp_path: Path, step_ms: float, untimed: i
 @pytest.mark.parametrize(
     ("work", "runs"),
     [
-        (Workload("prefill", SHORT_PROMPT_TOKENS), SHORT_PROMPT_RUNS),
-        (Workload("prefill", SHORT_PROMPT_TOKENS // 2, 2), SHORT_PROMPT_RUNS),
-        (Workload("prefill", SHORT_PROMPT_TOKENS // 2 + 1, 2), 1),
+        (Workload("prefill", REPEATED_PROMPT_TOKENS), PROMPT_RUNS),
+        (Workload("prefill", REPEATED_PROMPT_TOKENS // 2, 2), PROMPT_RUNS),
+        (Workload("prefill", REPEATED_PROMPT_TOKENS // 2 + 1, 2), 1),
     ],
 )
 def test_short_prompts_run_several_times_of_which_the_first_does_not_count(work: Workload, runs: int) -> None:
@@ -233,7 +233,7 @@ def test_the_reference_of_a_round_is_the_geometric_mean_of_its_visits() -> None:
             return np.zeros((1, 1), np.float32)
 
     sessions: dict[str, Session] = {name: Alternating(name) for name in "abcd"}
-    work = Workload("prefill", SHORT_PROMPT_TOKENS + 1)
+    work = Workload("prefill", REPEATED_PROMPT_TOKENS + 1)
     timing = measure(sessions, ["a"], [work], vocab_size=4, rounds=3, clock=clock, sleep=clock.wait)
     assert timing["a", work].median_ms == pytest.approx(2.0)
     assert [timing[name, work].ratio for name in "abcd"] == pytest.approx([1.0, 3.0, 3.0, 3.0])
