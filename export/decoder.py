@@ -17,7 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from export.quantize import QuantizedWeight, quantize
-from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
+from hw_profiles.shapes import (
+    BLOCK_BITS,
+    HEAD_BITS,
+    HIDDEN_ACTS,
+    QUANTIZATION_BLOCK_SIZE,
+    BlockShape,
+    ModelShape,
+    Precision,
+)
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
     from transformers import PreTrainedModel
@@ -52,8 +60,9 @@ Matrix = Array | HalfMatrix | PackedMatrix
 class AttentionWeights:
     """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T.
 
-    Where the shape says so, `biases` are those of q, k and v, and `head_norms` the weights [head_dim] of the norms of
-    q and k; otherwise they are empty.
+    Where the shape says so, `biases` are those of q, k and v, `head_norms` the weights [head_dim] of the norms of q and
+    k, and `post_norm` [hidden] that of what o gives; otherwise they are empty and None. `window` is how many positions
+    a token attends to, its own included, 0 for all.
     """
 
     norm: Array
@@ -63,16 +72,19 @@ class AttentionWeights:
     o: Matrix
     biases: tuple[Array, ...] = ()
     head_norms: tuple[Array, ...] = ()
+    post_norm: Array | None = None
+    window: int = 0
 
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """`norm` [hidden]; `gate`, `up` [width, hidden]; `down` [hidden, width]."""
+    """`norm` [hidden]; `gate`, `up` [width, hidden]; `down` [hidden, width]; `post_norm` [hidden] of what it gives."""
 
     norm: Array
     gate: Matrix
     up: Matrix
     down: Matrix
+    post_norm: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -88,19 +100,26 @@ class Decoder:
     """Weights and constants of one decoder; `head` is the same object as `embedding` where the two are tied.
 
     `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, in fp32 as transformers computes them: the
-    powers of `rope_theta`, or scaled ones.
+    powers of `rope_theta`, or scaled ones; `local_inverse_frequencies` those of layers with a window. Scores are
+    multiplied by `attention_scale`, embeddings, where that is not None, by `embedding_scale`.
     """
 
     shape: ModelShape
     precision: Precision
     rope_theta: float
     inverse_frequencies: Array
+    local_inverse_frequencies: Array
+    attention_scale: float
     rms_norm_eps: float
     max_position_embeddings: int
     embedding: Matrix
     layers: tuple[Layer, ...]
     norm: Array
     head: Matrix
+
+    @property
+    def embedding_scale(self) -> float | None:
+        return self.shape.hidden_size**0.5 if self.shape.scaled_embedding else None
 
 
 def decoder_shape(model: PreTrainedModel) -> ModelShape:
@@ -130,14 +149,19 @@ def decoder_from_model(
     `quantized` holds matrices that were rounded before, by name in the state dict; others are rounded to the nearest.
 
     Raises ValueError for what the writers do not compute: biases behind the attention and in the MLPs, other
-    activations, rotary scaling that moves.
+    activations, caps on scores and logits, rotary scaling that moves.
     """
     config = model.config
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"wanted a rope_type among {', '.join(_ROPE_TYPES)}, got {rope_type!r}; export to huggingface")
-    if config.hidden_act != "silu":
-        raise ValueError(f"wanted silu in the MLPs, got {config.hidden_act!r}; export to huggingface")
+    shape = decoder_shape(model)
+    only_local = bool(shape.windows) and all(shape.windows)
+    rope_theta, frequencies = _rotary(model, "sliding_attention" if only_local else "full_attention")
+    _, local_frequencies = _rotary(model, "sliding_attention") if any(shape.windows) else (0.0, frequencies)
+    if shape.hidden_act not in HIDDEN_ACTS:
+        wanted = " or ".join(HIDDEN_ACTS)
+        raise ValueError(f"wanted {wanted} in the MLPs, got {shape.hidden_act!r}; export to huggingface")
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, cap, None):
+            raise ValueError(f"wanted no {cap}, got {getattr(config, cap)}; export to huggingface")
     if biases := [name for name in model.state_dict() if re.search(r"(?<!\.[qkv]_proj)\.bias$", name)]:
         raise ValueError(f"wanted no biases but those of q, k and v, got {biases[0]}; export to huggingface")
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
@@ -152,20 +176,41 @@ def decoder_from_model(
         packed = quantized[name] if quantized and name in quantized else quantize(weights[name], bits)
         return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
 
+    def vector(name: str) -> Array:
+        # Gemma's norms hold what is added to 1
+        stored: Array = (weights[name] + (shape.post_norms and "norm" in name)).contiguous().numpy()
+        return stored
+
     embedding = matrix("model.embed_tokens.weight", HEAD_BITS[precision])
     return _assemble(
-        decoder_shape(model),
+        shape,
         precision,
-        vector=lambda name, size: weights[name].contiguous().numpy(),
+        vector=lambda name, size: vector(name),
         matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
-        rope_theta=float(config.rope_parameters["rope_theta"]),
-        # computed anew: a model cast to half precision has rounded its own
-        inverse_frequencies=type(model.model.rotary_emb)(config=config).inv_freq.numpy(),
+        rope_theta=rope_theta,
+        inverse_frequencies=frequencies,
+        local_inverse_frequencies=local_frequencies,
+        attention_scale=(getattr(config, "query_pre_attn_scalar", None) or shape.head_dim) ** -0.5,
         rms_norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=int(config.max_position_embeddings),
     )
+
+
+def _rotary(model: PreTrainedModel, kind: str) -> tuple[float, Array]:
+    """Base and inverse frequencies of layers of this kind, where they are not the same for all, as in Gemma 3."""
+    parameters = model.config.rope_parameters
+    by_kind = kind in parameters
+    if by_kind:
+        parameters = parameters[kind]
+    if parameters["rope_type"] not in _ROPE_TYPES:
+        wanted = ", ".join(_ROPE_TYPES)
+        raise ValueError(f"wanted a rope_type among {wanted}, got {parameters['rope_type']!r}; export to huggingface")
+    # computed anew: a model cast to half precision has rounded its own
+    module = type(model.model.rotary_emb)(config=model.config)
+    frequencies: Array = getattr(module, f"{kind}_inv_freq" if by_kind else "inv_freq").numpy()
+    return float(parameters["rope_theta"]), frequencies
 
 
 def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> Decoder:
@@ -177,6 +222,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     scales = {bits: (factors / 2 ** (bits - 1)).astype(np.float16) for bits in (4, 8)}
     integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}
     starts = count()
+    frequencies = (10_000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32)
 
     def fill(source: NDArray[Any], start: int, rows: int, columns: int) -> NDArray[Any]:
         # no more of the source than is needed: np.resize copies all that it is given and keeps it
@@ -202,7 +248,9 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         if shape.tie_word_embeddings
         else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
         rope_theta=10_000.0,
-        inverse_frequencies=(10_000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32),
+        inverse_frequencies=frequencies,
+        local_inverse_frequencies=frequencies,
+        attention_scale=shape.head_dim**-0.5,
         rms_norm_eps=1e-5,
         max_position_embeddings=8192,
     )
@@ -218,10 +266,18 @@ def _assemble(
     head: Matrix,
     rope_theta: float,
     inverse_frequencies: Array,
+    local_inverse_frequencies: Array,
+    attention_scale: float,
     rms_norm_eps: float,
     max_position_embeddings: int,
 ) -> Decoder:
     layers = []
+    # of two norms a part, Llama's second name is that of the one behind the attention
+    mlp_norm = "pre_feedforward_layernorm" if shape.post_norms else "post_attention_layernorm"
+
+    def post_norm(name: str) -> Array | None:
+        return vector(f"{name}.weight", shape.hidden_size) if shape.post_norms else None
+
     for i, block in enumerate(shape.blocks):
         path, hidden = f"model.layers.{i}", shape.hidden_size
         queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
@@ -236,16 +292,19 @@ def _assemble(
                 matrix(f"{attends}.o_proj.weight", hidden, queries),
                 tuple(vector(f"{attends}.{name}_proj.bias", size) for name, size in biased.items()),
                 tuple(vector(f"{attends}.{name}_norm.weight", shape.head_dim) for name in "qk" if shape.qk_norm),
+                post_norm(f"{path}.post_attention_layernorm"),
+                shape.window(i),
             )
             if queries
             else None
         )
         mlp = (
             MlpWeights(
-                vector(f"{path}.post_attention_layernorm.weight", hidden),
+                vector(f"{path}.{mlp_norm}.weight", hidden),
                 matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
                 matrix(f"{path}.mlp.up_proj.weight", width, hidden),
                 matrix(f"{path}.mlp.down_proj.weight", hidden, width),
+                post_norm(f"{path}.post_feedforward_layernorm"),
             )
             if width
             else None
@@ -256,6 +315,8 @@ def _assemble(
         precision,
         rope_theta,
         inverse_frequencies,
+        local_inverse_frequencies,
+        attention_scale,
         rms_norm_eps,
         max_position_embeddings,
         embedding,

@@ -109,9 +109,7 @@ def _generate_openvino(directory: Path, threads: int, prompt: str, new_tokens: i
     from hw_profiles.runtimes.openvino import MODEL_FILE, arithmetic, compile_properties
 
     asked = arithmetic(ov.Core().read_model(directory / MODEL_FILE))
-    # not the default paged attention: in 2026.4 it can corrupt the heap where layers differ in heads
-    properties = {**compile_properties(threads, asked), "ATTENTION_BACKEND": "SDPA"}
-    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **properties)
+    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **compile_properties(threads, asked))
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = new_tokens
     config.do_sample = False

@@ -49,7 +49,8 @@ def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | 
     """Write `model.gguf`, tensor by tensor, and return its path; `metadata` is that of name and tokenizer.
 
     Without metadata the file has no tokens, which suffices for timing. Raises ValueError for what llama.cpp does not
-    compute: normed heads (Qwen3) where layers differ, rotary scaling beside biases, no layer at all.
+    compute: normed heads (Qwen3, Gemma 3) where layers differ, rotary scaling beside biases, scores scaled otherwise
+    than by the head's size, windows in no regular order, no layer at all.
     """
     layers = _merged(decoder.layers)
     architecture = _architecture(decoder, layers)
@@ -130,11 +131,19 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
     alike = len(sizes) == 1 and 0 not in next(iter(sizes))
     if shape.qk_norm and not alike:
         raise ValueError(
-            "wanted layers of one shape, since llama.cpp runs normed heads (Qwen3) in such models alone, got "
+            "wanted layers of one shape, since llama.cpp runs normed heads (Qwen3, Gemma 3) in such models alone, got "
             f"{len(sizes)} shapes; search with --homogeneous, or export to openvino or onnx"
         )
-    name = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias and alike else "llama"
-    if name in ("qwen2", "qwen3") and _rope_factors(decoder) is not None:
+    if not math.isclose(decoder.attention_scale, shape.head_dim**-0.5):
+        raise ValueError(
+            f"wanted scores scaled by {shape.head_dim**-0.5:.4g}, 1 / sqrt(head_dim), as llama.cpp does, got "
+            f"{decoder.attention_scale:.4g}; export to onnx"
+        )
+    if shape.post_norms:
+        name = "gemma3"
+    else:
+        name = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias and alike else "llama"
+    if name not in _ROTATING_NEIGHBOURS and _rope_factors(decoder) is not None:
         raise ValueError(f"wanted plain rotary embeddings beside those of {name}, got scaled ones; export to onnx")
     return name if alike else _HETEROGENEOUS
 
@@ -169,8 +178,25 @@ def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ..
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(decoder.rope_theta)
     writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    if any(windows := [layer.attention.window if layer.attention else 0 for layer in layers]):
+        writer.add_sliding_window(max(windows))
+        writer.add_sliding_window_pattern(_period(windows))
+        # of bare frequencies the base is what the second is a power of
+        bases = decoder.local_inverse_frequencies[1:2] ** (-shape.head_dim / 2)
+        writer.add_rope_freq_base_swa(float(bases[0]))
     writer.add_file_type(_FILE_TYPES[decoder.precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _period(windows: list[int]) -> int:
+    """The number of layers from one without a window to the next, 0 where there is none; ValueError where it varies."""
+    for period in range(len(windows) + 1):
+        if all((window == 0) == (period > 0 and i % period == period - 1) for i, window in enumerate(windows)):
+            return period
+    raise ValueError(
+        f"wanted layers without a window at regular distances, as llama.cpp runs them, got {windows}; skip none, or "
+        "export to openvino or onnx"
+    )
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -207,6 +233,8 @@ def _attention(block: str, weights: AttentionWeights, heads: int, groups: int) -
         yield _Tensor(f"{block}.attn_{name}.bias", bias, rotated)
     for name, norm in zip("qk", weights.head_norms, strict=False):
         yield _Tensor(f"{block}.attn_{name}_norm.weight", norm)
+    if weights.post_norm is not None:
+        yield _Tensor(f"{block}.post_attention_norm.weight", weights.post_norm)
 
 
 def _mlp(block: str, weights: MlpWeights) -> Iterator[_Tensor]:
@@ -214,6 +242,8 @@ def _mlp(block: str, weights: MlpWeights) -> Iterator[_Tensor]:
     yield _Tensor(f"{block}.ffn_gate.weight", weights.gate)
     yield _Tensor(f"{block}.ffn_up.weight", weights.up)
     yield _Tensor(f"{block}.ffn_down.weight", weights.down)
+    if weights.post_norm is not None:
+        yield _Tensor(f"{block}.post_ffw_norm.weight", weights.post_norm)
 
 
 def _rope_factors(decoder: Decoder) -> Array | None:

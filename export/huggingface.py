@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,12 +14,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from export import heterogeneous
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
+from export.heterogeneous_gemma3 import HeterogeneousGemma3Config, HeterogeneousGemma3ForCausalLM
 from hw_profiles.shapes import BlockShape, ModelShape
 
 #: Of one safetensors file: what file systems, hubs and resumed downloads are at ease with.
 MAX_SHARD_SIZE = "4GB"
+#: Classes of models whose layers differ.
+_HETEROGENEOUS: tuple[tuple[type[PreTrainedConfig], type[PreTrainedModel]], ...] = (
+    (HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM),
+    (HeterogeneousGemma3Config, HeterogeneousGemma3ForCausalLM),
+)
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
 #: Keys of a config that describe where it came from, not what it is, or windows that no layer has.
@@ -37,18 +43,26 @@ _ORIGIN_KEYS = (
 
 def register() -> None:
     """Let `AutoModelForCausalLM` load our folders without remote code where llm-nas is installed."""
-    AutoConfig.register(HeterogeneousLlamaConfig.model_type, HeterogeneousLlamaConfig, exist_ok=True)
-    AutoModelForCausalLM.register(HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM, exist_ok=True)
+    for config_class, model_class in _HETEROGENEOUS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
 def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> PreTrainedModel:
     """An fp32 model with these blocks and uninitialised weights, named as in the base model minus what is skipped."""
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
-    fields["num_hidden_layers"] = len(blocks)
-    family = _SAME_AS.get(base_config.model_type, base_config.model_type)
-    config = HeterogeneousLlamaConfig([asdict(block) for block in blocks], family, **fields)
+    block_configs = [asdict(block) for block in blocks]
+    config: PreTrainedConfig
+    if base_config.model_type == "gemma3_text":
+        for block, kind in zip(block_configs, base_config.layer_types, strict=True):
+            block["layer_type"] = kind
+        config = HeterogeneousGemma3Config(block_configs, **fields)
+    else:
+        fields["num_hidden_layers"] = len(blocks)
+        family = _SAME_AS.get(base_config.model_type, base_config.model_type)
+        config = HeterogeneousLlamaConfig(block_configs, family, **fields)
     with torch.device("meta"):
-        model = HeterogeneousLlamaForCausalLM(config)
+        model = dict(_HETEROGENEOUS)[type(config)](config)
     return _on_cpu(model)
 
 
@@ -65,14 +79,14 @@ def is_plain(config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> bool:
 
 def plain_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> PreTrainedModel:
     """The same in the family's own architecture, layers renumbered without those skipped; for `is_plain` blocks."""
-    kept = [block for block in blocks if block.num_attention_heads]
+    kept = [index for index, block in enumerate(blocks) if block.num_attention_heads]
     config = copy.deepcopy(base_config)
     config.head_dim = ModelShape.from_config(base_config, ()).head_dim
-    for field, value in asdict(kept[0]).items():
+    for field, value in asdict(blocks[kept[0]]).items():
         setattr(config, field, value)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: len(kept)]
+        config.layer_types = [config.layer_types[index] for index in kept]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return _on_cpu(model)
@@ -81,29 +95,41 @@ def plain_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
     """A model built without memory, with its weights uninitialised."""
     model.to_empty(device="cpu")
-    # rotary frequencies are a buffer outside the state dict: computed, not loaded
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    compute_buffers(model)
     model.tie_weights()
     model.eval()
     return model
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Fill in what is not in the state dict of a model built without memory: rotary frequencies, Gemma's scale."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    embedding = model.model.embed_tokens
+    if hasattr(embedding, "scalar_embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
 
 
 def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Write the folder that `AutoModelForCausalLM.from_pretrained` loads, in fp32, and return it."""
     logging.disable_progress_bar()  # of a second's work
     model.config.architectures = [type(model).__name__]
-    if isinstance(model, HeterogeneousLlamaForCausalLM):
-        module = Path(heterogeneous.__file__)
+    if type(model.config) in dict(_HETEROGENEOUS):
+        module = Path(inspect.getfile(type(model)))
         shutil.copy(module, directory / module.name)
         model.config.auto_map = {
-            "AutoConfig": f"{module.stem}.{HeterogeneousLlamaConfig.__name__}",
-            "AutoModelForCausalLM": f"{module.stem}.{HeterogeneousLlamaForCausalLM.__name__}",
+            "AutoConfig": f"{module.stem}.{type(model.config).__name__}",
+            "AutoModelForCausalLM": f"{module.stem}.{type(model).__name__}",
         }
     model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
-    # transformers 4 reads rope_theta only and would silently fall back to 10,000
+    # transformers 4 reads rope_theta only and would silently fall back to 10,000; of a layer's kind, Gemma's, too
     config_file = directory / "config.json"
     config = json.loads(config_file.read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    rope = config["rope_parameters"]
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    else:
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(directory)
     return directory

@@ -125,10 +125,12 @@ class _Graph:
             if layer.attention is not None:
                 normed, hidden = self._norm(f"layers.{i}.input_layernorm", hidden, skip, layer.attention.norm)
                 skip = self._attention(f"layers.{i}.self_attn", normed, layer.attention, slot)
+                skip = self._post_norm(f"layers.{i}.post_self_attn", skip, layer.attention.post_norm)
                 slot += 1
             if layer.mlp is not None:
                 normed, hidden = self._norm(f"layers.{i}.post_attention_layernorm", hidden, skip, layer.mlp.norm)
                 skip = self._mlp(f"layers.{i}.mlp", normed, layer.mlp)
+                skip = self._post_norm(f"layers.{i}.post_mlp", skip, layer.mlp.post_norm)
         normed, _ = self._norm("norm", hidden, skip, decoder.norm)
         last = self._node("Gather", [normed, self._int64("last_position", [-1])], "last_hidden", axis=1)
         self._head(last)
@@ -145,13 +147,25 @@ class _Graph:
         self._node("Cast", [length], "total_sequence_length", to=TensorProto.INT32)
 
     def _rotary(self) -> None:
+        decoder = self.decoder
+        kinds = {"": decoder.inverse_frequencies}
+        if any(decoder.shape.windows):
+            kinds["local_"] = decoder.local_inverse_frequencies
         # angles in fp32, as transformers computes them
-        positions = np.arange(self.decoder.max_position_embeddings, dtype=np.float32)
-        angles = np.outer(positions, self.decoder.inverse_frequencies)
-        self._tensor("cos_cache", np.cos(angles))
-        self._tensor("sin_cache", np.sin(angles))
+        positions = np.arange(decoder.max_position_embeddings, dtype=np.float32)
+        for kind, frequencies in kinds.items():
+            angles = np.outer(positions, frequencies)
+            self._tensor(f"{kind}cos_cache", np.cos(angles))
+            self._tensor(f"{kind}sin_cache", np.sin(angles))
 
     def _embedding(self) -> str:
+        rows = self._embedding_rows()
+        if self.decoder.embedding_scale is None:
+            return rows
+        scale = self._tensor("embedding_scale", np.array(self.decoder.embedding_scale, np.float32))
+        return self._node("Mul", [rows, scale], "scaled_hidden_states")
+
+    def _embedding_rows(self) -> str:
         embedding = self.decoder.embedding
         if not isinstance(embedding, PackedMatrix):
             return self._node(
@@ -194,7 +208,10 @@ class _Graph:
             present.append(f"present.{slot}.{part}")
             self.inputs.append(_value(past[-1], TensorProto.FLOAT, ["B", groups, "P", head_dim]))
             self.outputs.append(_value(present[-1], TensorProto.FLOAT, ["B", groups, "T", head_dim]))
-        inputs = [*projected, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
+        kind = "local_" if weights.window else ""
+        rotary = [f"{kind}cos_cache", f"{kind}sin_cache"]
+        inputs = [*projected, *past, "seqlens_k", "total_sequence_length", *rotary]
+        window = {"local_window_size": weights.window} if weights.window else {}
         attended = self._node(
             "GroupQueryAttention",
             inputs,
@@ -203,9 +220,10 @@ class _Graph:
             domain=_MICROSOFT,
             num_heads=heads,
             kv_num_heads=groups,
-            scale=head_dim**-0.5,
+            scale=self.decoder.attention_scale,
             do_rotary=1,
             rotary_interleaved=0,
+            **window,
         )
         return self._linear(f"{name}.o_proj", attended, weights.o)
 
@@ -236,8 +254,11 @@ class _Graph:
     def _mlp(self, name: str, x: str, weights: MlpWeights) -> str:
         gate = self._linear(f"{name}.gate_proj", x, weights.gate)
         up = self._linear(f"{name}.up_proj", x, weights.up)
-        sigmoid = self._node("Sigmoid", [gate], f"{name}.sigmoid")
-        activated = self._node("Mul", [gate, sigmoid], f"{name}.silu")
+        if self.decoder.shape.hidden_act == "silu":
+            sigmoid = self._node("Sigmoid", [gate], f"{name}.sigmoid")
+            activated = self._node("Mul", [gate, sigmoid], f"{name}.silu")
+        else:
+            activated = self._node("Gelu", [gate], f"{name}.gelu", approximate="tanh")
         product = self._node("Mul", [activated, up], f"{name}.product")
         return self._linear(f"{name}.down_proj", product, weights.down)
 
@@ -259,6 +280,10 @@ class _Graph:
             )
         )
         return f"{name}.output", f"{name}.residual"
+
+    def _post_norm(self, name: str, x: str, weight: NDArray[np.float32] | None) -> str:
+        """What a part adds, normed where its family does that."""
+        return x if weight is None else self._norm(f"{name}_layernorm", x, "", weight)[0]
 
     def _linear(self, name: str, x: str, matrix: Matrix, output: str | None = None) -> str:
         output = output or f"{name}.output"
@@ -292,7 +317,7 @@ class _Graph:
         return weight, scales
 
     def _node(
-        self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float | list[int]
+        self, operator: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: float | str | list[int]
     ) -> str:
         self.nodes.append(
             helper.make_node(operator, inputs, list(outputs), name=outputs[0], domain=domain, **attributes)

@@ -6,6 +6,7 @@ KV cache inside scaled dot product attention), which takes about a second where 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,15 @@ def write_openvino_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path
     ov.save_model(decoder, directory / "openvino_detokenizer.xml")
 
 
+@dataclass(frozen=True)
+class _View:
+    """What layers of one kind see of a text: rotary `cos` and `sin` [B, 1, S, head_dim], `mask` [B, 1, S, P + S]."""
+
+    cos: ov.Node
+    sin: ov.Node
+    mask: ov.Node
+
+
 class _Graph:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -74,45 +84,61 @@ class _Graph:
         embedding = _constant(decoder.embedding)
         head = embedding if decoder.head is decoder.embedding else _constant(decoder.head)
         hidden = ops.gather(embedding, ops.convert(self.input_ids, "i32"), _i64(0))
+        if decoder.embedding_scale is not None:
+            hidden = ops.multiply(hidden, ops.constant(np.float32(decoder.embedding_scale)))
         batch = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64([0]), _i64(0))
-        cos, sin = self._rotary()
-        mask = self._causal_mask()
+        views = {window: self._view(window) for window in sorted(set(decoder.shape.windows) or {0})}
         slot = 0
         for layer in decoder.layers:
             if layer.attention is not None:
                 normed = self._rms_norm(hidden, layer.attention.norm)
-                hidden = ops.add(hidden, self._attention(normed, layer.attention, slot, batch, cos, sin, mask))
+                added = self._attention(normed, layer.attention, slot, batch, views[layer.attention.window])
+                hidden = ops.add(hidden, self._post_norm(added, layer.attention.post_norm))
                 slot += 1
             if layer.mlp is not None:
-                hidden = ops.add(hidden, self._mlp(self._rms_norm(hidden, layer.mlp.norm), layer.mlp))
+                added = self._mlp(self._rms_norm(hidden, layer.mlp.norm), layer.mlp)
+                hidden = ops.add(hidden, self._post_norm(added, layer.mlp.post_norm))
         logits = _linear(self._rms_norm(hidden, decoder.norm), head)
         logits.output(0).get_tensor().set_names({"logits"})
         result = ops.result(logits, name="logits")
         inputs = [self.input_ids, self.attention_mask, self.position_ids, self.beam_idx]
         return ov.Model([result], self.assigns, inputs, "decoder")
 
-    def _rotary(self) -> tuple[ov.Node, ov.Node]:
-        """cos and sin [B, 1, S, head_dim]."""
+    def _view(self, window: int) -> _View:
+        """Of layers with this window, 0 for none."""
+        decoder = self.decoder
+        frequencies = decoder.local_inverse_frequencies if window else decoder.inverse_frequencies
         positions = ops.convert(ops.unsqueeze(self.position_ids, _i64([1, 3])), "f32")
-        angles = ops.multiply(positions, ops.constant(self.decoder.inverse_frequencies.reshape(1, 1, 1, -1)))
+        angles = ops.multiply(positions, ops.constant(frequencies.reshape(1, 1, 1, -1)))
         both_halves = ops.concat([angles, angles], axis=-1)
-        return ops.cos(both_halves), ops.sin(both_halves)
+        return _View(ops.cos(both_halves), ops.sin(both_halves), self._causal_mask(window))
 
-    def _causal_mask(self) -> ov.Node:
+    def _causal_mask(self, window: int) -> ov.Node:
         """fp32 [B, 1, S, P + S], 0 or the least number: a token sees itself and what `attention_mask` keeps before it.
 
-        Padding sees itself too: the softmax of an empty row is not a number, which later layers would spread. As a
-        boolean the mask would send the plugin's attention to a kernel that takes three times as long over a prompt.
+        With a window, only so far back. Padding sees itself too: the softmax of an empty row is not a number, which
+        later layers would spread. As a boolean the mask would send the plugin's attention to a kernel that takes three
+        times as long over a prompt.
         """
         total = ops.gather(ops.shape_of(self.attention_mask, "i64"), _i64(1), _i64(0))
         fed = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64(1), _i64(0))
         columns = ops.unsqueeze(ops.range(_i64(0), total, _i64(1), output_type="i64"), _i64([0]))
         rows = ops.unsqueeze(ops.range(ops.subtract(total, fed), total, _i64(1), output_type="i64"), _i64([1]))
-        before = ops.unsqueeze(ops.less(columns, rows), _i64([0, 1]))
         itself = ops.unsqueeze(ops.equal(columns, rows), _i64([0, 1]))
         kept = ops.convert(ops.unsqueeze(self.attention_mask, _i64([1, 2])), "boolean")
-        seen = ops.logical_or(ops.logical_and(before, kept), itself)
-        return ops.select(seen, ops.constant(np.float32(0)), ops.constant(np.finfo(np.float32).min))
+        zero, least = ops.constant(np.float32(0)), ops.constant(np.finfo(np.float32).min)
+        if not window:
+            before = ops.unsqueeze(ops.less(columns, rows), _i64([0, 1]))
+            return ops.select(ops.logical_or(ops.logical_and(before, kept), itself), zero, least)
+        # the operators, the products with true among them, in which openvino_genai's paged attention finds a window
+        # (StateManagementPattern); written otherwise it attends to everything
+        true = ops.constant(np.array([[[[True]]]]))
+        near = ops.greater(columns, ops.add(rows, _i64(-window)))
+        seen = ops.bitwise_and(ops.less_equal(columns, rows), near)
+        seen = ops.bitwise_and(seen, ops.logical_or(kept, itself))
+        seen = ops.bitwise_and(ops.bitwise_and(true, seen), true)
+        mask = ops.select(ops.broadcast(seen, ops.shape_of(seen, "i64")), zero, least)
+        return ops.slice(mask, _i64([0]), _i64([2**63 - 1]), _i64([1]), _i64([3]))
 
     def _attention(
         self,
@@ -120,9 +146,7 @@ class _Graph:
         weights: AttentionWeights,
         slot: int,
         batch: ov.Node,
-        cos: ov.Node,
-        sin: ov.Node,
-        mask: ov.Node,
+        view: _View,
     ) -> ov.Node:
         head_dim = self.decoder.shape.head_dim
         heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
@@ -132,12 +156,12 @@ class _Graph:
         query, key, value = self._heads(query, heads), self._heads(key, groups), self._heads(value, groups)
         if weights.head_norms:
             query, key = map(self._rms_norm, (query, key), weights.head_norms)
-        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        query, key = self._rotate(query, view.cos, view.sin), self._rotate(key, view.cos, view.sin)
         key = self._cached(key, f"past_key_values.{slot}.keypresent.{slot}.key", groups, batch)
         value = self._cached(value, f"past_key_values.{slot}.valuepresent.{slot}.value", groups, batch)
         key, value = self._repeat(key, groups, heads), self._repeat(value, groups, heads)
-        scale = ops.constant(np.float32(head_dim**-0.5))
-        attended = ops.scaled_dot_product_attention(query, key, value, mask, scale, causal=False)
+        scale = ops.constant(np.float32(self.decoder.attention_scale))
+        attended = ops.scaled_dot_product_attention(query, key, value, view.mask, scale, causal=False)
         merged = ops.reshape(ops.transpose(attended, _i64([0, 2, 1, 3])), _i64([0, 0, heads * head_dim]), True)
         return _linear(merged, _constant(weights.o))
 
@@ -171,17 +195,23 @@ class _Graph:
     def _repeat(self, x: ov.Node, groups: int, heads: int) -> ov.Node:
         """Each KV head serves `heads / groups` query heads.
 
-        A product with ones is the form of grouped queries that OpenVINO fuses into its attention with a KV cache.
+        As a broadcast in both directions, the one form of grouped queries that the plugin fuses into its attention with
+        a KV cache and that turns into paged attention (openvino_genai's continuous batching, OpenVINO Model Server).
         """
         if heads == groups:
             return x
-        ones = ops.constant(np.ones((1, 1, heads // groups, 1, 1), np.float32))
-        repeated = ops.multiply(ops.unsqueeze(x, _i64([2])), ones)
+        times = _i64([1, 1, heads // groups, 1, 1])
+        repeated = ops.broadcast(ops.unsqueeze(x, _i64([2])), times, broadcast_spec="BIDIRECTIONAL")
         return ops.reshape(repeated, _i64([0, heads, -1, self.decoder.shape.head_dim]), True)
 
     def _mlp(self, x: ov.Node, weights: MlpWeights) -> ov.Node:
         gate, up = _linear(x, _constant(weights.gate)), _linear(x, _constant(weights.up))
-        return _linear(ops.multiply(ops.swish(gate), up), _constant(weights.down))
+        activated = ops.swish(gate) if self.decoder.shape.hidden_act == "silu" else ops.gelu(gate, "tanh")
+        return _linear(ops.multiply(activated, up), _constant(weights.down))
+
+    def _post_norm(self, x: ov.Node, weight: NDArray[np.float32] | None) -> ov.Node:
+        """What a part adds, normed where its family does that."""
+        return x if weight is None else self._rms_norm(x, weight)
 
     def _rms_norm(self, x: ov.Node, weight: NDArray[np.float32]) -> ov.Node:
         squares = ops.power(x, ops.constant(np.float32(2)))

@@ -13,7 +13,10 @@ from typing import Any, Literal, get_args
 Phase = Literal["prefill", "decode"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 
+HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
+
 PHASES: tuple[Phase, ...] = get_args(Phase)
+HIDDEN_ACTS: tuple[HiddenAct, ...] = get_args(HiddenAct)
 #: Of the weights; at bf16 the arithmetic is bf16 as well, at the others fp32 or what the runtime makes of it.
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")
 
@@ -56,11 +59,21 @@ class ModelShape:
     attention_bias: bool = False
     #: Whether each head of queries and keys is normed, as in Qwen3.
     qk_norm: bool = False
+    #: Whether what attention and MLP add is normed as well, as in Gemma 3.
+    post_norms: bool = False
+    #: Whether embeddings are multiplied by the square root of hidden_size, as in Gemma 3.
+    scaled_embedding: bool = False
+    #: Of the gate, as Hugging Face names it.
+    hidden_act: HiddenAct = "silu"
+    #: For each block how many positions, its own included, a token attends to, 0 for all; empty where all see all.
+    #: Runtimes on CPUs cache and multiply all the same, so neither bytes nor FLOPs are fewer.
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any, blocks: tuple[BlockShape, ...]) -> ModelShape:
         """What these blocks make with the rest of a Hugging Face config of Llama or a family like it."""
         family = getattr(config, "base_model_type", config.model_type)
+        gemma = family == "gemma3_text"
         return cls(
             hidden_size=config.hidden_size,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -68,8 +81,16 @@ class ModelShape:
             tie_word_embeddings=bool(config.tie_word_embeddings),
             blocks=blocks,
             attention_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family == "qwen3" or gemma,
+            post_norms=gemma,
+            scaled_embedding=gemma,
+            hidden_act=config.hidden_activation if gemma else config.hidden_act,
+            windows=_windows(config) if gemma else (),
         )
+
+    def window(self, layer: int) -> int:
+        """Positions that a token attends to in this layer, 0 for all."""
+        return self.windows[layer] if self.windows else 0
 
     @property
     def attention_blocks(self) -> tuple[BlockShape, ...]:
@@ -90,6 +111,7 @@ class ModelShape:
     def from_json(cls, text: str) -> ModelShape:
         given = json.loads(text)
         given["blocks"] = tuple(BlockShape(**block) for block in given["blocks"])
+        given["windows"] = tuple(given.get("windows", ()))
         return cls(**given)
 
     def block_parameters(self, block: BlockShape) -> int:
@@ -100,7 +122,7 @@ class ModelShape:
     def vector_parameters(self, block: BlockShape) -> int:
         """Norms and biases of one block, which stay fp32 at every precision."""
         heads, groups = block.num_attention_heads, block.num_key_value_heads
-        norms = self.hidden_size * ((heads > 0) + (block.intermediate_size > 0))
+        norms = self.hidden_size * ((heads > 0) + (block.intermediate_size > 0)) * (1 + self.post_norms)
         of_heads = 2 * self.qk_norm * (heads > 0) + self.attention_bias * (heads + 2 * groups)
         return norms + self.head_dim * of_heads
 
@@ -139,6 +161,13 @@ class ModelShape:
         weights = sum(map(self.block_parameters, self.blocks))
         per_sequence = 2 * fed * weights + 4 * heads * self.head_dim * seen + 2 * self.hidden_size * self.vocab_size
         return workload.batch_size * per_sequence
+
+
+def _windows(config: Any) -> tuple[int, ...]:
+    """Of each layer of a Gemma config, or of one whose blocks say what kind of layer they are."""
+    blocks = getattr(config, "block_configs", None)
+    kinds = [block["layer_type"] for block in blocks] if blocks else config.layer_types
+    return tuple(config.sliding_window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def bits_per_weight(bits: int, scale_bytes: int = 2) -> float:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar, get_args
 
 from hw_profiles.runtimes import RUNTIMES, is_runtime_name
-from hw_profiles.shapes import BlockShape, ModelShape, Phase, Workload
+from hw_profiles.shapes import HIDDEN_ACTS, BlockShape, ModelShape, Phase, Workload
 
 #: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
 MAX_BLOCKS = 1024
@@ -122,6 +122,18 @@ class Fields:
             raise self.wrong(name, f"a list of {fewest} to {most} entries", value)
         return value
 
+    def integers(self, name: str, count: int, low: int, high: int) -> tuple[int, ...]:
+        """As many as said, or none; none where the field is absent."""
+        values = self.values(name, 0, count) if name in self else []
+        if len(values) not in (0, count):
+            raise self.wrong(name, f"a list of {count} entries, or empty", values)
+        whole = []
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise self.wrong(name, f"whole numbers from {low} to {high}", value)
+            whole.append(value)
+        return tuple(whole)
+
     def objects(self, name: str, fewest: int, most: int) -> list[Fields]:
         values = self.values(name, fewest, most)
         return [Fields(value, f"{self.where}: {name}[{i}]", self.remedy) for i, value in enumerate(values)]
@@ -141,14 +153,19 @@ class Fields:
 
 
 def model_shape(fields: Fields) -> ModelShape:
+    blocks = tuple(_block(block) for block in fields.objects("blocks", 1, MAX_BLOCKS))
     shape = ModelShape(
         hidden_size=fields.integer("hidden_size", 1, MAX_BLOCK_SIZE),
         head_dim=fields.integer("head_dim", 1, MAX_BLOCK_SIZE),
         vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
         tie_word_embeddings=fields.boolean("tie_word_embeddings"),
-        blocks=tuple(_block(block) for block in fields.objects("blocks", 1, MAX_BLOCKS)),
+        blocks=blocks,
         attention_bias=fields.switch("attention_bias"),
         qk_norm=fields.switch("qk_norm"),
+        post_norms=fields.switch("post_norms"),
+        scaled_embedding=fields.switch("scaled_embedding"),
+        hidden_act=fields.choice("hidden_act", HIDDEN_ACTS) if "hidden_act" in fields else "silu",
+        windows=fields.integers("windows", len(blocks), 0, MAX_TOKENS),
     )
     fields.end()
     return shape

@@ -26,7 +26,11 @@ _COLUMNS_AT_ONCE = 192
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """H of the four inputs of one layer's projections."""
+    """H of the four inputs of one layer's projections.
+
+    Where a norm is behind an output map, its inputs are divided by the size of what it makes of them, as the norm does:
+    else a few loud tokens, which the norm makes as quiet as the others, would be all that its weights are fitted to.
+    """
 
     attention_input: torch.Tensor
     attention_output: torch.Tensor  # what o_proj reads
@@ -65,8 +69,8 @@ def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Stat
     for index, layer in enumerate(loaded.layers):
         sums: dict[str, torch.Tensor] = {}
         hooks = [
-            layer.get_submodule(path).register_forward_pre_hook(_summing(sums, name))
-            for name, path in _inputs(loaded).items()
+            layer.get_submodule(path).register_forward_hook(_summing(sums, name, normed))
+            for name, (path, normed) in _inputs(loaded).items()
         ]
         with computing(dtype):
             batches = [loaded.run_layer(index, batch) for batch in batches]
@@ -76,23 +80,33 @@ def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Stat
     return statistics
 
 
-def _inputs(loaded: LoadedModel) -> dict[str, str]:
+def _inputs(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
+    """Which projection reads it, and whether what that makes of it is normed."""
     family = loaded.family
     return {
-        "attention_input": family.query,
-        "attention_output": family.output,
-        "mlp_input": family.gate,
-        "mlp_output": family.down,
+        "attention_input": (family.query, False),
+        "attention_output": (family.output, bool(family.attention_post_norm)),
+        "mlp_input": (family.gate, False),
+        "mlp_output": (family.down, bool(family.mlp_post_norm)),
     }
 
 
-def _summing(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def _summing(
+    sums: dict[str, torch.Tensor], name: str, normed: bool
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0].flatten(0, -2)
+        if normed:
+            x = x / sizes(output.flatten(0, -2))
         H = second_moments(x)
         sums[name] = sums[name] + H if name in sums else H
 
     return hook
+
+
+def sizes(rows: torch.Tensor) -> torch.Tensor:
+    """Root mean squares [tokens, 1] of rows [tokens, out], by which a norm divides them."""
+    return rows.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def second_moments(x: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def write_card(directory: Path) -> None:
         vars(manifest),
         title=manifest.title,
         folder=directory.name,
-        own_code="heterogeneous.py" in manifest.files,
+        own_code=next((file for file in manifest.files if file.endswith(".py")), ""),
         arithmetic="bf16" if manifest.precision == "bf16" else "f32",
         library=_LIBRARIES[manifest.format],
         parameters=manifest.shape.parameters,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hw_profiles.shapes import ModelShape
+from hw_profiles.shapes import HIDDEN_ACTS, ModelShape
 from nas.fused import unfused, unfused_config
 from nas.gguf_model import gguf_config, load_gguf
-from nas.space import model_shape
+from nas.space import Part, model_shape
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,14 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
 
-    #: The config attribute, where there is one, that limits attention to a window, which no writer here supports.
+    #: Of what the parts add to the residual stream, where there are such norms.
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
+
+    #: The config attribute, where there is one, that limits attention in all layers to a window.
     sliding_window: str = ""
+    #: Whether layers are of two kinds, with rotary embeddings of their own, one of which has a window.
+    layer_types: bool = False
     #: Whether projections share matrices: split when it is loaded, see `nas.fused`.
     fused: bool = False
 
@@ -54,6 +60,14 @@ class Family:
     def read_together(self) -> tuple[tuple[str, ...], ...]:
         """A layer's projections, those together that read the same."""
         return (self.query, self.key, self.value), (self.output,), (self.gate, self.up), (self.down,)
+
+    def norms(self, part: Part) -> tuple[str, ...]:
+        """Within a layer, before the part and, where there is one, behind it."""
+        found = {
+            "attention": (self.attention_norm, self.attention_post_norm),
+            "mlp": (self.mlp_norm, self.mlp_post_norm),
+        }
+        return tuple(filter(None, found[part]))
 
 
 FAMILIES: dict[str, Family] = {
@@ -64,6 +78,13 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2", sliding_window="sliding_window"),
         Family("qwen3", sliding_window="sliding_window"),
         Family("phi3", sliding_window="sliding_window", fused=True),
+        Family(
+            "gemma3_text",
+            mlp_norm="pre_feedforward_layernorm",
+            attention_post_norm="post_attention_layernorm",
+            mlp_post_norm="post_feedforward_layernorm",
+            layer_types=True,
+        ),
     )
 }
 
@@ -110,12 +131,29 @@ class LoadedModel:
 
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, T, D] through layer `index` as it is now, causally, without a cache."""
-        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
-        rotary = self.model.get_submodule(self.family.rotary)(hidden, positions)
-        out: torch.Tensor = self.layers[index](
-            hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary
-        )
+        layer, positions = self.layers[index], torch.arange(hidden.shape[1]).unsqueeze(0)
+        rotary, mask = self.model.get_submodule(self.family.rotary), None
+        if self.family.layer_types:
+            kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
+            mask = self._window_mask(hidden, positions) if kind == "sliding_attention" else None
+            embeddings = rotary(hidden, positions, kind)
+        else:
+            embeddings = rotary(hidden, positions)
+        out: torch.Tensor = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=embeddings)
         return out
+
+    def _window_mask(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """None where the text is no longer than the window."""
+        from transformers.masking_utils import create_sliding_window_causal_mask
+
+        mask: torch.Tensor | None = create_sliding_window_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        return mask
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
@@ -243,9 +281,16 @@ def _family(config: Any) -> Family:
     if row is None:
         supported = ", ".join(sorted(FAMILIES))
         raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
+    for field in ("use_bidirectional_attention", "final_logit_softcapping"):
+        if getattr(config, field, None):
+            raise ValueError(
+                f"wanted a causal decoder with plain logits, got {field} = {getattr(config, field)}; take another model"
+            )
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")
+    if (activation := model_shape(config).hidden_act) not in HIDDEN_ACTS:
+        raise ValueError(f"wanted {' or '.join(HIDDEN_ACTS)} in the MLPs, got {activation!r}; take another model")
     return row
 
 

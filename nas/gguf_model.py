@@ -1,8 +1,10 @@
-"""A Llama model out of a GGUF file: configuration, dequantised weights, tokenizer."""
+"""A Llama or Gemma 3 out of a GGUF file: configuration, dequantised weights, tokenizer."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,7 @@ import torch
 
 from nas.tokenizer import tokenizer_from_gguf
 
-#: GGUF's name of a tensor within a block -> the name in a Llama state dict.
-_GGUF_BLOCK_NAMES = {
+_BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -22,11 +23,68 @@ _GGUF_BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a GGUF's architecture is in transformers.
+
+    `own_config` makes the config fields that are the family's own from the file's, without their prefix.
+    """
+
+    model_type: str
+    own_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    #: GGUF's name of a tensor within a block -> the name in the state dict.
+    block_names: Mapping[str, str] = field(default_factory=lambda: _BLOCK_NAMES)
+    #: Whether the two halves of each rotary pair are interleaved.
+    rotates_neighbours: bool = False
+    #: What the file's norm weights have more than the state dict's.
+    norm_offset: int = 0
+
+
+def _llama_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_parameters": _rope(values.get("rope.freq_base", 10_000.0))}
+
+
+def _gemma3_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows two things by heart: one layer in six without a window, and their other base."""
+    pattern = values.get("attention.sliding_window_pattern", 6)
+    return {
+        "rope_parameters": {
+            "full_attention": _rope(values.get("rope.freq_base", 1_000_000.0)),
+            "sliding_attention": _rope(values.get("rope.freq_base_swa", 10_000.0)),
+        },
+        "sliding_window": values["attention.sliding_window"],
+        "sliding_window_pattern": pattern or values["block_count"] + 1,
+        "query_pre_attn_scalar": values["attention.key_length"],
+    }
+
+
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", _llama_fields, rotates_neighbours=True),
+    "gemma3": _Architecture(
+        "gemma3_text",
+        _gemma3_fields,
+        block_names=_BLOCK_NAMES
+        | {
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        norm_offset=1,
+    ),
+}
 
 
 def load_gguf(path: Path) -> tuple[Any, Any, str | None]:
-    """A Llama model in fp32, its tokenizer and its licence; ValueError where the file is no sound GGUF of a Llama.
+    """A model in fp32, its tokenizer and its licence; ValueError where the file is no sound GGUF of a known family.
 
     transformers' own loading reads the metadata twice and builds a name table for every tensor: 16 s where
     this takes 4.
@@ -37,18 +95,18 @@ def load_gguf(path: Path) -> tuple[Any, Any, str | None]:
     tokenizer = tokenizer_from_gguf(metadata)
     try:
         tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
-        model = _llama_model(_llama_config(metadata, tied="output.weight" not in tensors), tensors)
+        model = _model(metadata, tensors)
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _damaged(path, error) from error
     return model, tokenizer, metadata.get("general.license")
 
 
 def gguf_config(path: Path) -> Any:
-    """The LlamaConfig of a GGUF file; raises as `load_gguf` does."""
+    """The config of a GGUF file's model; raises as `load_gguf` does."""
     reader, metadata = _read(path)
     try:
-        return _llama_config(metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
-    except LookupError as error:
+        return _config(metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    except (ValueError, LookupError, TypeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -67,11 +125,12 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         architecture = metadata["general.architecture"]
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise _damaged(path, error) from error
-    if architecture != "llama":
+    if architecture not in _ARCHITECTURES:
+        wanted = " or ".join(_ARCHITECTURES)
         raise ValueError(
-            f"wanted a GGUF of architecture llama, got {architecture}; load its Hugging Face folder instead"
+            f"wanted a GGUF of architecture {wanted}, got {architecture}; load its Hugging Face folder instead"
         )
-    if (scaling := metadata.get("llama.rope.scaling.type", "none")) != "none":
+    if (scaling := metadata.get(f"{architecture}.rope.scaling.type", "none")) != "none":
         raise ValueError(f"wanted plain rotary embeddings, got scaling {scaling}; load its Hugging Face folder instead")
     return reader, metadata
 
@@ -80,51 +139,60 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"wanted a sound GGUF file, got {path}, which stops making sense: {error}; fetch it again")
 
 
-def _llama_config(metadata: dict[str, Any], *, tied: bool) -> Any:
-    from transformers import LlamaConfig
+def _config(metadata: Mapping[str, Any], *, tied: bool) -> Any:
+    from transformers import AutoConfig
 
-    llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
-    hidden, heads = llama["embedding_length"], llama["attention.head_count"]
-    tokens = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
-    return LlamaConfig(
+    name = metadata["general.architecture"]
+    values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    hidden, heads = values["embedding_length"], values["attention.head_count"]
+    tokens = {token: metadata.get(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos", "padding")}
+    architecture = _ARCHITECTURES[name]
+    return AutoConfig.for_model(
+        architecture.model_type,
         vocab_size=len(metadata["tokenizer.ggml.tokens"]),
         hidden_size=hidden,
-        intermediate_size=llama["feed_forward_length"],
-        num_hidden_layers=llama["block_count"],
+        intermediate_size=values["feed_forward_length"],
+        num_hidden_layers=values["block_count"],
         num_attention_heads=heads,
-        num_key_value_heads=llama.get("attention.head_count_kv", heads),
-        head_dim=llama.get("attention.key_length", hidden // heads),
-        max_position_embeddings=llama["context_length"],
-        rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": llama.get("rope.freq_base", 10000.0)},
+        num_key_value_heads=values.get("attention.head_count_kv", heads),
+        head_dim=values.get("attention.key_length", hidden // heads),
+        max_position_embeddings=values["context_length"],
+        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
         tie_word_embeddings=tied,
         bos_token_id=tokens["bos"],
         eos_token_id=tokens["eos"],
         pad_token_id=tokens["padding"],
+        **architecture.own_config(values),
     )
 
 
-def _llama_model(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    from transformers import LlamaForCausalLM
+def _model(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    from transformers import AutoModelForCausalLM
 
+    from export.huggingface import compute_buffers
+
+    config = _config(metadata, tied="output.weight" not in tensors)
+    architecture = _ARCHITECTURES[metadata["general.architecture"]]
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state = {}
     for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor = tensor - architecture.norm_offset
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         if match is None:
-            state[f"{_GGUF_NAMES[name.removesuffix('.weight')]}.weight"] = tensor
+            state[f"{_NAMES[name.removesuffix('.weight')]}.weight"] = tensor
             continue
         layer, part = match.groups()
-        if part in heads:
-            # GGUF interleaves the two halves of each rotary pair: [head, half, 2] back to [head, 2, half]
+        if architecture.rotates_neighbours and part in heads:
+            # [head, half, 2] back to [head, 2, half]
             rows, columns = tensor.shape
             tensor = tensor.reshape(heads[part], -1, 2, columns).transpose(1, 2).reshape(rows, columns)
-        state[f"model.layers.{layer}.{_GGUF_BLOCK_NAMES[part]}.weight"] = tensor
+        state[f"model.layers.{layer}.{architecture.block_names[part]}.weight"] = tensor
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):  # no random initialisation of what is overwritten
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    compute_buffers(model)
     model.tie_weights()
     return model

@@ -31,7 +31,7 @@ from torch import nn
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import HEAD_BITS
-from nas.calibration import moments, second_moments, statistics_key
+from nas.calibration import moments, second_moments, sizes, statistics_key
 from nas.families import computing, fast_dtype
 from nas.importance import normalise
 from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights, has_own, load_own, save_own
@@ -43,6 +43,8 @@ from nas.supernet import Supernet
 DAMPING = 0.1
 #: Of what the subnet's residual stream lacks before a part, the share that the part is to make up for.
 MENDED = 0.5
+#: Of its mean gain, the gain below which a norm behind an output map silences a channel.
+_AUDIBLE = 0.05
 #: Part of every cache key: raise it when what is stored changes its meaning.
 _VERSION = 2
 _TOKENS_AT_ONCE = 4096
@@ -123,6 +125,7 @@ class _Streams:
         self.supernet.activate_part(layer, part, self.supernet.full_size(part), 32)
         shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
         H, H_in, G_in = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        whole = self.supernet.full_maps(layer)[f"{self.supernet.output_name(part)}.weight"]
         wanted: list[torch.Tensor] = []
         for index, (full, own) in enumerate(zip(self.full, self.own, strict=True)):
             normed = self.normed(layer, part, own)
@@ -131,7 +134,7 @@ class _Streams:
             self.full[index] = self._run(layer, part, full)
             behind, heard = self._listen(layer, part, own)
             if shrinks:
-                H = H + second_moments(heard)
+                H = H + second_moments(self.counted(layer, part, heard, whole))
             wanted.append(mended * self.full[index] + (1 - mended) * behind)
         return _Whole(wanted, mended * _step(H_in, G_in, damping), H_in, H if shrinks else None)
 
@@ -142,8 +145,7 @@ class _Streams:
 
     def normed(self, layer: int, part: Part, batch: torch.Tensor) -> torch.Tensor:
         """What the part's input maps read of a stream, [tokens, hidden]."""
-        family = self.supernet.loaded.family
-        name = family.attention_norm if part == "attention" else family.mlp_norm
+        name = self.supernet.loaded.family.norms(part)[0]
         return _rows(self.supernet.loaded.layers[layer].get_submodule(name)(batch))
 
     def step(self, layer: int, part: Part) -> list[torch.Tensor]:
@@ -151,11 +153,40 @@ class _Streams:
         self.own, heard = map(list, zip(*(self._listen(layer, part, batch) for batch in self.own), strict=True))
         return heard
 
-    def mend(self, heard: Sequence[torch.Tensor], change: torch.Tensor) -> None:
-        """After the output map, which read `heard`, was changed by `change` [out, in]."""
+    def mend(
+        self, layer: int, part: Part, heard: Sequence[torch.Tensor], before: torch.Tensor, change: torch.Tensor
+    ) -> None:
+        """After the output map `before` [out, in], which read `heard`, was changed by `change`."""
+        norm = self.post_norm(layer, part)
         with computing(fast_dtype()):
             changes = [nn.functional.linear(x, change) for x in heard]
+            if norm is not None:
+                given = [nn.functional.linear(x, before) for x in heard]
+                changes = [norm(y + added) - norm(y) for y, added in zip(given, changes, strict=True)]
         self.own = [batch + added.view_as(batch) for batch, added in zip(self.own, changes, strict=True)]
+
+    def post_norm(self, layer: int, part: Part) -> nn.Module | None:
+        """Of what the part adds to the stream."""
+        _, *behind = self.supernet.loaded.family.norms(part)
+        return self.supernet.loaded.layers[layer].get_submodule(behind[0]) if behind else None
+
+    def counted(self, layer: int, part: Part, heard: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows [tokens, in] that the output map `weight` reads, each divided by what a norm behind it divides it by."""
+        if self.post_norm(layer, part) is None:
+            return heard
+        return heard / sizes(nn.functional.linear(heard, weight))
+
+    def asked(self, layer: int, part: Part, lacking: torch.Tensor) -> torch.Tensor:
+        """Of rows [tokens, out] that the stream lacks, what the output map is to add for a norm behind it to add them.
+
+        As if each token kept its size; of channels that the norm nearly silences nothing is asked.
+        """
+        norm = self.post_norm(layer, part)
+        if norm is None:
+            return lacking
+        gain = norm(torch.ones_like(lacking[:1]))
+        audible = gain.abs() > _AUDIBLE * gain.abs().mean()
+        return torch.where(audible, lacking / gain.where(audible, torch.ones(())), 0.0)
 
     def _listen(self, layer: int, part: Part, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream behind the part, and what its output map read."""
@@ -189,14 +220,16 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
         rounded |= {name: _nearest(tensor, bits) for name, tensor in inputs.items()}
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
-    H = sum((second_moments(x) for x in heard), torch.zeros(()))
-    lacking = (_rows(target - batch) for target, batch in zip(whole.wanted, streams.own, strict=True))
-    G = sum((moments(x, rows) for x, rows in zip(heard, lacking, strict=True)), torch.zeros(()))
     before = exact[output]
+    H, G = torch.zeros(()), torch.zeros(())
+    for x, target, batch in zip(heard, whole.wanted, streams.own, strict=True):
+        X = streams.counted(layer, part, x, before)
+        H, G = H + second_moments(X), G + moments(X, streams.asked(layer, part, _rows(target - batch)))
     exact[output] = before + _step(H, G, damping)
     now = round_with_feedback(exact[output], H, bits) if bits == 4 else _nearest(exact[output], bits)
     rounded[output] = now
-    streams.mend(heard, (dequantize(now) if isinstance(now, QuantizedWeight) else now) - before)
+    change = (dequantize(now) if isinstance(now, QuantizedWeight) else now) - before
+    streams.mend(layer, part, heard, before, change)
     return OwnWeights(exact, rounded)
 
 

@@ -284,8 +284,8 @@ class Supernet:
             if kept := choice.size(part):
                 own = self._own_weights(subnet, layer, part)
                 weights |= self.part_weights(layer, part, kept) if own is None else own.exact
-                norm = self.loaded.family.attention_norm if part == "attention" else self.loaded.family.mlp_norm
-                weights[f"{norm}.weight"] = self._original[layer][f"{norm}.weight"]
+                for norm in self.loaded.family.norms(part):
+                    weights[f"{norm}.weight"] = self._original[layer][f"{norm}.weight"]
         return weights
 
     def extract(self, subnet: Subnet) -> Any:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from nas.calibration import statistics_key
 from nas.own_weights import OwnLayers, has_own, load_own, save_own
 from nas.quality import Quality
-from nas.space import Subnet
+from nas.space import PARTS, Subnet
 from nas.sparsity.layerwise import PruningMethod
 from nas.sparsity.masks import parse_pattern
 from nas.supernet import Supernet
@@ -191,8 +191,8 @@ def _fields(tuned: Tuned) -> dict[str, Any]:
 
 
 def part_weights(supernet: Supernet, subnet: Subnet, index: int) -> dict[str, torch.Tensor]:
-    """Weights of a layer's parts before tuning, without the norms in front of them, which all subnets share."""
-    norms = (supernet.loaded.family.attention_norm, supernet.loaded.family.mlp_norm)
+    """Weights of a layer's parts before tuning, without the norms around them, which all subnets share."""
+    norms = {name for part in PARTS for name in supernet.loaded.family.norms(part)}
     weights = supernet.layer_weights(subnet, index)
     return {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] not in norms}
 

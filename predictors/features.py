@@ -74,7 +74,7 @@ def latency_features(
     attention_layers, mlp_layers = (heads > 0).sum(axis=1), (width > 0).sum(axis=1)
     query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
     matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + 3 * widths)
-    block_norms = hidden * (attention_layers + mlp_layers)
+    block_norms = hidden * (attention_layers + mlp_layers) * (1 + np.array([s.post_norms for s in shapes]))
     biases = np.array([s.attention_bias for s in shapes]) * (query_heads + 2 * kv_groups)
     head_norms = np.array([s.qk_norm for s in shapes]) * 2 * attention_layers
     vectors = block_norms + head_dim * (biases + head_norms)
@@ -84,7 +84,7 @@ def latency_features(
         + (vectors + hidden) * 4
     )
     # what the matrices of a layer read and write: the stream four times, heads, groups and widths once each way
-    values = 4 * block_norms + 2 * head_dim * (query_heads + kv_groups) + 4 * widths
+    values = 4 * hidden * (attention_layers + mlp_layers) + 2 * head_dim * (query_heads + kv_groups) + 4 * widths
 
     columns: dict[str, npt.NDArray[np.int64] | FloatArray] = {
         "constant": np.ones(len(shapes)),

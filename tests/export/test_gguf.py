@@ -70,6 +70,19 @@ class TestGguf(WriterContract):
         wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
         assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
 
+    def test_gemma3(self, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Windows in two layers of three, scores scaled by the head's size, the only scale that llama.cpp has.
+
+        Its GELU is a table in half precision.
+        """
+        monkeypatch.setattr(self, "tolerance", dict.fromkeys(self.tolerance, 0.02))
+        monkeypatch.setitem(tiny_models.GEMMA, "query_pre_attn_scalar", tiny_models.HEAD_DIM)
+        model = tiny_models.heterogeneous(blocks=(BlockShape(4, 2, 96),) * 4, family="gemma3_text")
+        self._expect_parity(model, tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "gemma3"
+        wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
+        assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+
     def test_layers_with_biases_that_differ(self, precision: Precision, tmp_path: Path) -> None:
         self._expect_parity(tiny_models.heterogeneous(family="qwen2"), tmp_path, precision)
         assert self.operators(tmp_path / MODEL_FILE)[0] == "deci"
@@ -123,12 +136,22 @@ def test_shipped_files_round_the_cache_and_activations_a_little(
     [
         (replace(tiny_models.shape(tied=True), qk_norm=True), "since llama.cpp runs normed heads"),
         (replace(tiny_models.shape(tied=True), blocks=(BlockShape(0, 0, 0),)), "wanted a layer that keeps"),
+        (
+            replace(tiny_models.shape(tied=True), blocks=PLAIN * 2, windows=(6, 0, 0, 6)),
+            r"at regular distances, as llama.cpp runs them, got \[6, 0, 0, 6\]",
+        ),
     ],
-    ids=["normed heads", "nothing kept"],
+    ids=["normed heads", "nothing kept", "irregular windows"],
 )
 def test_what_llamacpp_does_not_compute_is_named(shape: ModelShape, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         write_gguf(random_decoder(shape, "int8"), tmp_path)
+
+
+def test_scores_scaled_otherwise_are_named(tmp_path: Path) -> None:
+    decoder = decoder_from_model(tiny_models.heterogeneous(blocks=PLAIN, family="gemma3_text"), "fp32")
+    with pytest.raises(ValueError, match=r"scaled by 0\.25, 1 / sqrt\(head_dim\), as llama.cpp does, got 0\.3015"):
+        write_gguf(decoder, tmp_path)
 
 
 def test_scaled_rotary_embedding_beside_biases_is_named(tmp_path: Path) -> None:

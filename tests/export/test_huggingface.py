@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from export.decoder import decoder_shape
 from export.heterogeneous import HeterogeneousLlamaForCausalLM
+from export.heterogeneous_gemma3 import HeterogeneousGemma3ForCausalLM
 from export.huggingface import register, write_huggingface
+from hw_profiles.shapes import BlockShape
 
 from . import tiny_models
 
@@ -58,8 +62,34 @@ def folders(models: dict[bool, PreTrainedModel], tokenizer: PreTrainedTokenizerF
 def test_loads_as_remote_code_where_llm_nas_is_not_installed(
     models: dict[bool, PreTrainedModel], folders: dict[bool, Path], tmp_path: Path
 ) -> None:
+    _expect_the_same_elsewhere([models[tied] for tied in folders], list(folders.values()), tmp_path)
+
+
+def test_gemma3_loads_as_remote_code_where_llm_nas_is_not_installed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Its first layers have no attention, the text is longer than its window, and so is what is generated."""
+    blocks = (
+        BlockShape(0, 0, 64),
+        BlockShape(0, 0, 0),
+        BlockShape(4, 2, 96),
+        BlockShape(2, 1, 0),
+        BlockShape(6, 3, 32),
+    )
+    model = tiny_models.heterogeneous(family="gemma3_text", blocks=blocks)
+    folder = tmp_path / "gemma"
+    folder.mkdir()
+    write_huggingface(model, tokenizer, folder)
+    _expect_the_same_elsewhere([model], [folder], tmp_path)
+    register()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    assert type(loaded) is HeterogeneousGemma3ForCausalLM
+    assert decoder_shape(loaded) == decoder_shape(model)
+
+
+def _expect_the_same_elsewhere(models: Sequence[PreTrainedModel], folders: Sequence[Path], tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    arguments = [json.dumps([str(folder) for folder in folders.values()]), str(results), json.dumps(IDS.tolist())]
+    arguments = [json.dumps([str(folder) for folder in folders]), str(results), json.dumps(IDS.tolist())]
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     subprocess.run(
         [sys.executable, "-I", "-c", _ELSEWHERE, *arguments],
@@ -68,12 +98,11 @@ def test_loads_as_remote_code_where_llm_nas_is_not_installed(
         check=True,
         capture_output=True,
     )
-    for tied, found in zip(folders, json.loads(results.read_text()), strict=True):
+    for model, found in zip(models, json.loads(results.read_text()), strict=True):
         assert found["module"].startswith("transformers_modules.")
-        expected = tiny_models.torch_logits(models[tied], IDS)
+        expected = tiny_models.torch_logits(model, IDS)
         np.testing.assert_allclose(np.array(found["logits"]), expected, rtol=0, atol=1e-5)
-        suppressed = _greedy_without_eos(models[tied], 24)
-        assert found["generated"] == suppressed
+        assert found["generated"] == _greedy_without_eos(model, 24)
 
 
 def _greedy_without_eos(model: PreTrainedModel, count: int) -> list[int]:

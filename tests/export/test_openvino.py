@@ -127,7 +127,7 @@ def test_genai_pipeline_generates_torchs_tokens(
     _expect_torchs_tokens(models[tied], tokenizer, precision, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
 def test_genai_pipeline_with_other_families(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     _expect_torchs_tokens(tiny_models.heterogeneous(family=family), tokenizer, "int4", tmp_path)
 
@@ -135,19 +135,22 @@ def test_genai_pipeline_with_other_families(family: str, tokenizer: PreTrainedTo
 def _expect_torchs_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, precision: Precision, directory: Path
 ) -> None:
+    """With paged attention, which OpenVINO Model Server runs as well, and without."""
     import openvino_genai
 
     write_openvino(decoder_from_model(model, precision), directory)
     write_openvino_tokenizer(tokenizer, directory)
-    pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **compile_properties(1))
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.do_sample, config.ignore_eos = 24, False, True
     reference = tiny_models.rounded(model, precision)
-    for seed in (1, 2):  # the second prompt must not see the first
-        ids = tiny_models.tokens(11, seed=seed)
-        inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(np.ones((1, 11), np.int64)))
-        generated = list(pipeline.generate(inputs, config).tokens[0])
-        assert generated == tiny_models.greedy(reference, ids, 24)
+    prompts = [tiny_models.tokens(11, seed=seed) for seed in (1, 2)]  # the second must not see the first
+    expected = [tiny_models.greedy(reference, ids, 24) for ids in prompts]
+    for backend in ("PA", "SDPA"):
+        properties = {**compile_properties(1), "ATTENTION_BACKEND": backend}
+        pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", **properties)
+        for ids, tokens in zip(prompts, expected, strict=True):
+            inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(np.ones((1, 11), np.int64)))
+            assert list(pipeline.generate(inputs, config).tokens[0]) == tokens, backend
 
 
 def test_unequal_heads_per_kv_head_are_refused(tmp_path: Path) -> None:

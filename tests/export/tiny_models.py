@@ -24,6 +24,18 @@ BLOCKS = (
 )
 
 
+#: What a Gemma has in place of a Llama's: a window shorter than any text here, in all layers but the third.
+GEMMA = {
+    "sliding_window": 6,
+    "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 11,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+
+
 def shape(tied: bool) -> ModelShape:
     return ModelShape(HIDDEN_SIZE, HEAD_DIM, VOCAB_SIZE, tied, BLOCKS)
 
@@ -65,6 +77,7 @@ def heterogeneous(
     tied: bool = True, blocks: tuple[BlockShape, ...] = BLOCKS, seed: int = 0, family: str = "llama"
 ) -> PreTrainedModel:
     fields = {key: value for key, value in llama_config(tied).to_dict().items() if key != "model_type"}
+    fields |= {"num_hidden_layers": len(blocks)} | (GEMMA if family == "gemma3_text" else {})
     return randomise(heterogeneous_model(AutoConfig.for_model(family, **fields), blocks), seed)
 
 

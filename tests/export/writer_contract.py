@@ -111,7 +111,7 @@ class WriterContract:
         model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(tied=False, num_hidden_layers=2)))
         self._expect_parity(model, tmp_path)
 
-    @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
     def test_families_that_differ_in_their_attention(self, family: str, precision: Precision, tmp_path: Path) -> None:
         model = tiny_models.heterogeneous(family=family)
         decoder = decoder_from_model(model, precision)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_parameters_with_biases_and_norms_of_heads_by_hand() -> None:
     assert replace(TINY, attention_bias=True).parameters == TINY.parameters + biases
     assert replace(TINY, qk_norm=True).parameters == TINY.parameters + norms
     assert replace(TINY, qk_norm=True).weight_bytes("int4") == TINY.weight_bytes("int4") + 4 * norms
+    assert replace(TINY, post_norms=True).parameters == TINY.parameters + 3 * 4  # behind three parts
 
 
 def test_flops_by_hand() -> None:
@@ -48,9 +50,17 @@ def test_weight_and_cache_bytes() -> None:
 
 
 def test_json_keeps_a_shape_and_its_id() -> None:
-    shapes = [TINY, SMOLLM2_135M, replace(TINY, attention_bias=True), replace(TINY, qk_norm=True)]
+    changes: list[dict[str, Any]] = [
+        {"attention_bias": True},
+        {"qk_norm": True},
+        {"post_norms": True},
+        {"scaled_embedding": True},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"windows": (6, 0)},
+    ]
+    shapes = [TINY, SMOLLM2_135M, *(replace(TINY, **change) for change in changes)]
     assert [ModelShape.from_json(shape.to_json()) for shape in shapes] == shapes
-    assert len({shape.id for shape in shapes}) == 4
+    assert len({shape.id for shape in shapes}) == len(shapes)
     assert TINY.id == "f53e06dd9833"  # what databases and packs of version 0.1 call it
 
 

@@ -7,9 +7,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.families import LoadedModel, wrap
 
+#: Of two layers in three a window shorter than `windows`, and scores unlike any default.
+OF_FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24},
+}
+
 
 def _tiny_model(
-    model_type: str = "llama", *, tied: bool = True, bias: bool = False, vocabulary: int = 96, seed: int = 0
+    model_type: str = "llama",
+    *,
+    tied: bool = True,
+    bias: bool = False,
+    vocabulary: int = 96,
+    seed: int = 0,
+    **changes: Any,
 ) -> PreTrainedModel:
     """Three layers, three KV groups of two heads, width 128; norms and biases random, so that checks can fail."""
     sizes = {
@@ -26,12 +38,12 @@ def _tiny_model(
         "pad_token_id": None,
     }
     sizes |= {"attention_bias": True, "mlp_bias": True} if bias else {}
-    sizes |= {"sliding_window": None} if model_type == "mistral" else {}
+    sizes |= OF_FAMILIES.get(model_type, {}) | changes
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            torch.nn.init.uniform_(parameter, *((-0.5, 0.5) if "gemma" in model_type else (0.5, 1.5)))
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()

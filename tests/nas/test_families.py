@@ -34,8 +34,29 @@ def _metadata(**changes):
     } | changes
 
 
+def _sentencepiece(**changes):
+    """Bytes, letters and merges with scores; white space as Gemma's file has it, spaces spelled as such."""
+    special = ["<unk>", "<s>", "</s>", "  ", "\n\n", "<tag>"]
+    letters = ["▁", "\n", *"abchelow"]
+    merged = ["bc", "ab", "he", "ll", "▁w", "hell"]
+    tokens = [*special, *(f"<0x{i:02X}>" for i in range(256)), *letters, *merged]
+    return {
+        "general.architecture": "gemma3",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3, 4, 4, 4, *[6] * 256, *[1] * (len(letters) + len(merged))],
+        "tokenizer.ggml.scores": [0.0] * 262 + [-1000.0] * len(letters) + [-float(i) for i in range(len(merged))],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+    } | changes
+
+
 def _write_gguf(path, model):
-    """As llama.cpp's converter does: q and k rows with the two rotary halves interleaved."""
+    """A Llama as llama.cpp's converter writes it: q and k rows with the two rotary halves interleaved."""
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -65,6 +86,44 @@ def _write_gguf(path, model):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_gemma3(path, model, period=2):
+    """Norms hold what is multiplied by, not what is added to 1; a window is missing every `period` layers."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_sliding_window(config.sliding_window)
+    if period != 6:
+        writer.add_sliding_window_pattern(period)
+    for key, value in _sentencepiece().items():
+        if key.startswith("tokenizer"):
+            _add(writer, key, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            values = tensor + 1 if "norm" in name else tensor
+            writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(values.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer, key, value):
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+        writer.add_key_value(key, value, kinds[type(value)])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -104,6 +163,18 @@ def test_gguf_gives_the_model_that_was_written(tiny, windows, tmp_path, tied):
     assert loaded.shape == wrap(original, None, "").shape
 
 
+@pytest.mark.parametrize("period", [2, 0, 6])
+def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp_path, period):
+    vocabulary = len(_sentencepiece()["tokenizer.ggml.tokens"])
+    original = tiny_model("gemma3_text", vocabulary=vocabulary, head_dim=24, sliding_window_pattern=period or 4)
+    _write_gemma3(tmp_path / "m.gguf", original, period)
+    loaded = load_model(str(tmp_path / "m.gguf"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(windows).logits, original(windows).logits)
+    assert loaded.shape == wrap(original, None, "").shape == model_shape(load_config(str(tmp_path / "m.gguf")))
+    assert loaded.tokenizer("ab")["input_ids"] == tokenizer_from_gguf(_sentencepiece())("ab")["input_ids"]
+
+
 def test_a_folder_gives_the_model_that_was_saved(tiny, windows, tmp_path):
     original = tiny()
     original.model.save_pretrained(tmp_path)
@@ -138,7 +209,9 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
         load_model(str(tmp_path / "empty"))
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'"):
+    with pytest.raises(
+        ValueError, match="families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'"
+    ):
         load_model(str(tmp_path / "gpt2"))
     model = tiny("qwen3").model
     model.config.num_attention_heads = 5
@@ -148,6 +221,21 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     model.config.sliding_window = 16
     with pytest.raises(ValueError, match="full attention in every layer"):
         wrap(model, None, "windowed")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value", "message"),
+    [
+        ("gemma3_text", "use_bidirectional_attention", True, "causal decoder .* use_bidirectional_attention = True"),
+        ("gemma3_text", "final_logit_softcapping", 30.0, r"plain logits, got final_logit_softcapping = 30\.0"),
+        ("llama", "hidden_act", "relu", "wanted silu or gelu_pytorch_tanh in the MLPs, got 'relu'"),
+    ],
+)
+def test_what_a_family_may_have_and_we_do_not(tiny_model, model_type, field, value, message):
+    model = tiny_model(model_type)
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=message):
+        wrap(model, None, "odd")
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
@@ -197,6 +285,33 @@ def test_tokenizer_splits_digits_adds_nothing_and_survives_saving(tmp_path):
 def test_tokenizer_adds_a_bos_only_where_the_file_says_so():
     tokenizer = tokenizer_from_gguf(_metadata(**{"tokenizer.ggml.add_bos_token": True}))
     assert tokenizer("hell")["input_ids"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abc", ["a", "bc"]),  # the better score first, not the left pair
+        ("hello world", ["hell", "o", "▁w", "o", "<0x72>", "l", "<0x64>"]),
+        ("a  b", ["a", "▁▁", "b"]),
+        ("a\n\n\nb", ["a", "\n\n", "\n", "b"]),
+        ("a<tag>b</s>", ["a", "<tag>", "b", "</s>"]),
+        ("é", ["<0xC3>", "<0xA9>"]),
+    ],
+)
+def test_sentencepiece_merges_by_score_and_falls_back_on_bytes(text, expected, tmp_path):
+    tokenizer = tokenizer_from_gguf(_sentencepiece())
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == expected
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text) == tokenizer(text)
+
+
+def test_sentencepiece_begins_as_the_file_says():
+    changes = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": True}
+    tokenizer = tokenizer_from_gguf(_sentencepiece(**changes))
+    ids = tokenizer("we")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁w", "e"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "we"
 
 
 def test_an_unknown_pre_tokenizer_is_refused():

@@ -69,6 +69,50 @@ def test_the_last_map_of_a_layer_is_the_least_squares_solution(supernet, windows
     torch.testing.assert_close(got.double(), before + step, rtol=1e-3, atol=1e-4)
 
 
+def test_a_norm_behind_the_map_is_seen_through(tiny, windows):
+    """Against lstsq on what Gemma's norm of the MLP would be given, each token divided by its size."""
+    loaded = tiny("gemma3_text")
+    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1)))
+    supernet.prepare(windows)
+    subnet = Subnet((LayerChoice(3, 64), *LAYERS[1:]), 32)
+    x, out, full = _streams(supernet, windows, subnet, "mlp.down_proj")
+    before = supernet.part_weights(0, "mlp", 64)["mlp.down_proj.weight"]
+    gain = 1 + loaded.layers[0].post_feedforward_layernorm.weight
+    given = x @ before.T
+    scaled = (x / given.square().mean(-1, keepdim=True).sqrt()).double()
+    damping = 1e-3
+    fit_in_sequence(supernet, subnet, windows, damping=damping)
+    ridge = (damping**0.5 * scaled.norm(dim=0)).diag()
+    wanted = torch.cat([((full - out) / gain).double(), torch.zeros(64, 96)])
+    step = torch.linalg.lstsq(torch.cat([scaled, ridge]), wanted).solution.T
+    got = supernet.layer_weights(subnet, 0)["mlp.down_proj.weight"]
+    torch.testing.assert_close(got.double(), before + step, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_stream_that_is_fitted_on_is_the_subnets_own(tiny, windows, monkeypatch, model_type, bits):
+    kept = []
+
+    class Spied(sequential._Streams):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(sequential, "_Streams", Spied)
+    loaded = tiny(model_type)
+    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1)))
+    supernet.prepare(windows)
+    subnet = Subnet(LAYERS, bits)
+    fit_in_sequence(supernet, subnet, windows)
+    supernet.activate(subnet)
+    with torch.no_grad():
+        hidden = loaded.embed(windows)
+        for layer in range(3):
+            hidden = loaded.run_layer(layer, hidden)
+    torch.testing.assert_close(torch.cat(kept[0].own), hidden, rtol=1e-4, atol=1e-4)
+
+
 def test_channels_are_chosen_anew_and_input_maps_make_up_for_half_of_what_is_lacking(supernet, windows):
     """Against lstsq on the activations, where the layer's attention is gone."""
     width = supernet.full_size("mlp")
