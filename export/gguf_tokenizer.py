@@ -72,6 +72,11 @@ def tokenizer_metadata(
     return metadata | _special_tokens(tokenizer, generation)
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every text of this model begins with its token for that."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
 def _pre_tokenizer_name(state: dict[str, Any]) -> str:
     found = _cuts(state["pre_tokenizer"])
     for name, make in PRE_TOKENIZERS.items():
@@ -125,8 +130,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationCo
     metadata: dict[str, Any] = {
         f"tokenizer.ggml.{name}_token_id": int(index) for name, index in ids.items() if index is not None
     }
-    first = tokenizer("a")["input_ids"][0]
-    metadata["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
+    metadata["tokenizer.ggml.add_bos_token"] = adds_bos(tokenizer)
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata

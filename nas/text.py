@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.gguf_tokenizer import adds_bos
+
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
 #: Mixed corpora: what a pruned model was calibrated on decides what it stays good at.
 CALIBRATION_FILES = (DATA_FOLDER / "wikitext2_calibration.txt", DATA_FOLDER / "c4_calibration.txt")
@@ -30,10 +32,13 @@ def token_windows(
 ) -> torch.Tensor:
     """Token ids int64 [windows, length], not overlapping: the text's first, or with a seed a random choice.
 
-    The first `skipped` tokens are left out. Raises ValueError where the text is too short.
+    Each begins as the model's texts do: without its first token Gemma 3 270M has a perplexity of 63 in place of 20. The
+    first `skipped` tokens of the text are left out. Raises ValueError where it is too short.
     """
+    first = _first(tokenizer)
+    own = length - len(first)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][skipped:]
-    available = len(ids) // length
+    available = len(ids) // own
     if windows < 1 or available < windows:
         raise ValueError(
             f"wanted {windows} windows of {length} tokens{f' after {skipped} others' if skipped else ''}, got text for "
@@ -43,9 +48,13 @@ def token_windows(
         chosen = np.arange(windows)
     else:
         chosen = np.sort(np.random.default_rng(seed).choice(available, windows, replace=False))
-    return torch.tensor(ids[: available * length], dtype=torch.int64).reshape(available, length)[
-        torch.from_numpy(chosen)
-    ]
+    rows = np.array(ids[: available * own], dtype=np.int64).reshape(available, own)[chosen]
+    return torch.from_numpy(np.column_stack([np.tile(np.array(first, dtype=np.int64), (windows, 1)), rows]))
+
+
+def _first(tokenizer: Any) -> list[int]:
+    """What every text of the model begins with."""
+    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
 
 def file_windows(
@@ -76,7 +85,7 @@ def all_windows(tokenizer: Any, files: Sequence[Path], length: int) -> torch.Ten
     for file in files:
         text = read_text(file, tokenizer)
         tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        parts.append(token_windows(tokenizer, text, max(1, tokens // length), length))
+        parts.append(token_windows(tokenizer, text, max(1, tokens // (length - len(_first(tokenizer)))), length))
     return torch.cat(parts)
 
 

@@ -27,11 +27,13 @@ def _layout(value: Any) -> Any:
             value.scales.shape,
             value.scales.dtype,
         )
+    if value is None or isinstance(value, int):  # a norm that is not there, a window
+        return value
     if isinstance(value, np.ndarray):
         return (value.shape, value.dtype, value.flags.c_contiguous)
     if isinstance(value, tuple):
         return tuple(map(_layout, value))
-    return None if value is None else {field.name: _layout(getattr(value, field.name)) for field in fields(value)}
+    return {field.name: _layout(getattr(value, field.name)) for field in fields(value)}
 
 
 def _weights(decoder: Decoder) -> tuple[Any, ...]:
@@ -80,6 +82,16 @@ def test_random_weights_are_laid_out_like_a_models(
         assert (decoder.head is decoder.embedding) == tied
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_random_weights_of_a_gemma_are_laid_out_like_its_own(precision: Precision) -> None:
+    model = tiny_models.heterogeneous(family="gemma3_text")
+    trained = decoder_from_model(model, precision)
+    random = random_decoder(decoder_shape(model), precision)
+    assert _layout(_weights(random)) == _layout(_weights(trained))
+    assert [layer.attention.window for layer in random.layers if layer.attention] == [6, 0, 6]
+    assert random.shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_random_weights_follow_the_seed_and_share_no_memory() -> None:
     shape = tiny_models.shape(tied=False)
     first, same, other = (random_decoder(shape, "int4", seed) for seed in (0, 0, 1))
@@ -96,7 +108,7 @@ def test_random_weights_follow_the_seed_and_share_no_memory() -> None:
 def test_no_two_random_matrices_are_equal(precision: Precision) -> None:
     """OpenVINO stores equal constants once, and a model that fits the cache is no measure of one that does not."""
     decoder = random_decoder(tiny_models.shape(tied=False), precision)
-    vectors = ("norm", "biases", "head_norms")
+    vectors = ("norm", "biases", "head_norms", "post_norm", "window")
     matrices = [decoder.embedding, decoder.head]
     for layer in decoder.layers:
         for part in filter(None, (layer.attention, layer.mlp)):

@@ -4,12 +4,19 @@ import pytest
 import torch
 from jinja2 import TemplateError
 
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, file_windows, read_text, token_windows
+from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, all_windows, file_windows, read_text, token_windows
 
 
-def _letters(text, add_special_tokens, verbose):
-    assert not add_special_tokens
-    return {"input_ids": [ord(letter) for letter in text]}
+class _Letters:
+    def __init__(self, bos_token_id=None):
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        first = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return {"input_ids": [*first, *map(ord, text)]}
+
+
+_letters = _Letters()
 
 
 def test_windows_are_consecutive_or_a_seeded_choice():
@@ -18,6 +25,17 @@ def test_windows_are_consecutive_or_a_seeded_choice():
     chosen = token_windows(_letters, text * 20, 5, 4, seed=3)
     assert torch.equal(chosen, token_windows(_letters, text * 20, 5, 4, seed=3))
     assert not torch.equal(chosen, token_windows(_letters, text * 20, 5, 4, seed=4))
+
+
+def test_windows_begin_as_the_models_texts_do(tmp_path):
+    tokenizer = _Letters(bos_token_id=2)
+    assert token_windows(tokenizer, "abcdefgh", 2, 4).tolist() == [[2, 97, 98, 99], [2, 100, 101, 102]]
+    file = tmp_path / "a"
+    file.write_text("abcdefgh")
+    assert all_windows(tokenizer, [file], 3).tolist() == [[2, 97, 98], [2, 99, 100], [2, 101, 102], [2, 103, 104]]
+    assert file_windows(tokenizer, [file], 1, 3, after=(2, 3)).tolist() == [[2, 103, 104]]
+    with pytest.raises(ValueError, match="wanted 3 windows of 4 tokens, got text for 2"):
+        token_windows(tokenizer, "abcdefgh", 3, 4)
 
 
 def test_too_short_a_text_says_so():
