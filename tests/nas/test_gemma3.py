@@ -60,8 +60,9 @@ def test_subnets_are_shipped(gemma3, tmp_path):
     windows = file_windows(gemma3.tokenizer, TEST_FILES, 2, 256)
     evaluator = Evaluator(supernet, windows)
     assert evaluator.evaluate(supernet.space.full(8)).kl < 0.02
-    mixed = Subnet((LayerChoice(1, 2048), LayerChoice(1, 1024), LayerChoice(0, 1536)) * 6, 8)
-    assert evaluator.evaluate(mixed).kl < 5
+    widths = (LayerChoice(1, 2048), LayerChoice(1, 1536), LayerChoice(1, 1024)) * 6
+    mixed = Subnet((*widths[:8], LayerChoice(0, 1024), *widths[9:]), 8)
+    assert 0.1 < evaluator.evaluate(mixed).kl < 1.5
     folders = [
         export_subnet(supernet, mixed, name, tmp_path / name, windows) for name in ("huggingface", "openvino", "onnx")
     ]
