@@ -113,13 +113,18 @@ def test_no_command_shows_the_help_and_fails(nas: Nas) -> None:
 
 MISTAKES = {
     ("profile", "./nonesuch"): "there is no nonesuch; check the path",
-    ("profile", "gpt2"): "one of the families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
+    ("profile", "gpt2"): "one of the families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
     ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, llamacpp, got 'tpu'",
     ("profile", "gpt2", "--runtime", "openvino:XPU"): "lists here (openvino, ",
     ("profile", "gpt2", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
     ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
     ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
-    ("profile", "gpt2", "--pack", "x"): "one of the families llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
+    (
+        "profile",
+        "gpt2",
+        "--pack",
+        "x",
+    ): "one of the families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
     ("profile", "--pack", "x", "--import", "y"): "--pack writes a file and --import reads one, got both",
     ("profile", "--import", "nonesuch.json"): "No such file or directory: nonesuch.json",
     ("profile", "--import", "gpt2/config.json"): "gpt2/config.json must have the field format, got none; run the pack",

@@ -24,15 +24,15 @@ SETTINGS = {
     "nls": TuneSettings("nls", (8, 4, 2), 16.0, rank_evaluations=5, training=replace(TRAINING, sampling="random")),
     "full": TuneSettings("full", training=replace(TRAINING, learning_rate=1e-3)),
 }
-Make = Callable[[], tuple[Supernet, Evaluator]]
+Make = Callable[..., tuple[Supernet, Evaluator]]
 
 
 @pytest.fixture
 def make(tiny: Callable[..., LoadedModel], windows: torch.Tensor) -> Make:
     """A prepared supernet as a new process would have it, and what evaluates its subnets."""
 
-    def made() -> tuple[Supernet, Evaluator]:
-        loaded = tiny()
+    def made(model_type: str = "llama") -> tuple[Supernet, Evaluator]:
+        loaded = tiny(model_type)
         supernet = Supernet(loaded, SearchSpace.from_config(loaded.config))
         supernet.prepare(windows)
         return supernet, Evaluator(supernet, windows[:4])
@@ -70,6 +70,21 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     read = adopt_tuned(others, tmp_path / "tuned")
     assert read == tuned
     assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
+
+
+def test_a_gemma_is_tuned_and_extracted(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    """Norms behind the parts, and windows shorter than the texts, in training as well."""
+    supernet, evaluator = make("gemma3_text")
+    subnet = _subnet(4)
+    before = evaluator.evaluate(subnet)
+    tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["lora"], tmp_path / "tuned")
+    assert tuned.after.kl < 0.95 * before.kl
+    extracted = supernet.extract(subnet)
+    for name, packed in supernet.quantized(subnet).items():
+        extracted.get_parameter(name).copy_(dequantize(packed))
+    with torch.no_grad():
+        found = extracted(windows).logits
+    torch.testing.assert_close(found, _logits(supernet, subnet, windows), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
