@@ -143,7 +143,7 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
         name = "gemma3"
     else:
         name = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias and alike else "llama"
-    if name not in _ROTATING_NEIGHBOURS and _rope_factors(decoder) is not None:
+    if name not in _ROTATING_NEIGHBOURS and _linear_factor(decoder) is None and _rope_factors(decoder) is not None:
         raise ValueError(f"wanted plain rotary embeddings beside those of {name}, got scaled ones; export to onnx")
     return name if alike else _HETEROGENEOUS
 
@@ -177,6 +177,9 @@ def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ..
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(decoder.rope_theta)
+    if (factor := _linear_factor(decoder)) is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(factor)
     writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
     if any(windows := [layer.attention.window if layer.attention else 0 for layer in layers]):
         writer.add_sliding_window(max(windows))
@@ -212,7 +215,7 @@ def _tensors(decoder: Decoder, layers: tuple[Layer, ...], architecture: str) -> 
     yield _Tensor("output_norm.weight", decoder.norm)
     if decoder.head is not decoder.embedding:
         yield _Tensor("output.weight", decoder.head)
-    if (factors := _rope_factors(decoder)) is not None:
+    if _linear_factor(decoder) is None and (factors := _rope_factors(decoder)) is not None:
         yield _Tensor("rope_freqs.weight", factors)
     for index, layer in enumerate(layers):
         block, (heads, groups, _) = f"blk.{index}", _sizes(decoder, layer)
@@ -251,6 +254,13 @@ def _rope_factors(decoder: Decoder) -> Array | None:
     exponents = np.arange(0, decoder.shape.head_dim, 2) / decoder.shape.head_dim
     factors = decoder.rope_theta**-exponents / decoder.inverse_frequencies
     return None if np.allclose(factors, 1, rtol=1e-5) else factors.astype(np.float32)
+
+
+def _linear_factor(decoder: Decoder) -> float | None:
+    """The one factor of all frequencies of a Gemma (from 4B on), which llama.cpp leaves out where there is a window."""
+    factors = _rope_factors(decoder)
+    alike = factors is not None and decoder.shape.post_norms and np.allclose(factors, factors[0], rtol=1e-5)
+    return float(factors[0]) if factors is not None and alike else None
 
 
 def _reordered(tensor: _Tensor) -> Matrix:

@@ -23,6 +23,7 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_LAYERS_OF_27B = 62
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -41,6 +42,8 @@ class _Architecture:
     rotates_neighbours: bool = False
     #: What the file's norm weights have more than the state dict's.
     norm_offset: int = 0
+    #: Of its rotary embedding.
+    scalings: tuple[str, ...] = ("none",)
 
 
 def _llama_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,21 +51,24 @@ def _llama_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """llama.cpp knows two things by heart: one layer in six without a window, and their other base."""
+    """llama.cpp knows by heart: one layer in six without a window, their other base, the 27B's scale of scores."""
+    heads, largest = values["attention.head_count"], values["block_count"] == _LAYERS_OF_27B
     pattern = values.get("attention.sliding_window_pattern", 6)
     return {
         "rope_parameters": {
-            "full_attention": _rope(values.get("rope.freq_base", 1_000_000.0)),
+            "full_attention": _rope(values.get("rope.freq_base", 1_000_000.0), values.get("rope.scaling.factor")),
             "sliding_attention": _rope(values.get("rope.freq_base_swa", 10_000.0)),
         },
         "sliding_window": values["attention.sliding_window"],
         "sliding_window_pattern": pattern or values["block_count"] + 1,
-        "query_pre_attn_scalar": values["attention.key_length"],
+        "query_pre_attn_scalar": values["embedding_length"] // heads if largest else values["attention.key_length"],
     }
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
+def _rope(theta: float, factor: float | None = None) -> dict[str, Any]:
+    if factor is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
 
 
 _ARCHITECTURES = {
@@ -79,6 +85,7 @@ _ARCHITECTURES = {
             "post_ffw_norm": "post_feedforward_layernorm",
         },
         norm_offset=1,
+        scalings=("none", "linear"),
     ),
 }
 
@@ -130,8 +137,12 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(
             f"wanted a GGUF of architecture {wanted}, got {architecture}; load its Hugging Face folder instead"
         )
-    if (scaling := metadata.get(f"{architecture}.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"wanted plain rotary embeddings, got scaling {scaling}; load its Hugging Face folder instead")
+    scaling, known = metadata.get(f"{architecture}.rope.scaling.type", "none"), _ARCHITECTURES[architecture].scalings
+    if scaling not in known:
+        raise ValueError(
+            f"wanted rotary embeddings with scaling {' or '.join(known)}, got {scaling}; load its Hugging Face folder "
+            "instead"
+        )
     return reader, metadata
 
 

@@ -70,13 +70,20 @@ class TestGguf(WriterContract):
         wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
         assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
 
-    def test_gemma3(self, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("factor", [None, 4.0])
+    def test_gemma3(
+        self, precision: Precision, factor: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Windows in two layers of three, scores scaled by the head's size, the only scale that llama.cpp has.
 
         Its GELU is a table in half precision.
         """
         monkeypatch.setattr(self, "tolerance", dict.fromkeys(self.tolerance, 0.02))
         monkeypatch.setitem(tiny_models.GEMMA, "query_pre_attn_scalar", tiny_models.HEAD_DIM)
+        if factor is not None:  # as in the models from 4B on
+            rope = tiny_models.GEMMA["rope_parameters"]
+            scaled = rope | {"full_attention": rope["full_attention"] | {"rope_type": "linear", "factor": factor}}
+            monkeypatch.setitem(tiny_models.GEMMA, "rope_parameters", scaled)
         model = tiny_models.heterogeneous(blocks=(BlockShape(4, 2, 96),) * 4, family="gemma3_text")
         self._expect_parity(model, tmp_path, precision)
         assert self.operators(tmp_path / MODEL_FILE)[0] == "gemma3"

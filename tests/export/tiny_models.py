@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ BLOCKS = (
 
 
 #: What a Gemma has in place of a Llama's: a window shorter than any text here, in all layers but the third.
-GEMMA = {
+GEMMA: dict[str, Any] = {
     "sliding_window": 6,
     "sliding_window_pattern": 3,
     "query_pre_attn_scalar": 11,

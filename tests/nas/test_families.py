@@ -89,7 +89,10 @@ def _write_gguf(path, model):
 
 
 def _write_gemma3(path, model, period=2):
-    """Norms hold what is multiplied by, not what is added to 1; a window is missing every `period` layers."""
+    """Norms hold what is multiplied by, not what is added to 1; a window is missing every `period` layers.
+
+    Rotary embeddings of layers without one may be scaled linearly, as in the models from 4B on.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_block_count(config.num_hidden_layers)
@@ -100,7 +103,11 @@ def _write_gemma3(path, model, period=2):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    rope = config.rope_parameters["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if "factor" in rope:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     writer.add_sliding_window(config.sliding_window)
     if period != 6:
         writer.add_sliding_window_pattern(period)
@@ -163,10 +170,18 @@ def test_gguf_gives_the_model_that_was_written(tiny, windows, tmp_path, tied):
     assert loaded.shape == wrap(original, None, "").shape
 
 
-@pytest.mark.parametrize("period", [2, 0, 6])
-def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp_path, period):
+@pytest.mark.parametrize(("period", "factor"), [(2, None), (0, None), (6, None), (2, 4.0)])
+def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp_path, period, factor):
     vocabulary = len(_sentencepiece()["tokenizer.ggml.tokens"])
-    original = tiny_model("gemma3_text", vocabulary=vocabulary, head_dim=24, sliding_window_pattern=period or 4)
+    plain, base = {"rope_type": "default", "rope_theta": 10_000.0}, {"rope_theta": 200.0}
+    scaled = plain | base if factor is None else base | {"rope_type": "linear", "factor": factor}
+    original = tiny_model(
+        "gemma3_text",
+        vocabulary=vocabulary,
+        head_dim=24,
+        sliding_window_pattern=period or 4,
+        rope_parameters={"full_attention": scaled, "sliding_attention": plain},
+    )
     _write_gemma3(tmp_path / "m.gguf", original, period)
     loaded = load_model(str(tmp_path / "m.gguf"))
     with torch.no_grad():
