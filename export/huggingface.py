@@ -21,10 +21,10 @@ from hw_profiles.shapes import BlockShape, ModelShape
 #: Of one safetensors file: what file systems, hubs and resumed downloads are at ease with.
 MAX_SHARD_SIZE = "4GB"
 #: Classes of models whose layers differ.
-_HETEROGENEOUS: tuple[tuple[type[PreTrainedConfig], type[PreTrainedModel]], ...] = (
-    (HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM),
-    (HeterogeneousGemma3Config, HeterogeneousGemma3ForCausalLM),
-)
+_HETEROGENEOUS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    HeterogeneousLlamaConfig: HeterogeneousLlamaForCausalLM,
+    HeterogeneousGemma3Config: HeterogeneousGemma3ForCausalLM,
+}
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
 #: Keys of a config that describe where it came from, not what it is, or windows that no layer has.
@@ -43,7 +43,7 @@ _ORIGIN_KEYS = (
 
 def register() -> None:
     """Let `AutoModelForCausalLM` load our folders without remote code where llm-nas is installed."""
-    for config_class, model_class in _HETEROGENEOUS:
+    for config_class, model_class in _HETEROGENEOUS.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
@@ -62,7 +62,7 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
         family = _SAME_AS.get(base_config.model_type, base_config.model_type)
         config = HeterogeneousLlamaConfig(block_configs, family, **fields)
     with torch.device("meta"):
-        model = dict(_HETEROGENEOUS)[type(config)](config)
+        model = _HETEROGENEOUS[type(config)](config)
     return _on_cpu(model)
 
 
@@ -113,7 +113,7 @@ def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Write the folder that `AutoModelForCausalLM.from_pretrained` loads, in fp32, and return it."""
     logging.disable_progress_bar()  # of a second's work
     model.config.architectures = [type(model).__name__]
-    if type(model.config) in dict(_HETEROGENEOUS):
+    if type(model.config) in _HETEROGENEOUS:
         module = Path(inspect.getfile(type(model)))
         shutil.copy(module, directory / module.name)
         model.config.auto_map = {
