@@ -99,7 +99,10 @@ def load_gguf(path: Path) -> tuple[Any, Any, str | None]:
     import gguf
 
     reader, metadata = _read(path)
-    tokenizer = tokenizer_from_gguf(metadata)
+    try:
+        tokenizer = tokenizer_from_gguf(metadata)
+    except (LookupError, TypeError) as error:  # a ValueError says what is not supported
+        raise _damaged(path, error) from error
     try:
         tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
         model = _model(metadata, tensors)

@@ -55,10 +55,9 @@ def _sentencepiece(**changes):
     } | changes
 
 
-def _write_gguf(path, model):
-    """A Llama as llama.cpp's converter writes it: q and k rows with the two rotary halves interleaved."""
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
+def _writer(path, architecture, config):
+    """With the sizes that every architecture has."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -67,6 +66,13 @@ def _write_gguf(path, model):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    return writer
+
+
+def _write_gguf(path, model):
+    """A Llama as llama.cpp's converter writes it: q and k rows with the two rotary halves interleaved."""
+    config, state = model.config, model.state_dict()
+    writer = _writer(path, "llama", config)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     tokens, types = _tokens()
     writer.add_tokenizer_model("gpt2")
@@ -88,21 +94,13 @@ def _write_gguf(path, model):
     writer.close()
 
 
-def _write_gemma3(path, model, period=2):
+def _write_gemma3(path, model, period=2, without=()):
     """Norms hold what is multiplied by, not what is added to 1; a window is missing every `period` layers.
 
     Rotary embeddings of layers without one may be scaled linearly, as in the models from 4B on.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer = _writer(path, "gemma3", config)
     rope = config.rope_parameters["full_attention"]
     writer.add_rope_freq_base(rope["rope_theta"])
     if "factor" in rope:
@@ -112,7 +110,7 @@ def _write_gemma3(path, model, period=2):
     if period != 6:
         writer.add_sliding_window_pattern(period)
     for key, value in _sentencepiece().items():
-        if key.startswith("tokenizer"):
+        if key.startswith("tokenizer") and key not in without:
             _add(writer, key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -188,6 +186,15 @@ def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp
         torch.testing.assert_close(loaded.model(windows).logits, original(windows).logits)
     assert loaded.shape == wrap(original, None, "").shape == model_shape(load_config(str(tmp_path / "m.gguf")))
     assert loaded.tokenizer("ab")["input_ids"] == tokenizer_from_gguf(_sentencepiece())("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("field", ["tokens", "token_type", "scores"])
+def test_a_gguf_with_half_a_tokenizer_is_named(tiny_model, tmp_path, field):
+    vocabulary = len(_sentencepiece()["tokenizer.ggml.tokens"])
+    model = tiny_model("gemma3_text", vocabulary=vocabulary)
+    _write_gemma3(tmp_path / "m.gguf", model, without=[f"tokenizer.ggml.{field}"])
+    with pytest.raises(ValueError, match=f"wanted a sound GGUF file, .*tokenizer.ggml.{field}"):
+        load_model(str(tmp_path / "m.gguf"))
 
 
 def test_a_folder_gives_the_model_that_was_saved(tiny, windows, tmp_path):
