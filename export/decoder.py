@@ -6,7 +6,6 @@ as a trained one: what is profiled is what is shipped.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -56,35 +55,57 @@ class PackedMatrix:
 Matrix = Array | HalfMatrix | PackedMatrix
 
 
+def stacked(*matrices: Matrix) -> Matrix:
+    """Matrices on the same input as one, rows below rows."""
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    if len(packed) == len(matrices):
+        integers = np.concatenate([matrix.integers for matrix in packed])
+        return PackedMatrix(integers, np.concatenate([matrix.scales for matrix in packed]), packed[0].bits)
+    return np.concatenate([matrix for matrix in matrices if not isinstance(matrix, PackedMatrix)])
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`weight` and `bias` [hidden]; an RMS norm has no bias, and does not take off the mean."""
+
+    weight: Array
+    bias: Array | None = None
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
-    """`norm` [hidden]; `q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T.
+    """`q` [heads x head_dim, hidden]; `k`, `v` [KV heads x head_dim, hidden]; `o` is as `q`.T.
 
-    Where the shape says so, `biases` are those of q, k and v, `head_norms` the weights [head_dim] of the norms of q and
-    k, and `post_norm` [hidden] that of what o gives; otherwise they are empty and None. `window` is how many positions
-    a token attends to, its own included, 0 for all.
+    Where the shape says so, `biases` are those of q, k and v, `output_bias` [hidden] that of o, `head_norms` the
+    weights [head_dim] of the norms of q and k, and `post_norm` is that of what o gives; otherwise they are empty and
+    None. `window` is how many positions a token attends to, its own included, 0 for all.
     """
 
-    norm: Array
+    norm: Norm
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
     biases: tuple[Array, ...] = ()
+    output_bias: Array | None = None
     head_norms: tuple[Array, ...] = ()
-    post_norm: Array | None = None
+    post_norm: Norm | None = None
     window: int = 0
 
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """`norm` [hidden]; `gate`, `up` [width, hidden]; `down` [hidden, width]; `post_norm` [hidden] of what it gives."""
+    """`gate`, `up` [width, hidden]; `down` [hidden, width]; `post_norm` of what it gives.
 
-    norm: Array
-    gate: Matrix
+    Without a gate it is None; `biases` are those of the maps that are there, in this order, or none.
+    """
+
+    norm: Norm
+    gate: Matrix | None
     up: Matrix
     down: Matrix
-    post_norm: Array | None = None
+    biases: tuple[Array, ...] = ()
+    post_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,8 @@ class Decoder:
 
     `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, in fp32 as transformers computes them: the
     powers of `rope_theta`, or scaled ones; `local_inverse_frequencies` those of layers with a window. Scores are
-    multiplied by `attention_scale`, embeddings, where that is not None, by `embedding_scale`.
+    multiplied by `attention_scale`, embeddings, where that is not None, by `embedding_scale`. Where `positions`
+    [max_position_embeddings, hidden] is not None it is added to embeddings, and nothing rotates.
     """
 
     shape: ModelShape
@@ -110,11 +132,12 @@ class Decoder:
     inverse_frequencies: Array
     local_inverse_frequencies: Array
     attention_scale: float
-    rms_norm_eps: float
+    norm_eps: float
     max_position_embeddings: int
     embedding: Matrix
+    positions: Array | None
     layers: tuple[Layer, ...]
-    norm: Array
+    norm: Norm
     head: Matrix
 
     @property
@@ -134,7 +157,7 @@ def decoder_shape(model: PreTrainedModel) -> ModelShape:
         BlockShape(
             num_attention_heads=rows(f"model.layers.{i}.self_attn.q_proj.weight") // empty.head_dim,
             num_key_value_heads=rows(f"model.layers.{i}.self_attn.k_proj.weight") // empty.head_dim,
-            intermediate_size=rows(f"model.layers.{i}.mlp.gate_proj.weight"),
+            intermediate_size=rows(f"model.layers.{i}.mlp.up_proj.weight"),
         )
         for i in range(len(model.model.layers))
     )
@@ -148,8 +171,8 @@ def decoder_from_model(
 
     `quantized` holds matrices that were rounded before, by name in the state dict; others are rounded to the nearest.
 
-    Raises ValueError for what the writers do not compute: biases behind the attention and in the MLPs, other
-    activations, caps on scores and logits, rotary scaling that moves.
+    Raises ValueError for what the writers do not compute: other activations, caps on scores and logits, rotary scaling
+    that moves.
     """
     config = model.config
     shape = decoder_shape(model)
@@ -162,8 +185,6 @@ def decoder_from_model(
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, cap, None):
             raise ValueError(f"wanted no {cap}, got {getattr(config, cap)}; export to huggingface")
-    if biases := [name for name in model.state_dict() if re.search(r"(?<!\.[qkv]_proj)\.bias$", name)]:
-        raise ValueError(f"wanted no biases but those of q, k and v, got {biases[0]}; export to huggingface")
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
@@ -188,12 +209,13 @@ def decoder_from_model(
         vector=lambda name, size: vector(name),
         matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
         embedding=embedding,
+        positions=vector("model.embed_positions.weight") if shape.learned_positions else None,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
         rope_theta=rope_theta,
         inverse_frequencies=frequencies,
         local_inverse_frequencies=local_frequencies,
         attention_scale=(getattr(config, "query_pre_attn_scalar", None) or shape.head_dim) ** -0.5,
-        rms_norm_eps=float(config.rms_norm_eps),
+        norm_eps=float(config.layer_norm_eps if shape.layer_norm else config.rms_norm_eps),
         max_position_embeddings=int(config.max_position_embeddings),
     )
 
@@ -238,12 +260,14 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         return PackedMatrix(fill(integers[bits], start, rows, columns), fill(scales[bits], start, rows, blocks), bits)
 
     embedding = matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision])
+    positions = shape.learned_positions
     return _assemble(
         shape,
         precision,
         vector=lambda name, size: np.ones(size, np.float32),
         matrix=lambda name, rows, columns: matrix(rows, columns, BLOCK_BITS[precision]),
         embedding=embedding,
+        positions=fill(values, next(starts), positions, shape.hidden_size) if positions else None,
         head=embedding
         if shape.tie_word_embeddings
         else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
@@ -251,8 +275,8 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         inverse_frequencies=frequencies,
         local_inverse_frequencies=frequencies,
         attention_scale=shape.head_dim**-0.5,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
+        norm_eps=1e-5,
+        max_position_embeddings=positions or 8192,
     )
 
 
@@ -263,34 +287,41 @@ def _assemble(
     vector: Callable[[str, int], Array],
     matrix: Callable[[str, int, int], Matrix],
     embedding: Matrix,
+    positions: Array | None,
     head: Matrix,
     rope_theta: float,
     inverse_frequencies: Array,
     local_inverse_frequencies: Array,
     attention_scale: float,
-    rms_norm_eps: float,
+    norm_eps: float,
     max_position_embeddings: int,
 ) -> Decoder:
     layers = []
     # of two norms a part, Llama's second name is that of the one behind the attention
     mlp_norm = "pre_feedforward_layernorm" if shape.post_norms else "post_attention_layernorm"
 
-    def post_norm(name: str) -> Array | None:
-        return vector(f"{name}.weight", shape.hidden_size) if shape.post_norms else None
+    def norm(name: str) -> Norm:
+        bias = vector(f"{name}.bias", shape.hidden_size) if shape.layer_norm else None
+        return Norm(vector(f"{name}.weight", shape.hidden_size), bias)
+
+    def post_norm(name: str) -> Norm | None:
+        return norm(name) if shape.post_norms else None
 
     for i, block in enumerate(shape.blocks):
         path, hidden = f"model.layers.{i}", shape.hidden_size
         queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
         width, attends = block.intermediate_size, f"{path}.self_attn"
         biased = {"q": queries, "k": keys, "v": keys} if shape.attention_bias else {}
+        of_mlp = {"gate": width, "up": width, "down": hidden} if shape.mlp_bias else {}
         attention = (
             AttentionWeights(
-                vector(f"{path}.input_layernorm.weight", hidden),
+                norm(f"{path}.input_layernorm"),
                 matrix(f"{attends}.q_proj.weight", queries, hidden),
                 matrix(f"{attends}.k_proj.weight", keys, hidden),
                 matrix(f"{attends}.v_proj.weight", keys, hidden),
                 matrix(f"{attends}.o_proj.weight", hidden, queries),
                 tuple(vector(f"{attends}.{name}_proj.bias", size) for name, size in biased.items()),
+                vector(f"{attends}.o_proj.bias", hidden) if shape.output_bias else None,
                 tuple(vector(f"{attends}.{name}_norm.weight", shape.head_dim) for name in "qk" if shape.qk_norm),
                 post_norm(f"{path}.post_attention_layernorm"),
                 shape.window(i),
@@ -300,10 +331,15 @@ def _assemble(
         )
         mlp = (
             MlpWeights(
-                vector(f"{path}.{mlp_norm}.weight", hidden),
-                matrix(f"{path}.mlp.gate_proj.weight", width, hidden),
+                norm(f"{path}.{mlp_norm}"),
+                matrix(f"{path}.mlp.gate_proj.weight", width, hidden) if shape.gated_mlp else None,
                 matrix(f"{path}.mlp.up_proj.weight", width, hidden),
                 matrix(f"{path}.mlp.down_proj.weight", hidden, width),
+                tuple(
+                    vector(f"{path}.mlp.{name}_proj.bias", size)
+                    for name, size in of_mlp.items()
+                    if shape.gated_mlp or name != "gate"
+                ),
                 post_norm(f"{path}.post_feedforward_layernorm"),
             )
             if width
@@ -317,10 +353,11 @@ def _assemble(
         inverse_frequencies,
         local_inverse_frequencies,
         attention_scale,
-        rms_norm_eps,
+        norm_eps,
         max_position_embeddings,
         embedding,
+        positions,
         tuple(layers),
-        vector("model.norm.weight", shape.hidden_size),
+        norm("model.norm"),
         head,
     )

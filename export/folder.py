@@ -15,7 +15,7 @@ from export.gguf_tokenizer import tokenizer_metadata
 from export.huggingface import write_huggingface
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
-from export.quantize import QuantizedWeight, dequantize, quantize
+from export.quantize import QuantizedWeight, dequantize, is_rounded, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 
 
@@ -80,7 +80,7 @@ def _rounded(model: PreTrainedModel, precision: Precision, quantized: Mapping[st
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if is_rounded(name, parameter):
                 bits = HEAD_BITS[precision] if id(parameter) in embeddings else BLOCK_BITS[precision]
                 if bits == 16:
                     parameter.data = parameter.bfloat16()

@@ -8,7 +8,7 @@ the blocks of Q4_0 and Q8_0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as TensorType
 from numpy.typing import NDArray
 
-from export.decoder import Array, AttentionWeights, Decoder, Layer, Matrix, MlpWeights, PackedMatrix
-from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, ModelShape, Precision
+from export.decoder import Array, AttentionWeights, Decoder, Layer, Matrix, MlpWeights, Norm, PackedMatrix, stacked
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, HiddenAct, ModelShape, Precision
 
 MODEL_FILE = "model.gguf"
 
@@ -34,6 +34,8 @@ _FILE_TYPES: dict[Precision, gguf.LlamaFileType] = {
 _HETEROGENEOUS = "deci"
 #: Architectures that rotate pairs of neighbours, where Hugging Face's weights have them half a head apart.
 _ROTATING_NEIGHBOURS = ("llama", _HETEROGENEOUS)
+#: What llama.cpp computes in MLPs, GPT-NeoX's as if it were the tanh form; in others it is silu.
+_ACTIVATIONS: dict[str, HiddenAct] = {"gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_pytorch_tanh", "gptneox": "gelu"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | 
     """Write `model.gguf`, tensor by tensor, and return its path; `metadata` is that of name and tokenizer.
 
     Without metadata the file has no tokens, which suffices for timing. Raises ValueError for what llama.cpp does not
-    compute: normed heads (Qwen3, Gemma 3) where layers differ, rotary scaling beside biases, scores scaled otherwise
-    than by the head's size, windows in no regular order, no layer at all.
+    compute: normed heads (Qwen3, Gemma 3) and layer norms (GPT-2, GPT-NeoX) where layers differ, rotary scaling beside
+    biases, scores scaled otherwise than by the head's size, windows in no regular order, other activations than the
+    architecture's, no layer at all.
     """
     layers = _merged(decoder.layers)
     architecture = _architecture(decoder, layers)
@@ -112,7 +115,7 @@ def _with_zeros(layers: tuple[Layer, ...], shape: ModelShape) -> tuple[Layer, ..
 
     It leaves a layer's attention out where there is no MLP behind it, and learns a head's size from the first layer.
     """
-    norm = np.ones(shape.hidden_size, np.float32)
+    norm = Norm(np.ones(shape.hidden_size, np.float32))
     rows = np.zeros((_WIDTH_OF_NO_MLP, shape.hidden_size), np.float32)
     mlp = MlpWeights(norm, rows, rows, np.ascontiguousarray(rows.T))
     layers = tuple(replace(layer, mlp=layer.mlp or mlp) for layer in layers)
@@ -139,13 +142,30 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
             f"wanted scores scaled by {shape.head_dim**-0.5:.4g}, 1 / sqrt(head_dim), as llama.cpp does, got "
             f"{decoder.attention_scale:.4g}; export to onnx"
         )
-    if shape.post_norms:
-        name = "gemma3"
-    else:
-        name = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias and alike else "llama"
+    name = _name(shape, alike)
+    if shape.layer_norm and not (alike and next(iter(sizes))[0] * shape.head_dim == shape.hidden_size):
+        raise ValueError(
+            f"wanted layers of one width with all heads, since llama.cpp runs {name} in such models alone, got "
+            f"{len(sizes)} shapes or fewer heads; export to openvino or onnx"
+        )
+    if shape.hidden_act != (activation := _ACTIVATIONS.get(name, "silu")):
+        raise ValueError(
+            f"wanted {activation} in the MLPs, as llama.cpp's {name} has it, got {shape.hidden_act}; export to "
+            "openvino or onnx"
+        )
     if name not in _ROTATING_NEIGHBOURS and _linear_factor(decoder) is None and _rope_factors(decoder) is not None:
         raise ValueError(f"wanted plain rotary embeddings beside those of {name}, got scaled ones; export to onnx")
     return name if alike else _HETEROGENEOUS
+
+
+def _name(shape: ModelShape, alike: bool) -> str:
+    if shape.layer_norm:
+        return "gpt2" if shape.learned_positions else "gptneox"
+    if shape.post_norms:
+        return "gemma3"
+    if shape.qk_norm:
+        return "qwen3"
+    return "qwen2" if shape.attention_bias and not shape.output_bias and alike else "llama"
 
 
 def _sizes(decoder: Decoder, layer: Layer) -> tuple[int, int, int]:
@@ -154,7 +174,7 @@ def _sizes(decoder: Decoder, layer: Layer) -> tuple[int, int, int]:
     return (
         layer.attention.q.shape[0] // head_dim if layer.attention else 0,
         layer.attention.k.shape[0] // head_dim if layer.attention else 0,
-        layer.mlp.gate.shape[0] if layer.mlp else 0,
+        layer.mlp.up.shape[0] if layer.mlp else 0,
     )
 
 
@@ -175,12 +195,17 @@ def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ..
     writer.add_vocab_size(shape.vocab_size)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(decoder.rope_theta)
+    if decoder.positions is None:
+        writer.add_rope_dimension_count(2 * int(np.count_nonzero(decoder.inverse_frequencies)))
+        writer.add_rope_freq_base(decoder.rope_theta)
     if (factor := _linear_factor(decoder)) is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)
-    writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    if shape.layer_norm:
+        writer.add_layer_norm_eps(decoder.norm_eps)
+        writer.add_parallel_residual(shape.parallel_residual)
+    else:
+        writer.add_layer_norm_rms_eps(decoder.norm_eps)
     if any(windows := [layer.attention.window if layer.attention else 0 for layer in layers]):
         writer.add_sliding_window(max(windows))
         writer.add_sliding_window_pattern(_period(windows))
@@ -212,14 +237,18 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _tensors(decoder: Decoder, layers: tuple[Layer, ...], architecture: str) -> Iterator[_Tensor]:
     yield _Tensor("token_embd.weight", decoder.embedding)
-    yield _Tensor("output_norm.weight", decoder.norm)
-    if decoder.head is not decoder.embedding:
+    if decoder.positions is not None:
+        yield _Tensor("position_embd.weight", decoder.positions)
+    yield from _norm("output_norm", decoder.norm)
+    if decoder.head is not decoder.embedding or architecture == "gptneox":  # which has to have one
         yield _Tensor("output.weight", decoder.head)
     if _linear_factor(decoder) is None and (factors := _rope_factors(decoder)) is not None:
         yield _Tensor("rope_freqs.weight", factors)
     for index, layer in enumerate(layers):
         block, (heads, groups, _) = f"blk.{index}", _sizes(decoder, layer)
-        if layer.attention is not None:
+        if layer.attention is not None and decoder.shape.layer_norm:
+            yield from _fused_attention(block, layer.attention, decoder)
+        elif layer.attention is not None:
             rotated = architecture in _ROTATING_NEIGHBOURS
             yield from _attention(block, layer.attention, heads if rotated else 0, groups if rotated else 0)
         if layer.mlp is not None:
@@ -227,30 +256,65 @@ def _tensors(decoder: Decoder, layers: tuple[Layer, ...], architecture: str) -> 
 
 
 def _attention(block: str, weights: AttentionWeights, heads: int, groups: int) -> Iterator[_Tensor]:
-    yield _Tensor(f"{block}.attn_norm.weight", weights.norm)
+    yield from _norm(f"{block}.attn_norm", weights.norm)
     yield _Tensor(f"{block}.attn_q.weight", weights.q, heads)
     yield _Tensor(f"{block}.attn_k.weight", weights.k, groups)
     yield _Tensor(f"{block}.attn_v.weight", weights.v)
     yield _Tensor(f"{block}.attn_output.weight", weights.o)
     for name, bias, rotated in zip("qkv", weights.biases, (heads, groups, 0), strict=False):
         yield _Tensor(f"{block}.attn_{name}.bias", bias, rotated)
+    if weights.output_bias is not None:
+        yield _Tensor(f"{block}.attn_output.bias", weights.output_bias)
     for name, norm in zip("qk", weights.head_norms, strict=False):
         yield _Tensor(f"{block}.attn_{name}_norm.weight", norm)
     if weights.post_norm is not None:
-        yield _Tensor(f"{block}.post_attention_norm.weight", weights.post_norm)
+        yield from _norm(f"{block}.post_attention_norm", weights.post_norm)
+
+
+def _fused_attention(block: str, weights: AttentionWeights, decoder: Decoder) -> Iterator[_Tensor]:
+    """Queries, keys and values in one matrix, the dimensions that rotate first in each head."""
+    shape, order = decoder.shape, np.arange(decoder.shape.head_dim)
+    if decoder.positions is None:
+        rotary, half = int(np.count_nonzero(decoder.inverse_frequencies)), shape.head_dim // 2
+        order = np.concatenate([order[:rotary], order[half:][:rotary], order[rotary:half], order[half + rotary :]])
+
+    def ordered(rows: NDArray[Any]) -> NDArray[Any]:
+        by_head = rows.reshape(-1, shape.head_dim, *rows.shape[1:])
+        return np.ascontiguousarray(by_head[:, order]).reshape(rows.shape)
+
+    yield from _norm(f"{block}.attn_norm", weights.norm)
+    yield _Tensor(
+        f"{block}.attn_qkv.weight", stacked(*(_by_rows(m, ordered) for m in (weights.q, weights.k)), weights.v)
+    )
+    q, k, v = weights.biases or [np.zeros(shape.hidden_size, np.float32)] * 3
+    yield _Tensor(f"{block}.attn_qkv.bias", np.concatenate([ordered(q), ordered(k), v]))
+    yield _Tensor(f"{block}.attn_output.weight", weights.o)
+    none = np.zeros(shape.hidden_size, np.float32)
+    yield _Tensor(f"{block}.attn_output.bias", none if weights.output_bias is None else weights.output_bias)
 
 
 def _mlp(block: str, weights: MlpWeights) -> Iterator[_Tensor]:
-    yield _Tensor(f"{block}.ffn_norm.weight", weights.norm)
-    yield _Tensor(f"{block}.ffn_gate.weight", weights.gate)
-    yield _Tensor(f"{block}.ffn_up.weight", weights.up)
-    yield _Tensor(f"{block}.ffn_down.weight", weights.down)
+    yield from _norm(f"{block}.ffn_norm", weights.norm)
+    maps = {"gate": weights.gate, "up": weights.up, "down": weights.down}
+    found = {name: matrix for name, matrix in maps.items() if matrix is not None}
+    for name, matrix in found.items():
+        yield _Tensor(f"{block}.ffn_{name}.weight", matrix)
+    for name, bias in zip(found, weights.biases, strict=False):
+        yield _Tensor(f"{block}.ffn_{name}.bias", bias)
     if weights.post_norm is not None:
-        yield _Tensor(f"{block}.post_ffw_norm.weight", weights.post_norm)
+        yield from _norm(f"{block}.post_ffw_norm", weights.post_norm)
+
+
+def _norm(name: str, norm: Norm) -> Iterator[_Tensor]:
+    yield _Tensor(f"{name}.weight", norm.weight)
+    if norm.bias is not None:
+        yield _Tensor(f"{name}.bias", norm.bias)
 
 
 def _rope_factors(decoder: Decoder) -> Array | None:
     """What the frequencies of rope_theta are divided by; None where they are the model's own."""
+    if decoder.shape.layer_norm:  # which are of some dimensions, and never scaled
+        return None
     exponents = np.arange(0, decoder.shape.head_dim, 2) / decoder.shape.head_dim
     factors = decoder.rope_theta**-exponents / decoder.inverse_frequencies
     return None if np.allclose(factors, 1, rtol=1e-5) else factors.astype(np.float32)
@@ -272,7 +336,11 @@ def _reordered(tensor: _Tensor) -> Matrix:
         halves = rows.reshape(tensor.heads, 2, -1, *rows.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
-    values = tensor.values
+    return _by_rows(tensor.values, reorder)
+
+
+def _by_rows(values: Matrix, reorder: Callable[[NDArray[Any]], NDArray[Any]]) -> Matrix:
+    """What `reorder` makes of the rows, scales going with their integers."""
     if isinstance(values, PackedMatrix):
         return PackedMatrix(reorder(values.integers), reorder(values.scales), values.bits)
     return reorder(values)

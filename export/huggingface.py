@@ -14,8 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from export.gpt import family_model
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
 from export.heterogeneous_gemma3 import HeterogeneousGemma3Config, HeterogeneousGemma3ForCausalLM
+from export.heterogeneous_gpt import HeterogeneousGptConfig, HeterogeneousGptForCausalLM
 from hw_profiles.shapes import BlockShape, ModelShape
 
 #: Of one safetensors file: what file systems, hubs and resumed downloads are at ease with.
@@ -24,6 +26,7 @@ MAX_SHARD_SIZE = "4GB"
 _HETEROGENEOUS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     HeterogeneousLlamaConfig: HeterogeneousLlamaForCausalLM,
     HeterogeneousGemma3Config: HeterogeneousGemma3ForCausalLM,
+    HeterogeneousGptConfig: HeterogeneousGptForCausalLM,
 }
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
@@ -57,6 +60,8 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
         for block, kind in zip(block_configs, base_config.layer_types, strict=True):
             block["layer_type"] = kind
         config = HeterogeneousGemma3Config(block_configs, **fields)
+    elif isinstance(base_config, HeterogeneousGptConfig):
+        config = HeterogeneousGptConfig(**fields | {"block_configs": block_configs, "num_hidden_layers": len(blocks)})
     else:
         fields["num_hidden_layers"] = len(blocks)
         family = _SAME_AS.get(base_config.model_type, base_config.model_type)
@@ -69,7 +74,7 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
 def is_plain(config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> bool:
     """Whether the family's own architecture can say these blocks: alike, and others skipped whole."""
     kept = set(blocks) - {BlockShape(0, 0, 0)}
-    if len(kept) != 1:
+    if len(kept) != 1 or isinstance(config, HeterogeneousGptConfig):  # whose form is chosen when it is written
         return False
     (block,) = kept
     # transformers refuses heads that do not divide the hidden size, though they have a dimension of their own
@@ -112,6 +117,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
 def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Write the folder that `AutoModelForCausalLM.from_pretrained` loads, in fp32, and return it."""
     logging.disable_progress_bar()  # of a second's work
+    if isinstance(model, HeterogeneousGptForCausalLM):
+        model = family_model(model) or model
     model.config.architectures = [type(model).__name__]
     if type(model.config) in _HETEROGENEOUS:
         module = Path(inspect.getfile(type(model)))
@@ -124,10 +131,10 @@ def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     # transformers 4 reads rope_theta only and would silently fall back to 10,000; of a layer's kind, Gemma's, too
     config_file = directory / "config.json"
     config = json.loads(config_file.read_text())
-    rope = config["rope_parameters"]
-    if "rope_theta" in rope:
+    rope = config.get("rope_parameters")
+    if rope is not None and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-    else:
+    elif rope is not None:
         config["rope_theta"] = rope["full_attention"]["rope_theta"]
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
+from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix, stacked
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
@@ -128,9 +128,13 @@ class _Graph:
                 skip = self._post_norm(f"layers.{i}.post_self_attn", skip, layer.attention.post_norm)
                 slot += 1
             if layer.mlp is not None:
+                attended = skip if decoder.shape.parallel_residual and layer.attention is not None else ""
+                skip = "" if attended else skip
                 normed, hidden = self._norm(f"layers.{i}.post_attention_layernorm", hidden, skip, layer.mlp.norm)
                 skip = self._mlp(f"layers.{i}.mlp", normed, layer.mlp)
                 skip = self._post_norm(f"layers.{i}.post_mlp", skip, layer.mlp.post_norm)
+                if attended:
+                    skip = self._node("Add", [attended, skip], f"layers.{i}.added")
         normed, _ = self._norm("norm", hidden, skip, decoder.norm)
         last = self._node("Gather", [normed, self._int64("last_position", [-1])], "last_hidden", axis=1)
         self._head(last)
@@ -148,6 +152,8 @@ class _Graph:
 
     def _rotary(self) -> None:
         decoder = self.decoder
+        if decoder.positions is not None:
+            return
         kinds = {"": decoder.inverse_frequencies}
         if any(decoder.shape.windows):
             kinds["local_"] = decoder.local_inverse_frequencies
@@ -160,10 +166,24 @@ class _Graph:
 
     def _embedding(self) -> str:
         rows = self._embedding_rows()
+        if self.decoder.positions is not None:
+            table = self._tensor("embed_positions.weight", self.decoder.positions)
+            embedded = self._node("Gather", [table, self._position_ids()], "position_embeddings", axis=0)
+            return self._node("Add", [rows, embedded], "positioned_hidden_states")
         if self.decoder.embedding_scale is None:
             return rows
         scale = self._tensor("embedding_scale", np.array(self.decoder.embedding_scale, np.float32))
         return self._node("Mul", [rows, scale], "scaled_hidden_states")
+
+    def _position_ids(self) -> str:
+        """Of the tokens fed, [B, S]: how many that are kept come before each."""
+        counted = self._node("CumSum", ["attention_mask", self._int64("axis_1", [1])], "tokens_so_far")
+        before = self._node("Sub", [counted, self._int64("one", [1])], "positions")
+        known = self._node("Max", [before, self._int64("zero", [0])], "positions_known")
+        fed = self._node("Shape", ["input_ids"], "fed", start=1)
+        first = self._node("Neg", [fed], "first_fed")
+        end = self._int64("end", [2**31 - 1])
+        return self._node("Slice", [known, first, end, self._int64("axis_1", [1])], "position_ids")
 
     def _embedding_rows(self) -> str:
         embedding = self.decoder.embedding
@@ -209,7 +229,8 @@ class _Graph:
             self.inputs.append(_value(past[-1], TensorProto.FLOAT, ["B", groups, "P", head_dim]))
             self.outputs.append(_value(present[-1], TensorProto.FLOAT, ["B", groups, "T", head_dim]))
         kind = "local_" if weights.window else ""
-        rotary = [f"{kind}cos_cache", f"{kind}sin_cache"]
+        rotates = self.decoder.positions is None
+        rotary = [f"{kind}cos_cache", f"{kind}sin_cache"] if rotates else []
         inputs = [*projected, *past, "seqlens_k", "total_sequence_length", *rotary]
         window = {"local_window_size": weights.window} if weights.window else {}
         attended = self._node(
@@ -221,17 +242,17 @@ class _Graph:
             num_heads=heads,
             kv_num_heads=groups,
             scale=self.decoder.attention_scale,
-            do_rotary=1,
+            do_rotary=int(rotates),
             rotary_interleaved=0,
             **window,
         )
-        return self._linear(f"{name}.o_proj", attended, weights.o)
+        return self._biased(f"{name}.o_proj", self._linear(f"{name}.o_proj", attended, weights.o), weights.output_bias)
 
     def _projected(self, name: str, x: str, weights: AttentionWeights) -> list[str]:
         """Queries, keys and values for GroupQueryAttention: in one tensor, unless heads are normed."""
         maps = {"q": weights.q, "k": weights.k, "v": weights.v}
         if not weights.head_norms:
-            packed = self._linear(f"{name}.qkv_proj", x, _stack(*maps.values()))
+            packed = self._linear(f"{name}.qkv_proj", x, stacked(*maps.values()))
             if weights.biases:
                 bias = self._tensor(f"{name}.qkv_proj.bias", np.concatenate(weights.biases))
                 packed = self._node("Add", [packed, bias], f"{name}.qkv_biased")
@@ -246,33 +267,46 @@ class _Graph:
                 [heads, gamma],
                 f"{name}.{n}_normed",
                 axis=-1,
-                epsilon=self.decoder.rms_norm_eps,
+                epsilon=self.decoder.norm_eps,
             )
             projected[n] = self._node("Reshape", [normed, self._int64("heads_in_row", [0, 0, -1])], f"{name}.{n}_rows")
         return list(projected.values())
 
     def _mlp(self, name: str, x: str, weights: MlpWeights) -> str:
-        gate = self._linear(f"{name}.gate_proj", x, weights.gate)
-        up = self._linear(f"{name}.up_proj", x, weights.up)
-        if self.decoder.shape.hidden_act == "silu":
-            sigmoid = self._node("Sigmoid", [gate], f"{name}.sigmoid")
-            activated = self._node("Mul", [gate, sigmoid], f"{name}.silu")
+        *into, down = weights.biases or (None, None, None)
+        up = self._biased(f"{name}.up_proj", self._linear(f"{name}.up_proj", x, weights.up), into[-1])
+        if weights.gate is None:
+            product = self._activated(name, up)
         else:
-            activated = self._node("Gelu", [gate], f"{name}.gelu", approximate="tanh")
-        product = self._node("Mul", [activated, up], f"{name}.product")
-        return self._linear(f"{name}.down_proj", product, weights.down)
+            gate = self._biased(f"{name}.gate_proj", self._linear(f"{name}.gate_proj", x, weights.gate), into[0])
+            product = self._node("Mul", [self._activated(name, gate), up], f"{name}.product")
+        return self._biased(f"{name}.down_proj", self._linear(f"{name}.down_proj", product, weights.down), down)
 
-    def _norm(self, name: str, hidden: str, skip: str, weight: NDArray[np.float32]) -> tuple[str, str]:
+    def _activated(self, name: str, x: str) -> str:
+        activation = self.decoder.shape.hidden_act
+        if activation == "silu":
+            return self._node("Mul", [x, self._node("Sigmoid", [x], f"{name}.sigmoid")], f"{name}.silu")
+        if activation == "relu":
+            return self._node("Relu", [x], f"{name}.relu")
+        return self._node("Gelu", [x], f"{name}.gelu", approximate="none" if activation == "gelu" else "tanh")
+
+    def _biased(self, name: str, x: str, bias: Array | None) -> str:
+        return x if bias is None else self._node("Add", [x, self._tensor(f"{name}.bias", bias)], f"{name}.biased")
+
+    def _norm(self, name: str, hidden: str, skip: str, norm: Norm) -> tuple[str, str]:
         """Names of the normed hidden states and of `hidden + skip`, which the next residual continues."""
-        gamma = self._tensor(f"{name}.weight", weight)
-        epsilon = self.decoder.rms_norm_eps
+        vectors = [self._tensor(f"{name}.weight", norm.weight)]
+        if norm.bias is not None:
+            vectors.append(self._tensor(f"{name}.bias", norm.bias))
+        kind = "SimplifiedLayerNormalization" if norm.bias is None else "LayerNormalization"
+        epsilon = self.decoder.norm_eps
         if not skip:
-            self._node("SimplifiedLayerNormalization", [hidden, gamma], f"{name}.output", axis=-1, epsilon=epsilon)
+            self._node(kind, [hidden, *vectors], f"{name}.output", axis=-1, epsilon=epsilon)
             return f"{name}.output", hidden
         self.nodes.append(
             helper.make_node(
-                "SkipSimplifiedLayerNormalization",
-                [hidden, skip, gamma],
+                f"Skip{kind}",
+                [hidden, skip, *vectors],
                 [f"{name}.output", "", "", f"{name}.residual"],
                 name=name,
                 domain=_MICROSOFT,
@@ -281,9 +315,9 @@ class _Graph:
         )
         return f"{name}.output", f"{name}.residual"
 
-    def _post_norm(self, name: str, x: str, weight: NDArray[np.float32] | None) -> str:
+    def _post_norm(self, name: str, x: str, norm: Norm | None) -> str:
         """What a part adds, normed where its family does that."""
-        return x if weight is None else self._norm(f"{name}_layernorm", x, "", weight)[0]
+        return x if norm is None else self._norm(f"{name}_layernorm", x, "", norm)[0]
 
     def _linear(self, name: str, x: str, matrix: Matrix, output: str | None = None) -> str:
         output = output or f"{name}.output"
@@ -346,15 +380,6 @@ class _Graph:
 
     def _int64(self, name: str, values: list[int]) -> str:
         return name if name in self.stored else self._tensor(name, np.array(values, np.int64))
-
-
-def _stack(*matrices: Matrix) -> Matrix:
-    """Matrices on the same input as one, rows below rows."""
-    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
-    if len(packed) == len(matrices):
-        integers = np.concatenate([matrix.integers for matrix in packed])
-        return PackedMatrix(integers, np.concatenate([matrix.scales for matrix in packed]), packed[0].bits)
-    return np.concatenate([matrix for matrix in matrices if not isinstance(matrix, PackedMatrix)])
 
 
 def _value(name: str, dtype: int, shape: list[str | int]) -> onnx.ValueInfoProto:

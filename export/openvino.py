@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as ops
 from openvino.op import util as op_util
 
-from export.decoder import AttentionWeights, Decoder, Matrix, MlpWeights, PackedMatrix
+from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
@@ -86,19 +86,24 @@ class _Graph:
         hidden = ops.gather(embedding, ops.convert(self.input_ids, "i32"), _i64(0))
         if decoder.embedding_scale is not None:
             hidden = ops.multiply(hidden, ops.constant(np.float32(decoder.embedding_scale)))
+        if decoder.positions is not None:
+            table = ops.constant(decoder.positions, shared_memory=True)
+            hidden = ops.add(hidden, ops.gather(table, ops.convert(self.position_ids, "i32"), _i64(0)))
         batch = ops.gather(ops.shape_of(self.input_ids, "i64"), _i64([0]), _i64(0))
         views = {window: self._view(window) for window in sorted(set(decoder.shape.windows) or {0})}
         slot = 0
         for layer in decoder.layers:
+            before = hidden
             if layer.attention is not None:
-                normed = self._rms_norm(hidden, layer.attention.norm)
+                normed = self._norm(hidden, layer.attention.norm)
                 added = self._attention(normed, layer.attention, slot, batch, views[layer.attention.window])
                 hidden = ops.add(hidden, self._post_norm(added, layer.attention.post_norm))
                 slot += 1
             if layer.mlp is not None:
-                added = self._mlp(self._rms_norm(hidden, layer.mlp.norm), layer.mlp)
+                read = before if decoder.shape.parallel_residual else hidden
+                added = self._mlp(self._norm(read, layer.mlp.norm), layer.mlp)
                 hidden = ops.add(hidden, self._post_norm(added, layer.mlp.post_norm))
-        logits = _linear(self._rms_norm(hidden, decoder.norm), head)
+        logits = _linear(self._norm(hidden, decoder.norm), head)
         logits.output(0).get_tensor().set_names({"logits"})
         result = ops.result(logits, name="logits")
         inputs = [self.input_ids, self.attention_mask, self.position_ids, self.beam_idx]
@@ -156,14 +161,15 @@ class _Graph:
         query, key, value = self._heads(query, heads), self._heads(key, groups), self._heads(value, groups)
         if weights.head_norms:
             query, key = map(self._rms_norm, (query, key), weights.head_norms)
-        query, key = self._rotate(query, view.cos, view.sin), self._rotate(key, view.cos, view.sin)
+        if self.decoder.positions is None:
+            query, key = self._rotate(query, view.cos, view.sin), self._rotate(key, view.cos, view.sin)
         key = self._cached(key, f"past_key_values.{slot}.keypresent.{slot}.key", groups, batch)
         value = self._cached(value, f"past_key_values.{slot}.valuepresent.{slot}.value", groups, batch)
         key, value = self._repeat(key, groups, heads), self._repeat(value, groups, heads)
         scale = ops.constant(np.float32(self.decoder.attention_scale))
         attended = ops.scaled_dot_product_attention(query, key, value, view.mask, scale, causal=False)
         merged = ops.reshape(ops.transpose(attended, _i64([0, 2, 1, 3])), _i64([0, 0, heads * head_dim]), True)
-        return _linear(merged, _constant(weights.o))
+        return _biased(_linear(merged, _constant(weights.o)), weights.output_bias)
 
     def _heads(self, x: ov.Node, heads: int) -> ov.Node:
         """[B, S, heads x head_dim] to [B, heads, S, head_dim]."""
@@ -205,18 +211,40 @@ class _Graph:
         return ops.reshape(repeated, _i64([0, heads, -1, self.decoder.shape.head_dim]), True)
 
     def _mlp(self, x: ov.Node, weights: MlpWeights) -> ov.Node:
-        gate, up = _linear(x, _constant(weights.gate)), _linear(x, _constant(weights.up))
-        activated = ops.swish(gate) if self.decoder.shape.hidden_act == "silu" else ops.gelu(gate, "tanh")
-        return _linear(ops.multiply(activated, up), _constant(weights.down))
+        *into, down = weights.biases or (None, None, None)
+        up = _biased(_linear(x, _constant(weights.up)), into[-1])
+        if weights.gate is None:
+            product = self._activated(up)
+        else:
+            gate = _biased(_linear(x, _constant(weights.gate)), into[0])
+            product = ops.multiply(self._activated(gate), up)
+        return _biased(_linear(product, _constant(weights.down)), down)
 
-    def _post_norm(self, x: ov.Node, weight: NDArray[np.float32] | None) -> ov.Node:
+    def _activated(self, x: ov.Node) -> ov.Node:
+        match self.decoder.shape.hidden_act:
+            case "silu":
+                return ops.swish(x)
+            case "relu":
+                return ops.relu(x)
+            case "gelu":
+                return ops.gelu(x, "erf")
+            case "gelu_pytorch_tanh":
+                return ops.gelu(x, "tanh")
+
+    def _norm(self, x: ov.Node, norm: Norm) -> ov.Node:
+        if norm.bias is None:
+            return self._rms_norm(x, norm.weight)
+        normed = ops.mvn(x, _i64([-1]), True, self.decoder.norm_eps, "inside_sqrt")
+        return _biased(ops.multiply(normed, ops.constant(norm.weight.reshape(1, 1, -1))), norm.bias)
+
+    def _post_norm(self, x: ov.Node, norm: Norm | None) -> ov.Node:
         """What a part adds, normed where its family does that."""
-        return x if weight is None else self._rms_norm(x, weight)
+        return x if norm is None else self._norm(x, norm)
 
     def _rms_norm(self, x: ov.Node, weight: NDArray[np.float32]) -> ov.Node:
         squares = ops.power(x, ops.constant(np.float32(2)))
         mean = ops.reduce_mean(squares, _i64([-1]), keep_dims=True)
-        deviation = ops.sqrt(ops.add(mean, ops.constant(np.float32(self.decoder.rms_norm_eps))))
+        deviation = ops.sqrt(ops.add(mean, ops.constant(np.float32(self.decoder.norm_eps))))
         normed = ops.multiply(x, ops.divide(ops.constant(np.float32(1)), deviation))
         return ops.multiply(normed, ops.constant(weight.reshape(1, 1, -1)))
 
@@ -231,8 +259,8 @@ def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
     return ops.matmul(x, weight, False, True)
 
 
-def _biased(x: ov.Node, bias: NDArray[np.float32]) -> ov.Node:
-    return ops.add(x, ops.constant(bias.reshape(1, 1, -1)))
+def _biased(x: ov.Node, bias: Array | None) -> ov.Node:
+    return x if bias is None else ops.add(x, ops.constant(bias.reshape(1, 1, -1)))
 
 
 def _constant(matrix: Matrix) -> ov.Node:

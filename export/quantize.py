@@ -83,6 +83,11 @@ def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
     return (blocks * quantized.scales.float().unsqueeze(-1)).reshape(rows, columns)
 
 
+def is_rounded(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this name in a state dict is rounded at all: matrices, but not an embedding of positions."""
+    return tensor.dim() == 2 and "embed_positions" not in name
+
+
 def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """`weight` in its own type as it will be after rounding: to bf16 at 16 bits; 32 leave it as it is."""
     if bits == 16:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 Phase = Literal["prefill", "decode"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 
-HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
+HiddenAct = Literal["silu", "gelu_pytorch_tanh", "gelu", "relu"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 HIDDEN_ACTS: tuple[HiddenAct, ...] = get_args(HiddenAct)
@@ -63,29 +63,47 @@ class ModelShape:
     post_norms: bool = False
     #: Whether embeddings are multiplied by the square root of hidden_size, as in Gemma 3.
     scaled_embedding: bool = False
-    #: Of the gate, as Hugging Face names it.
+    #: Of the gate, or of the one input map where there is no gate, as Hugging Face names it.
     hidden_act: HiddenAct = "silu"
     #: For each block how many positions, its own included, a token attends to, 0 for all; empty where all see all.
     #: Runtimes on CPUs cache and multiply all the same, so neither bytes nor FLOPs are fewer.
     windows: tuple[int, ...] = ()
+    #: Whether norms take off the mean and add a bias, as in GPT-2, in place of RMS norms.
+    layer_norm: bool = False
+    #: Whether MLPs have a gate beside the input map.
+    gated_mlp: bool = True
+    #: Whether the output maps of attention have biases, and both maps of MLPs.
+    output_bias: bool = False
+    mlp_bias: bool = False
+    #: Whether the MLP reads what the attention of its layer reads, as in GPT-NeoX, not what that leaves.
+    parallel_residual: bool = False
+    #: Rows of a learned embedding of positions, 0 where there is a rotary one.
+    learned_positions: int = 0
 
     @classmethod
     def from_config(cls, config: Any, blocks: tuple[BlockShape, ...]) -> ModelShape:
         """What these blocks make with the rest of a Hugging Face config of Llama or a family like it."""
         family = getattr(config, "base_model_type", config.model_type)
-        gemma = family == "gemma3_text"
+        gemma, gpt = family == "gemma3_text", config.model_type == "heterogeneous_gpt"
+        biased = bool(getattr(config, "attention_bias", False))
         return cls(
             hidden_size=config.hidden_size,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab_size=config.vocab_size,
             tie_word_embeddings=bool(config.tie_word_embeddings),
             blocks=blocks,
-            attention_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            attention_bias=family == "qwen2" or biased,
             qk_norm=family == "qwen3" or gemma,
             post_norms=gemma,
             scaled_embedding=gemma,
             hidden_act=config.hidden_activation if gemma else config.hidden_act,
             windows=_windows(config) if gemma else (),
+            layer_norm=gpt,
+            gated_mlp=not gpt,
+            output_bias=biased,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            parallel_residual=gpt and config.parallel_residual,
+            learned_positions=config.max_position_embeddings if gpt and not config.rotary_dim else 0,
         )
 
     def window(self, layer: int) -> int:
@@ -117,14 +135,32 @@ class ModelShape:
     def block_parameters(self, block: BlockShape) -> int:
         """Weights of one block: projections, their biases, and the norms of the parts kept."""
         attention = 2 * self.head_dim * (block.num_attention_heads + block.num_key_value_heads)
-        return self.hidden_size * (attention + 3 * block.intermediate_size) + self.vector_parameters(block)
+        mlp = self.mlp_maps * block.intermediate_size
+        return self.hidden_size * (attention + mlp) + self.vector_parameters(block)
 
     def vector_parameters(self, block: BlockShape) -> int:
         """Norms and biases of one block, which stay fp32 at every precision."""
         heads, groups = block.num_attention_heads, block.num_key_value_heads
-        norms = self.hidden_size * ((heads > 0) + (block.intermediate_size > 0)) * (1 + self.post_norms)
+        width = block.intermediate_size
+        norms = self.hidden_size * ((heads > 0) + (width > 0)) * (1 + self.post_norms) * self.norm_vectors
         of_heads = 2 * self.qk_norm * (heads > 0) + self.attention_bias * (heads + 2 * groups)
-        return norms + self.head_dim * of_heads
+        behind = self.hidden_size * (self.output_bias * (heads > 0) + self.mlp_bias * (width > 0))
+        return norms + self.head_dim * of_heads + behind + self.mlp_bias * (self.mlp_maps - 1) * width
+
+    @property
+    def mlp_maps(self) -> int:
+        """Matrices of an MLP."""
+        return 2 + self.gated_mlp
+
+    @property
+    def norm_vectors(self) -> int:
+        """Of one norm: a weight, and a bias where there is one."""
+        return 1 + self.layer_norm
+
+    @property
+    def end_vector_parameters(self) -> int:
+        """Of the last norm and of learned positions, which stay fp32 at every precision."""
+        return self.hidden_size * (self.norm_vectors + self.learned_positions)
 
     @property
     def embedding_parameters(self) -> int:
@@ -132,7 +168,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return sum(map(self.block_parameters, self.blocks)) + self.hidden_size + self.embedding_parameters
+        return sum(map(self.block_parameters, self.blocks)) + self.end_vector_parameters + self.embedding_parameters
 
     def weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
         """Bytes of all weights: matrices at the precision's bits, below 16 with a scale per 32, vectors as fp32.
@@ -140,7 +176,7 @@ class ModelShape:
         Of the exported weights within 1 KiB, given the format's `scale_bytes`; ONNX adds tables of the positions and
         starts each tensor at a page.
         """
-        vectors = self.hidden_size + sum(map(self.vector_parameters, self.blocks))
+        vectors = self.end_vector_parameters + sum(map(self.vector_parameters, self.blocks))
         block_weights = self.parameters - self.embedding_parameters - vectors
         return round(
             block_weights * bits_per_weight(BLOCK_BITS[precision], scale_bytes) / 8

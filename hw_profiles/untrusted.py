@@ -166,6 +166,12 @@ def model_shape(fields: Fields) -> ModelShape:
         scaled_embedding=fields.switch("scaled_embedding"),
         hidden_act=fields.choice("hidden_act", HIDDEN_ACTS) if "hidden_act" in fields else "silu",
         windows=fields.integers("windows", len(blocks), 0, MAX_TOKENS),
+        layer_norm=fields.switch("layer_norm"),
+        gated_mlp=fields.boolean("gated_mlp") if "gated_mlp" in fields else True,
+        output_bias=fields.switch("output_bias"),
+        mlp_bias=fields.switch("mlp_bias"),
+        parallel_residual=fields.switch("parallel_residual"),
+        learned_positions=fields.integer("learned_positions", 1, MAX_TOKENS) if "learned_positions" in fields else 0,
     )
     fields.end()
     return shape

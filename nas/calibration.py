@@ -86,7 +86,7 @@ def _inputs(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     return {
         "attention_input": (family.query, False),
         "attention_output": (family.output, bool(family.attention_post_norm)),
-        "mlp_input": (family.gate, False),
+        "mlp_input": (family.up, False),
         "mlp_output": (family.down, bool(family.mlp_post_norm)),
     }
 

@@ -41,6 +41,7 @@ class Family:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    #: Empty where MLPs have none.
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
@@ -53,13 +54,20 @@ class Family:
     sliding_window: str = ""
     #: Whether layers are of two kinds, with rotary embeddings of their own, one of which has a window.
     layer_types: bool = False
-    #: Whether projections share matrices: split when it is loaded, see `nas.fused`.
-    fused: bool = False
+    #: Of a learned embedding of positions, where there is one.
+    positions: str = ""
+    #: The family as which it is computed: fused or transposed maps are taken apart when it is loaded.
+    computed_as: str = ""
+
+    @property
+    def mlp_inputs(self) -> tuple[str, ...]:
+        """The MLP's projections that read the residual stream."""
+        return (self.gate, self.up) if self.gate else (self.up,)
 
     @property
     def read_together(self) -> tuple[tuple[str, ...], ...]:
         """A layer's projections, those together that read the same."""
-        return (self.query, self.key, self.value), (self.output,), (self.gate, self.up), (self.down,)
+        return (self.query, self.key, self.value), (self.output,), self.mlp_inputs, (self.down,)
 
     def norms(self, part: Part) -> tuple[str, ...]:
         """Within a layer, before the part and, where there is one, behind it."""
@@ -77,7 +85,10 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", sliding_window="sliding_window"),
         Family("qwen2", sliding_window="sliding_window"),
         Family("qwen3", sliding_window="sliding_window"),
-        Family("phi3", sliding_window="sliding_window", fused=True),
+        Family("phi3", sliding_window="sliding_window", computed_as="llama"),
+        Family("gpt2", computed_as="heterogeneous_gpt"),
+        Family("gpt_neox", computed_as="heterogeneous_gpt"),
+        Family("opt", computed_as="heterogeneous_gpt"),
         Family(
             "gemma3_text",
             mlp_norm="pre_feedforward_layernorm",
@@ -88,6 +99,9 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+
+#: As which the others are computed.
+_FORMS = FAMILIES | {"heterogeneous_gpt": Family("heterogeneous_gpt", gate="", positions="model.embed_positions")}
 
 #: Rotary embeddings that are the same whatever the number of positions.
 _ROPE_OF_ANY_LENGTH = ("default", "linear", "llama3")
@@ -127,7 +141,14 @@ class LoadedModel:
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [N, T] -> the hidden states [N, T, D] that enter layer 0."""
         hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens)
+        if self.has_learned_positions:
+            hidden = hidden + self.model.get_submodule(self.family.positions)(torch.arange(tokens.shape[1]))
         return hidden
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Beside the family's models in which positions rotate queries and keys."""
+        return bool(self.family.positions) and not self.config.rotary_dim
 
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, T, D] through layer `index` as it is now, causally, without a cache."""
@@ -184,10 +205,11 @@ def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, wind
     row = _family(model.config)
     if row.sliding_window and getattr(model.config, row.sliding_window, None):
         raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
-    if row.fused:
-        model = unfused(model)
+    if row.computed_as:
+        model = _rewritten(model, row)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, tokenizer, name, fingerprint(model), _family(model.config), licence, window)
+    form = _FORMS[row.computed_as or row.model_type]
+    return LoadedModel(model, tokenizer, name, fingerprint(model), form, licence, window)
 
 
 def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -215,7 +237,26 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         except OSError as error:
             raise _not_there(source, error) from error
     config, _ = within_window(config)
-    return unfused_config(config) if _family(config).fused else config
+    return _rewritten_config(config, _family(config))
+
+
+def _rewritten(model: Any, row: Family) -> Any:
+    """As the family that it is computed as; ValueError for what that does not compute."""
+    if row.computed_as == "llama":
+        return unfused(model)
+    from export.gpt import gpt_model  # of transformers' models, which take a second to import
+
+    return gpt_model(model)
+
+
+def _rewritten_config(config: Any, row: Family) -> Any:
+    if row.computed_as == "llama":
+        return unfused_config(config)
+    if row.computed_as:
+        from export.gpt import gpt_config
+
+        return gpt_config(config)
+    return config
 
 
 def within_window(config: Any) -> tuple[Any, int | None]:
@@ -289,6 +330,8 @@ def _family(config: Any) -> Family:
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")
+    if row.computed_as:
+        config = _rewritten_config(config, row)
     if (activation := model_shape(config).hidden_act) not in HIDDEN_ACTS:
         raise ValueError(f"wanted {' or '.join(HIDDEN_ACTS)} in the MLPs, got {activation!r}; take another model")
     return row

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize_to
+from export.quantize import QuantizedWeight, dequantize, fake_quantize, is_rounded, quantize_to
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 from nas.adapters.elastic import Ranks, SuperAdapter, attach, hill_climb, rank_groups
@@ -129,7 +129,7 @@ def _student(supernet: Supernet, subnet: Subnet) -> Any:
     student = supernet.extract(subnet)
     state = student.state_dict()
     if subnet.bits == 16:
-        rounded = {name: fake_quantize(tensor, 16) for name, tensor in state.items() if tensor.dim() == 2}
+        rounded = {name: fake_quantize(tensor, 16) for name, tensor in state.items() if is_rounded(name, tensor)}
     else:
         layers = f"{supernet.loaded.family.layers}."
         rounded = {

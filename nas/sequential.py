@@ -119,20 +119,22 @@ class _Streams:
         self.full = [supernet.loaded.embed(batch) for batch in batches]
         supernet.activate_ends(HEAD_BITS[subnet.precision])
         self.own = [supernet.loaded.embed(batch) for batch in batches]
+        #: What the part reads: the stream before it, or before its layer where attention and MLP read the same.
+        self._full_read, self._own_read = self.full, self.own
 
     def enter(self, layer: int, part: Part, mended: float, damping: float) -> _Whole:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""
-        self.supernet.activate_part(layer, part, self.supernet.full_size(part), 32)
+        self._begin(layer, part)
         shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
         H, H_in, G_in = torch.zeros(()), torch.zeros(()), torch.zeros(())
         whole = self.supernet.full_maps(layer)[f"{self.supernet.output_name(part)}.weight"]
         wanted: list[torch.Tensor] = []
-        for index, (full, own) in enumerate(zip(self.full, self.own, strict=True)):
+        for index, (full, own) in enumerate(zip(self._full_read, self._own_read, strict=True)):
             normed = self.normed(layer, part, own)
             H_in = H_in + second_moments(normed)
             G_in = G_in + moments(normed, self.normed(layer, part, full) - normed)
-            self.full[index] = self._run(layer, part, full)
-            behind, heard = self._listen(layer, part, own)
+            self.full[index] = self._run(layer, part, full, self.full[index])
+            behind, heard = self._listen(layer, part, own, self.own[index])
             if shrinks:
                 H = H + second_moments(self.counted(layer, part, heard, whole))
             wanted.append(mended * self.full[index] + (1 - mended) * behind)
@@ -140,17 +142,26 @@ class _Streams:
 
     def skip(self, layer: int, part: Part) -> None:
         """Move the full model's stream on alone."""
+        self._begin(layer, part)
+        self.full = [
+            self._run(layer, part, read, batch) for read, batch in zip(self._full_read, self.full, strict=True)
+        ]
+
+    def _begin(self, layer: int, part: Part) -> None:
+        """With the whole part in the model."""
         self.supernet.activate_part(layer, part, self.supernet.full_size(part), 32)
-        self.full = [self._run(layer, part, batch) for batch in self.full]
+        if part == "attention" or not self.supernet.space.base.parallel_residual:
+            self._full_read, self._own_read = list(self.full), list(self.own)
 
     def normed(self, layer: int, part: Part, batch: torch.Tensor) -> torch.Tensor:
-        """What the part's input maps read of a stream, [tokens, hidden]."""
+        """What the part's input maps make of what it reads, [tokens, hidden]."""
         name = self.supernet.loaded.family.norms(part)[0]
         return _rows(self.supernet.loaded.layers[layer].get_submodule(name)(batch))
 
     def step(self, layer: int, part: Part) -> list[torch.Tensor]:
         """Move the subnet's stream on; returns what the output map read, [tokens, in] for each batch."""
-        self.own, heard = map(list, zip(*(self._listen(layer, part, batch) for batch in self.own), strict=True))
+        streams = zip(self._own_read, self.own, strict=True)
+        self.own, heard = map(list, zip(*(self._listen(layer, part, read, own) for read, own in streams), strict=True))
         return heard
 
     def mend(
@@ -188,20 +199,24 @@ class _Streams:
         audible = gain.abs() > _AUDIBLE * gain.abs().mean()
         return torch.where(audible, lacking / gain.where(audible, torch.ones(())), 0.0)
 
-    def _listen(self, layer: int, part: Part, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _listen(
+        self, layer: int, part: Part, read: torch.Tensor, batch: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream behind the part, and what its output map read."""
         heard: list[torch.Tensor] = []
         module = self.supernet.loaded.layers[layer].get_submodule(self.supernet.output_name(part))
         hook = module.register_forward_pre_hook(lambda _, inputs: heard.append(_rows(inputs[0])))
         try:
-            return self._run(layer, part, batch), heard[0]
+            return self._run(layer, part, read, batch), heard[0]
         finally:
             hook.remove()
 
-    def _run(self, layer: int, part: Part, batch: torch.Tensor) -> torch.Tensor:
+    def _run(self, layer: int, part: Part, read: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """The stream `batch` with what the part adds when it reads `read`."""
         self.supernet.activate_part(layer, "mlp" if part == "attention" else "attention", 0, 32)
         with computing(fast_dtype()):
-            return self.supernet.loaded.run_layer(layer, batch)
+            behind = self.supernet.loaded.run_layer(layer, read)
+        return behind if read is batch else batch + (behind - read)
 
 
 def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping: float) -> OwnWeights:

@@ -285,7 +285,7 @@ class Supernet:
                 own = self._own_weights(subnet, layer, part)
                 weights |= self.part_weights(layer, part, kept) if own is None else own.exact
                 for norm in self.loaded.family.norms(part):
-                    weights[f"{norm}.weight"] = self._original[layer][f"{norm}.weight"]
+                    weights |= {n: t for n, t in self._original[layer].items() if n.startswith(f"{norm}.")}
         return weights
 
     def extract(self, subnet: Subnet) -> Any:
@@ -304,9 +304,9 @@ class Supernet:
             for index, path in self.extracted_layers(subnet).items()
             for name, tensor in self.layer_weights(subnet, index).items()
         }
-        norm = self.model.get_submodule(family.final_norm)
         embedding, head = self._ends.values()
-        state |= {f"{family.final_norm}.{name}": tensor for name, tensor in norm.state_dict().items()}
+        for path in (family.final_norm, *([family.positions] if self.loaded.has_learned_positions else [])):
+            state |= {f"{path}.{name}": t for name, t in self.model.get_submodule(path).state_dict().items()}
         state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
         model.load_state_dict(state, strict=True)
         model.generation_config = copy.deepcopy(self.model.generation_config)
@@ -420,7 +420,7 @@ class Supernet:
     def _input_names(self, part: Part) -> tuple[str, ...]:
         """The maps that read the residual stream."""
         family = self.loaded.family
-        return (family.query, family.key, family.value) if part == "attention" else (family.gate, family.up)
+        return (family.query, family.key, family.value) if part == "attention" else family.mlp_inputs
 
     @property
     def rounded_to_nearest(self) -> tuple[str, ...]:

@@ -73,15 +73,20 @@ def latency_features(
 
     attention_layers, mlp_layers = (heads > 0).sum(axis=1), (width > 0).sum(axis=1)
     query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
-    matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + 3 * widths)
-    block_norms = hidden * (attention_layers + mlp_layers) * (1 + np.array([s.post_norms for s in shapes]))
+    mlp_maps = np.array([s.mlp_maps for s in shapes])
+    matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + mlp_maps * widths)
+    norm_vectors = np.array([s.norm_vectors * (1 + s.post_norms) for s in shapes])
+    block_norms = hidden * (attention_layers + mlp_layers) * norm_vectors
+    output_bias, mlp_bias = np.array([(s.output_bias, s.mlp_bias) for s in shapes]).reshape(-1, 2).T
+    behind = hidden * (output_bias * attention_layers + mlp_bias * mlp_layers) + mlp_bias * (mlp_maps - 1) * widths
+    ends = np.array([s.end_vector_parameters for s in shapes])
     biases = np.array([s.attention_bias for s in shapes]) * (query_heads + 2 * kv_groups)
     head_norms = np.array([s.qk_norm for s in shapes]) * 2 * attention_layers
-    vectors = block_norms + head_dim * (biases + head_norms)
+    vectors = block_norms + head_dim * (biases + head_norms) + behind
     weight_bytes = (
         matrices * bits_per_weight(BLOCK_BITS[precision]) / 8
         + embedding * bits_per_weight(HEAD_BITS[precision]) / 8
-        + (vectors + hidden) * 4
+        + (vectors + ends) * 4
     )
     # what the matrices of a layer read and write: the stream four times, heads, groups and widths once each way
     values = 4 * hidden * (attention_layers + mlp_layers) + 2 * head_dim * (query_heads + kv_groups) + 4 * widths

@@ -9,7 +9,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from export.decoder import Decoder, decoder_from_model, random_decoder
 from export.gguf import MODEL_FILE, write_fp32_copy, write_gguf
@@ -27,6 +27,7 @@ class TestGguf(WriterContract):
     """Of the weights in the file, its cache and its activations in fp32; what rounding these does is further down."""
 
     runtime = "llamacpp"
+    activations = ("silu",)
     tolerance = {"fp32": 1e-4, "bf16": 1e-3, "int8": 1e-3, "int4": 1e-3}  # noqa: RUF012
     graph_bytes = 12_000
     reserves_cache = True
@@ -63,7 +64,7 @@ class TestGguf(WriterContract):
         return [reader.fields["general.architecture"].contents(), *sorted(tensors)]
 
     @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-    def test_families_that_differ_in_their_attention(self, family: str, precision: Precision, tmp_path: Path) -> None:
+    def test_families_that_are_no_llamas(self, family: str, precision: Precision, tmp_path: Path) -> None:
         model = tiny_models.heterogeneous(blocks=PLAIN, family=family)
         self._expect_parity(model, tmp_path, precision)
         assert self.operators(tmp_path / MODEL_FILE)[0] == family
@@ -89,6 +90,27 @@ class TestGguf(WriterContract):
         assert self.operators(tmp_path / MODEL_FILE)[0] == "gemma3"
         wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
         assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+
+    @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+    def test_layer_norms(
+        self, family: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Queries, keys and values in one matrix, positions learned or half of each head rotating.
+
+        Its GELU is a table in half precision, of the tanh form also where GPT-NeoX has the other.
+        """
+        monkeypatch.setattr(self, "tolerance", dict.fromkeys(self.tolerance, 0.03))
+        model = tiny_models.heterogeneous(blocks=(BlockShape(4, 4, 96),) * 2, family=family, tied=family == "gpt2")
+        self._expect_parity(model, tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == family.replace("_", "")
+        wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
+        assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+
+    def test_biases_everywhere(self, precision: Precision, tmp_path: Path) -> None:
+        fields = {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}
+        model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(**fields)))
+        self._expect_parity(model, tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "llama"
 
     def test_layers_with_biases_that_differ(self, precision: Precision, tmp_path: Path) -> None:
         self._expect_parity(tiny_models.heterogeneous(family="qwen2"), tmp_path, precision)
@@ -147,8 +169,16 @@ def test_shipped_files_round_the_cache_and_activations_a_little(
             replace(tiny_models.shape(tied=True), blocks=PLAIN * 2, windows=(6, 0, 0, 6)),
             r"at regular distances, as llama.cpp runs them, got \[6, 0, 0, 6\]",
         ),
+        (
+            replace(tiny_models.shape(tied=True), layer_norm=True, gated_mlp=False),
+            "layers of one width with all heads, since llama.cpp runs gptneox in such models alone, got 4 shapes",
+        ),
+        (
+            replace(tiny_models.shape(tied=True), blocks=PLAIN, hidden_act="relu"),
+            "wanted silu in the MLPs, as llama.cpp's llama has it, got relu; export to openvino or onnx",
+        ),
     ],
-    ids=["normed heads", "nothing kept", "irregular windows"],
+    ids=["normed heads", "nothing kept", "irregular windows", "layer norms", "activation"],
 )
 def test_what_llamacpp_does_not_compute_is_named(shape: ModelShape, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -127,7 +127,7 @@ def test_genai_pipeline_generates_torchs_tokens(
     _expect_torchs_tokens(models[tied], tokenizer, precision, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", *tiny_models.OTHER_SIZES])
 def test_genai_pipeline_with_other_families(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     _expect_torchs_tokens(tiny_models.heterogeneous(family=family), tokenizer, "int4", tmp_path)
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from export import fake_quantize, heterogeneous_model
+from export.gpt import gpt_config
+from export.quantize import is_rounded
 from hw_profiles.runtimes import Session
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, BlockShape, ModelShape, Precision
 
@@ -33,6 +35,18 @@ GEMMA: dict[str, Any] = {
     "rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 300.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+
+
+#: What families whose weights are fused, transposed or named otherwise have in place of a Llama's.
+OTHER_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 96, "layer_norm_epsilon": 1e-3},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN_SIZE},
+    "gpt_neox": {
+        "intermediate_size": 96,
+        "layer_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
     },
 }
 
@@ -77,9 +91,26 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def heterogeneous(
     tied: bool = True, blocks: tuple[BlockShape, ...] = BLOCKS, seed: int = 0, family: str = "llama"
 ) -> PreTrainedModel:
+    if family in OTHER_SIZES:
+        return randomise(heterogeneous_model(gpt_config(other_config(family, tied)), blocks), seed)
     fields = {key: value for key, value in llama_config(tied).to_dict().items() if key != "model_type"}
     fields |= {"num_hidden_layers": len(blocks)} | (GEMMA if family == "gemma3_text" else {})
     return randomise(heterogeneous_model(AutoConfig.for_model(family, **fields), blocks), seed)
+
+
+def other_config(family: str, tied: bool = True) -> PreTrainedConfig:
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": None,
+    }
+    return AutoConfig.for_model(family, **sizes, **OTHER_SIZES[family])
 
 
 def rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
@@ -87,7 +118,7 @@ def rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if is_rounded(name, parameter):
                 bits = (HEAD_BITS if "embed_tokens" in name or "lm_head" in name else BLOCK_BITS)[precision]
                 parameter.copy_(fake_quantize(parameter, bits))
     return model

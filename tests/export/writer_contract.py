@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from export import BUILDERS
 from export.decoder import Decoder, decoder_from_model, random_decoder
 from hw_profiles.runtimes import SCALE_BYTES, Session, runtime
-from hw_profiles.shapes import BlockShape, ModelShape, Precision
+from hw_profiles.shapes import HIDDEN_ACTS, BlockShape, ModelShape, Precision
 
 from . import tiny_models
 
@@ -26,6 +26,8 @@ class WriterContract:
     tolerance: dict[Precision, float]
     #: At most those of the graph of a few layers without its weights.
     graph_bytes: int
+    #: Of MLPs, that it computes behind a gate.
+    activations: tuple[str, ...] = HIDDEN_ACTS
     #: Whether the cache has room for all tokens from the first on.
     reserves_cache: bool
 
@@ -111,8 +113,8 @@ class WriterContract:
         model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(tied=False, num_hidden_layers=2)))
         self._expect_parity(model, tmp_path)
 
-    @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
-    def test_families_that_differ_in_their_attention(self, family: str, precision: Precision, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", *tiny_models.OTHER_SIZES])
+    def test_families_that_are_no_llamas(self, family: str, precision: Precision, tmp_path: Path) -> None:
         model = tiny_models.heterogeneous(family=family)
         decoder = decoder_from_model(model, precision)
         self._expect_parity(model, tmp_path, precision)
@@ -123,6 +125,13 @@ class WriterContract:
         assert self.operators(self.write(random_decoder(decoder.shape, precision), timed)) == self.operators(
             self.write(decoder, timed)
         )
+
+    def test_biases_and_activations(self, tmp_path: Path) -> None:
+        for activation in self.activations:
+            fields = {"attention_bias": True, "mlp_bias": True, "hidden_act": activation, "num_hidden_layers": 2}
+            folder = tmp_path / activation
+            folder.mkdir()
+            self._expect_parity(tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(**fields))), folder)
 
     def test_scaled_rotary_embedding(self, tmp_path: Path) -> None:
         scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

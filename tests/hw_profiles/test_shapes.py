@@ -28,6 +28,13 @@ def test_parameters_with_biases_and_norms_of_heads_by_hand() -> None:
     assert replace(TINY, qk_norm=True).parameters == TINY.parameters + norms
     assert replace(TINY, qk_norm=True).weight_bytes("int4") == TINY.weight_bytes("int4") + 4 * norms
     assert replace(TINY, post_norms=True).parameters == TINY.parameters + 3 * 4  # behind three parts
+    assert replace(TINY, layer_norm=True).parameters == TINY.parameters + 4 * 4  # before three parts, and the last
+    assert replace(TINY, gated_mlp=False).parameters == TINY.parameters - 4 * (5 + 2)
+    assert replace(TINY, output_bias=True).parameters == TINY.parameters + 4
+    assert replace(TINY, mlp_bias=True).parameters == TINY.parameters + (2 * 5 + 4) + (2 * 2 + 4)
+    assert replace(TINY, mlp_bias=True, gated_mlp=False).parameters == TINY.parameters - 28 + (5 + 4) + (2 + 4)
+    positions = replace(TINY, learned_positions=9)
+    assert positions.weight_bytes("int4") == TINY.weight_bytes("int4") + 4 * 9 * 4
 
 
 def test_flops_by_hand() -> None:
@@ -57,6 +64,12 @@ def test_json_keeps_a_shape_and_its_id() -> None:
         {"scaled_embedding": True},
         {"hidden_act": "gelu_pytorch_tanh"},
         {"windows": (6, 0)},
+        {"layer_norm": True},
+        {"gated_mlp": False},
+        {"output_bias": True},
+        {"mlp_bias": True},
+        {"parallel_residual": True},
+        {"learned_positions": 9},
     ]
     shapes = [TINY, SMOLLM2_135M, *(replace(TINY, **change) for change in changes)]
     assert [ModelShape.from_json(shape.to_json()) for shape in shapes] == shapes

@@ -11,6 +11,17 @@ from nas.families import LoadedModel, wrap
 OF_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24},
+    "gpt2": {"num_attention_heads": 3},
+    "gpt_neox": {
+        "num_attention_heads": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
+    },
+    "opt": {"num_attention_heads": 3, "word_embed_proj_dim": 96},
+}
+#: Sizes that a family's config calls otherwise.
+RENAMED = {
+    "gpt2": {"intermediate_size": "n_inner"},
+    "opt": {"intermediate_size": "ffn_dim", "initializer_range": "init_std"},
 }
 
 
@@ -23,7 +34,10 @@ def _tiny_model(
     seed: int = 0,
     **changes: Any,
 ) -> PreTrainedModel:
-    """Three layers, three KV groups of two heads, width 128; norms and biases random, so that checks can fail."""
+    """Three layers, three KV groups of two heads, or of one, width 128.
+
+    Norms and biases are random, so that checks can fail.
+    """
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": 96,
@@ -38,11 +52,13 @@ def _tiny_model(
         "pad_token_id": None,
     }
     sizes |= {"attention_bias": True, "mlp_bias": True} if bias else {}
-    sizes |= OF_FAMILIES.get(model_type, {}) | changes
+    sizes |= OF_FAMILIES.get(model_type, {})
+    for name, theirs in RENAMED.get(model_type, {}).items():
+        sizes[theirs] = sizes.pop(name)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | changes)))
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or ".ln_" in name:
             torch.nn.init.uniform_(parameter, *((-0.5, 0.5) if "gemma" in model_type else (0.5, 1.5)))
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)

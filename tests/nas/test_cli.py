@@ -113,21 +113,28 @@ def test_no_command_shows_the_help_and_fails(nas: Nas) -> None:
 
 MISTAKES = {
     ("profile", "./nonesuch"): "there is no nonesuch; check the path",
-    ("profile", "gpt2"): "one of the families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
-    ("profile", "gpt2", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, llamacpp, got 'tpu'",
-    ("profile", "gpt2", "--runtime", "openvino:XPU"): "lists here (openvino, ",
-    ("profile", "gpt2", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
-    ("profile", "gpt2", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
+    (
+        "profile",
+        "bloom",
+    ): "gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3, got model_type 'bloom'",
+    ("profile", "bloom", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, llamacpp, got 'tpu'",
+    ("profile", "bloom", "--runtime", "openvino:XPU"): "lists here (openvino, ",
+    ("profile", "bloom", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
+    ("profile", "bloom", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
     ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
     (
         "profile",
-        "gpt2",
+        "bloom",
         "--pack",
         "x",
-    ): "one of the families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'",
+    ): "gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3, got model_type 'bloom'",
     ("profile", "--pack", "x", "--import", "y"): "--pack writes a file and --import reads one, got both",
     ("profile", "--import", "nonesuch.json"): "No such file or directory: nonesuch.json",
-    ("profile", "--import", "gpt2/config.json"): "gpt2/config.json must have the field format, got none; run the pack",
+    (
+        "profile",
+        "--import",
+        "bloom/config.json",
+    ): "bloom/config.json must have the field format, got none; run the pack",
     (
         "query",
         "--study",
@@ -138,8 +145,8 @@ MISTAKES = {
         "none",
     ): "no device 'none' in sqlite:///llm-nas.db",
     ("search", "./nonesuch.gguf", "--study", "s"): "there is no nonesuch.gguf; check the path",
-    ("search", "gpt2", "--study", "s", "--evaluations", "0"): "a batch of at least 1",
-    ("search", "gpt2", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
+    ("search", "bloom", "--study", "s", "--evaluations", "0"): "a batch of at least 1",
+    ("search", "bloom", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
     ("query", "--study", "s"): "a query needs a budget; give --tpot-ms",
     ("query", "--study", "s", "--tpot-ms", "-1"): "budgets must be above 0",
     ("query", "--study", "s", "--memory-mb", "9", "--threads", "1"): "the memory of openvino with 1 threads was not "
@@ -164,17 +171,17 @@ MISTAKES = {
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--method", "losa"): "losa makes weights sparse",
     ("report", "--study", "none"): "no study 'none'",
     ("verify", "nonesuch"): "nonesuch is not a folder that nas export wrote",
-    ("verify", "gpt2"): "gpt2 is not a folder that nas export wrote",
+    ("verify", "bloom"): "bloom is not a folder that nas export wrote",
     ("devices", "--database", "mysql://host/name"): "wanted a path or a URL",
-    ("devices", "--database", "gpt2"): "its folder must exist and be writable",
+    ("devices", "--database", "bloom"): "its folder must exist and be writable",
 }
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_mistakes_end_in_one_sentence(nas: Nas, study: Study, tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    (tmp_path / "gpt2").mkdir()
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2}
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "bloom").mkdir()
+    config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "n_layer": 2, "n_embd": 64, "n_head": 2}
+    (tmp_path / "bloom" / "config.json").write_text(json.dumps(config))
     outcome = nas(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert MISTAKES[arguments] in outcome.sentence

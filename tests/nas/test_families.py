@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
 from nas.space import model_shape
@@ -230,11 +230,10 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
         load_model(str(tmp_path / "empty"))
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(
-        ValueError, match="families gemma3_text, llama, mistral, phi3, qwen2, qwen3, got model_type 'gpt2'"
-    ):
-        load_model(str(tmp_path / "gpt2"))
+    BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "bloom")
+    families = "gemma3_text, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3"
+    with pytest.raises(ValueError, match=f"families {families}, got model_type 'bloom'"):
+        load_model(str(tmp_path / "bloom"))
     model = tiny("qwen3").model
     model.config.num_attention_heads = 5
     with pytest.raises(ValueError, match="heads that divide the hidden size, as transformers does, got 5 for 96"):
@@ -250,7 +249,16 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     [
         ("gemma3_text", "use_bidirectional_attention", True, "causal decoder .* use_bidirectional_attention = True"),
         ("gemma3_text", "final_logit_softcapping", 30.0, r"plain logits, got final_logit_softcapping = 30\.0"),
-        ("llama", "hidden_act", "relu", "wanted silu or gelu_pytorch_tanh in the MLPs, got 'relu'"),
+        ("llama", "hidden_act", "mish", "wanted silu or gelu_pytorch_tanh or gelu or relu in the MLPs, got 'mish'"),
+        ("gpt2", "activation_function", "mish", "in the MLPs, got 'mish'"),
+        (
+            "gpt2",
+            "scale_attn_by_inverse_layer_idx",
+            True,
+            "a model of gpt2 without scale_attn_by_inverse_layer_idx = True",
+        ),
+        ("opt", "do_layer_norm_before", False, "a model of opt without do_layer_norm_before = False"),
+        ("opt", "word_embed_proj_dim", 48, "embeddings of the hidden size 96, got 48"),
     ],
 )
 def test_what_a_family_may_have_and_we_do_not(tiny_model, model_type, field, value, message):

@@ -72,9 +72,12 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
 
 
-def test_a_gemma_is_tuned_and_extracted(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
-    """Norms behind the parts, and windows shorter than the texts, in training as well."""
-    supernet, evaluator = make("gemma3_text")
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "gpt_neox"])
+def test_other_families_are_tuned_and_extracted(
+    make: Make, windows: torch.Tensor, tmp_path: Path, model_type: str
+) -> None:
+    """Norms behind parts, windows shorter than the texts, learned positions and parallel parts: in training, too."""
+    supernet, evaluator = make(model_type)
     subnet = _subnet(4)
     before = evaluator.evaluate(subnet)
     tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["lora"], tmp_path / "tuned")

@@ -90,7 +90,7 @@ def test_a_norm_behind_the_map_is_seen_through(tiny, windows):
 
 
 @pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
 def test_the_stream_that_is_fitted_on_is_the_subnets_own(tiny, windows, monkeypatch, model_type, bits):
     kept = []
 

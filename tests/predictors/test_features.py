@@ -20,7 +20,9 @@ def columns(shapes: list[ModelShape], workload: Workload, precision: Precision) 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bytes_and_flops_agree_with_the_shapes_own(sample_shapes, workload, precision) -> None:
     untied = ModelShape(64, 16, 100, False, (BlockShape(4, 2, 100), BlockShape(0, 0, 32)))
-    shapes = [*sample_shapes(5, seed=0), untied, replace(untied, attention_bias=True, qk_norm=True, post_norms=True)]
+    biased = replace(untied, attention_bias=True, qk_norm=True, post_norms=True, output_bias=True, mlp_bias=True)
+    gpt = replace(biased, qk_norm=False, post_norms=False, layer_norm=True, gated_mlp=False, learned_positions=7)
+    shapes = [*sample_shapes(5, seed=0), untied, biased, gpt]
     found = columns(shapes, workload, precision)
     np.testing.assert_allclose(found["weight_bytes"], [s.weight_bytes(precision) for s in shapes], atol=0.5, rtol=0)
     np.testing.assert_array_equal(
