@@ -33,6 +33,8 @@ Array = NDArray[np.float32]
 #: bf16 [out, in], which numpy does not know: the upper half of each fp32.
 HalfMatrix = NDArray[np.uint16]
 
+#: Beyond those that a shape has learned: timing goes on for some steps behind the longest context.
+_FURTHER_POSITIONS = 128
 #: Rotary embeddings whose frequencies are fixed beforehand, whatever the length of the text.
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -180,7 +182,7 @@ def decoder_from_model(
     rope_theta, frequencies = _rotary(model, "sliding_attention" if only_local else "full_attention")
     _, local_frequencies = _rotary(model, "sliding_attention") if any(shape.windows) else (0.0, frequencies)
     if shape.hidden_act not in HIDDEN_ACTS:
-        wanted = " or ".join(HIDDEN_ACTS)
+        wanted = ", ".join(HIDDEN_ACTS)
         raise ValueError(f"wanted {wanted} in the MLPs, got {shape.hidden_act!r}; export to huggingface")
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, cap, None):
@@ -267,7 +269,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         vector=lambda name, size: np.ones(size, np.float32),
         matrix=lambda name, rows, columns: matrix(rows, columns, BLOCK_BITS[precision]),
         embedding=embedding,
-        positions=fill(values, next(starts), positions, shape.hidden_size) if positions else None,
+        positions=fill(values, next(starts), positions + _FURTHER_POSITIONS, shape.hidden_size) if positions else None,
         head=embedding
         if shape.tie_word_embeddings
         else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
@@ -276,7 +278,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         local_inverse_frequencies=frequencies,
         attention_scale=shape.head_dim**-0.5,
         norm_eps=1e-5,
-        max_position_embeddings=positions or 8192,
+        max_position_embeddings=positions + _FURTHER_POSITIONS if positions else 8192,
     )
 
 

@@ -171,7 +171,7 @@ def model_shape(fields: Fields) -> ModelShape:
         output_bias=fields.switch("output_bias"),
         mlp_bias=fields.switch("mlp_bias"),
         parallel_residual=fields.switch("parallel_residual"),
-        learned_positions=fields.integer("learned_positions", 1, MAX_TOKENS) if "learned_positions" in fields else 0,
+        learned_positions=fields.integer("learned_positions", 0, MAX_TOKENS) if "learned_positions" in fields else 0,
     )
     fields.end()
     return shape

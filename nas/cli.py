@@ -91,12 +91,13 @@ def profile(
     ] = None,
     threads: Threads = None,
     cpus: Cpus = None,
-    prompt_tokens: Annotated[list[int], typer.Option(help="Prompt lengths; any in between can be asked for.")] = [  # noqa: B006
-        16,
-        128,
-        512,
-    ],
-    context_tokens: Annotated[list[int], typer.Option(help="Context lengths, likewise.")] = [0, 128, 1024],  # noqa: B006
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Prompt lengths, of which any in between can be asked for; 16, 128 and 512 by default."),
+    ] = None,
+    context_tokens: Annotated[
+        list[int] | None, typer.Option(help="Context lengths, likewise; 0, 128 and 1,024 by default.")
+    ] = None,
     batch_size: Annotated[list[int], typer.Option(help="Sequences run at once, likewise.")] = [1],  # noqa: B006
     anchors: Annotated[
         int, typer.Option(help="Most random graphs that the predictors are fitted on; fewer where more do not help.")
@@ -135,12 +136,11 @@ def profile(
         raise ValueError("wanted a MODEL to profile, or --import with a file of measurements, got neither")
     runtimes = list(dict.fromkeys(runtime_name or (engine.name for engine in installed())))
     precisions = [one_of_precisions(value) for value in dict.fromkeys(precision or _PROFILED)]
-    prefills = [Workload("prefill", tokens, batch) for batch in batch_size for tokens in prompt_tokens]
-    decodes = [Workload("decode", tokens, batch) for batch in batch_size for tokens in context_tokens]
-    workloads = list(dict.fromkeys(prefills + decodes))
     counts = {"anchors": anchors, "heldout": heldout, "repeats": repeats}
-    from nas.profiling import pack_targets, profile_memories, profile_targets
+    from nas.profiling import pack_targets, profile_memories, profile_targets, workloads_of
 
+    engines = [runtime(name) for name in runtimes] if pack is None else []  # those of a pack are not here
+    workloads = workloads_of(model, prompt_tokens, context_tokens, batch_size)
     if pack is not None:
         with progress_bar("pack") as progress:
             plan = pack_targets(
@@ -153,7 +153,6 @@ def profile(
         emit(result, as_json, f"{pack}: {result['size_bytes']:,} bytes; on the device, beside the folder hw_profiles:\n"
              f"python -m hw_profiles run {pack.name} --output measured.json")  # fmt: skip
         return
-    engines = [runtime(name) for name in runtimes]
     with Store(database) as store:
         asked = (store, model, engines, precisions, threads or detect().cores, workloads)
         with progress_bar("profile") as progress:

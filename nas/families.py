@@ -207,6 +207,7 @@ def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, wind
         raise ValueError(f"wanted full attention in every layer, got a config with {row.sliding_window} set; unset it")
     if row.computed_as:
         model = _rewritten(model, row)
+    _check_activation(model.config)
     model.requires_grad_(False).eval()
     form = _FORMS[row.computed_as or row.model_type]
     return LoadedModel(model, tokenizer, name, fingerprint(model), form, licence, window)
@@ -237,7 +238,9 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         except OSError as error:
             raise _not_there(source, error) from error
     config, _ = within_window(config)
-    return _rewritten_config(config, _family(config))
+    config = _rewritten_config(config, _family(config))
+    _check_activation(config)
+    return config
 
 
 def _rewritten(model: Any, row: Family) -> Any:
@@ -330,11 +333,12 @@ def _family(config: Any) -> Family:
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")
-    if row.computed_as:
-        config = _rewritten_config(config, row)
-    if (activation := model_shape(config).hidden_act) not in HIDDEN_ACTS:
-        raise ValueError(f"wanted {' or '.join(HIDDEN_ACTS)} in the MLPs, got {activation!r}; take another model")
     return row
+
+
+def _check_activation(config: Any) -> None:
+    if (activation := model_shape(config).hidden_act) not in HIDDEN_ACTS:
+        raise ValueError(f"wanted {', '.join(HIDDEN_ACTS)} in the MLPs, got {activation!r}; take another model")
 
 
 def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:

@@ -26,8 +26,35 @@ from nas.memory import MemoryProfile, memory_profile
 from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
+#: That are timed where none are asked for.
+PROMPT_TOKENS = (16, 128, 512)
+CONTEXT_TOKENS = (0, 128, 1024)
 #: More than a profile's: a budget hangs on them. Two standard errors of eight rounds of decode are about 4 % here.
 FINALIST_ROUNDS = 8
+
+
+def workloads_of(
+    model: str, prompts: Sequence[int] | None, contexts: Sequence[int] | None, batch_sizes: Sequence[int]
+) -> list[Workload]:
+    """Prefill of each prompt length and decode on each context length, at each batch size.
+
+    None for the default lengths, as far as the model's positions reach where it has a learned embedding of them.
+    ValueError for lengths beyond.
+    """
+    positions = SearchSpace.from_config(load_config(model)).base.learned_positions or None
+    given = [length for length in (*(prompts or ()), *(1 + context for context in contexts or ())) if length]
+    if positions is not None and max(given, default=0) > positions:
+        raise ValueError(
+            f"wanted prompts of at most {positions} tokens and contexts of at most {positions - 1}, as {model} has "
+            f"{positions} positions, got {max(given)} tokens; ask for less"
+        )
+    if prompts is None:
+        prompts = [min(tokens, positions or tokens) for tokens in PROMPT_TOKENS]
+    if contexts is None:
+        contexts = [min(tokens, (positions or tokens + 1) - 1) for tokens in CONTEXT_TOKENS]
+    prefills = [Workload("prefill", tokens, batch) for batch in batch_sizes for tokens in prompts]
+    decodes = [Workload("decode", tokens, batch) for batch in batch_sizes for tokens in contexts]
+    return list(dict.fromkeys(prefills + decodes))
 
 
 def profile_targets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -93,6 +94,12 @@ class SearchSpace:
         ragged = [width for width in self.width_choices if width % QUANTIZATION_BLOCK_SIZE]
         if ragged:
             raise ValueError(f"wanted widths in multiples of {QUANTIZATION_BLOCK_SIZE}, got {ragged}")
+        ragged = [groups for groups in self.group_choices[:-1] if groups % (unit := _groups_at_once(self.base))]
+        if ragged:
+            raise ValueError(
+                f"wanted group_choices in multiples of {unit}, whose heads together have a multiple of "
+                f"{QUANTIZATION_BLOCK_SIZE} dimensions, got {ragged}"
+            )
         if not self.bits_choices or not set(self.bits_choices) <= set(_PRECISION_OF_BITS):
             raise ValueError(f"wanted bits_choices out of {sorted(_PRECISION_OF_BITS)}, got {self.bits_choices}")
 
@@ -109,7 +116,9 @@ class SearchSpace:
         """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded."""
         base = model_shape(config)
         block = base.blocks[0]
-        groups = {round(block.num_key_value_heads * fraction) for fraction in group_fractions}
+        unit = _groups_at_once(base)
+        groups = {round(block.num_key_value_heads * f / unit) * unit for f in group_fractions if f < 1}
+        groups.add(block.num_key_value_heads)
         unit = QUANTIZATION_BLOCK_SIZE
         widths = {round(block.intermediate_size * fraction / unit) * unit for fraction in width_fractions}
         return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices), homogeneous)
@@ -264,6 +273,13 @@ class SearchSpace:
         base = ModelShape.from_json(json.dumps(fields["base"]))
         groups, widths, bits = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
         return cls(base, groups, widths, bits, fields.get("homogeneous", False))
+
+
+def _groups_at_once(base: ModelShape) -> int:
+    """The least KV groups that the output map of attention reads a whole number of quantisation blocks from."""
+    block = base.blocks[0]
+    dimensions = block.num_attention_heads // block.num_key_value_heads * base.head_dim
+    return QUANTIZATION_BLOCK_SIZE // math.gcd(QUANTIZATION_BLOCK_SIZE, dimensions)
 
 
 def model_shape(config: Any) -> ModelShape:

@@ -249,7 +249,7 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     [
         ("gemma3_text", "use_bidirectional_attention", True, "causal decoder .* use_bidirectional_attention = True"),
         ("gemma3_text", "final_logit_softcapping", 30.0, r"plain logits, got final_logit_softcapping = 30\.0"),
-        ("llama", "hidden_act", "mish", "wanted silu or gelu_pytorch_tanh or gelu or relu in the MLPs, got 'mish'"),
+        ("llama", "hidden_act", "mish", "wanted silu, gelu_pytorch_tanh, gelu, relu in the MLPs, got 'mish'"),
         ("gpt2", "activation_function", "mish", "in the MLPs, got 'mish'"),
         (
             "gpt2",

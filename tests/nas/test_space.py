@@ -33,6 +33,12 @@ def test_smollm2_choices(space):
     assert space.block(LayerChoice(2, 96)) == BlockShape(6, 2, 96)
 
 
+def test_heads_kept_fill_blocks_of_the_quantiser():
+    """Of 80 dimensions two at a time, as in Pythia 2.8B; a quarter of six is none or two."""
+    config = LlamaConfig(hidden_size=480, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, head_dim=80)
+    assert SearchSpace.from_config(config).group_choices == (0, 2, 4, 6)
+
+
 def test_subnet_json_and_id_are_canonical(space):
     subnet = space.sample(np.random.default_rng(0))
     again = Subnet.from_json(subnet.to_json())
@@ -132,5 +138,10 @@ def test_decode_refuses_genes_out_of_range(space):
 def test_a_space_refuses_ragged_or_incomplete_choices(space):
     with pytest.raises(ValueError, match="multiples of 32"):
         SearchSpace(space.base, (0, 3), (0, 100, 1536))
+    narrow = replace(space.base, head_dim=80, blocks=(BlockShape(4, 4, 1536),) * 4)
+    with pytest.raises(
+        ValueError, match=r"group_choices in multiples of 2, .* a multiple of 32 dimensions, got \[1, 3\]"
+    ):
+        SearchSpace(narrow, (0, 1, 2, 3, 4), (0, 1536))
     with pytest.raises(ValueError, match="to the full 3"):
         SearchSpace(space.base, (0, 1), (0, 1536))
