@@ -139,9 +139,15 @@ class LoadedModel:
         return model_shape(self.config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [N, T] -> the hidden states [N, T, D] that enter layer 0."""
+        """Token ids [N, T] -> the hidden states [N, T, D] that enter layer 0.
+
+        ValueError for texts longer than the positions that were learned.
+        """
         hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens)
         if self.has_learned_positions:
+            if tokens.shape[1] > (most := self.config.max_position_embeddings):
+                raise ValueError(f"wanted texts of at most {most} tokens, which {self.name} has positions for, got "
+                                 f"{tokens.shape[1]}; take another model")  # fmt: skip
             hidden = hidden + self.model.get_submodule(self.family.positions)(torch.arange(tokens.shape[1]))
         return hidden
 

@@ -5,7 +5,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+from hw_profiles import Workload
 from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
+from nas.profiling import workloads_of
 from nas.space import model_shape
 from nas.tokenizer import tokenizer_from_gguf
 
@@ -358,3 +360,29 @@ def test_the_licence_is_that_of_the_models_own_card(tiny, tmp_path, card, licenc
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert load_model(str(tmp_path)).licence == licence
+
+
+def test_texts_longer_than_learned_positions_are_refused(tiny):
+    loaded = tiny("opt")
+    assert loaded.embed(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 64, 96)
+    with pytest.raises(ValueError, match="at most 64 tokens, which tiny-opt has positions for, got 65"):
+        loaded.embed(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_a_profile_reaches_as_far_as_learned_positions(tiny_model, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    works = workloads_of(str(tmp_path / "gpt2"), None, None, [1, 2])
+    assert {(w.phase, w.tokens, w.batch_size) for w in works} == {
+        (phase, tokens, batch)
+        for batch in (1, 2)
+        for phase, tokens in (("prefill", 16), ("prefill", 64), ("decode", 0), ("decode", 63))
+    }
+    assert workloads_of(str(tmp_path / "gpt2"), [64], [63], [1]) == [Workload("prefill", 64), Workload("decode", 63)]
+    for prompts, contexts in (([65], None), (None, [64])):
+        with pytest.raises(
+            ValueError, match=r"prompts of at most 64 tokens and contexts of at most 63, .* got 65 tokens"
+        ):
+            workloads_of(str(tmp_path / "gpt2"), prompts, contexts, [1])
+    lengths = [work.tokens for work in workloads_of(str(tmp_path / "llama"), None, None, [1])]
+    assert lengths == [16, 128, 512, 0, 128, 1024]

@@ -54,7 +54,7 @@ def _random_deltas(supernet: Supernet) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"model_type": "qwen3"}])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"model_type": "qwen3"}, {"model_type": "gpt_neox"}])
 def test_the_full_subnet_is_the_shifted_model(
     make: Callable[..., Supernet], windows: torch.Tensor, options: dict[str, object]
 ) -> None:
@@ -92,7 +92,7 @@ def test_what_a_subnet_drops_does_not_shift_it(make: Callable[..., Supernet], wi
         assert not torch.equal(wide, before[1])  # it keeps all of that MLP
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"model_type": "qwen3"}])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"model_type": "qwen3"}, {"model_type": "gpt_neox"}])
 def test_what_is_trained_is_what_shifts(
     make: Callable[..., Supernet], windows: torch.Tensor, options: dict[str, object]
 ) -> None:
