@@ -146,14 +146,16 @@ class LoadedModel:
         hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens)
         if self.has_learned_positions:
             if tokens.shape[1] > (most := self.config.max_position_embeddings):
-                raise ValueError(f"wanted texts of at most {most} tokens, which {self.name} has positions for, got "
-                                 f"{tokens.shape[1]}; take another model")  # fmt: skip
+                raise ValueError(
+                    f"wanted texts of at most {most} tokens, which {self.name} has positions for, got "
+                    f"{tokens.shape[1]}; take another model"
+                )
             hidden = hidden + self.model.get_submodule(self.family.positions)(torch.arange(tokens.shape[1]))
         return hidden
 
     @property
     def has_learned_positions(self) -> bool:
-        """Beside the family's models in which positions rotate queries and keys."""
+        """A family may have models whose positions rotate queries and keys instead."""
         return bool(self.family.positions) and not self.config.rotary_dim
 
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
