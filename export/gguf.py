@@ -282,14 +282,13 @@ def _fused_attention(block: str, weights: AttentionWeights, decoder: Decoder) ->
         by_head = rows.reshape(-1, shape.head_dim, *rows.shape[1:])
         return np.ascontiguousarray(by_head[:, order]).reshape(rows.shape)
 
+    rows = stacked(_by_rows(weights.q, ordered), _by_rows(weights.k, ordered), weights.v)
+    none = np.zeros(shape.hidden_size, np.float32)  # which llama.cpp cannot do without
+    q, k, v = weights.biases or (none, none, none)
     yield from _norm(f"{block}.attn_norm", weights.norm)
-    yield _Tensor(
-        f"{block}.attn_qkv.weight", stacked(*(_by_rows(m, ordered) for m in (weights.q, weights.k)), weights.v)
-    )
-    q, k, v = weights.biases or [np.zeros(shape.hidden_size, np.float32)] * 3
+    yield _Tensor(f"{block}.attn_qkv.weight", rows)
     yield _Tensor(f"{block}.attn_qkv.bias", np.concatenate([ordered(q), ordered(k), v]))
     yield _Tensor(f"{block}.attn_output.weight", weights.o)
-    none = np.zeros(shape.hidden_size, np.float32)
     yield _Tensor(f"{block}.attn_output.bias", none if weights.output_bias is None else weights.output_bias)
 
 
