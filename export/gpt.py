@@ -9,8 +9,8 @@ Shapes: H hidden, h heads of d dimensions, of which r rotate.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,54 +41,21 @@ class _Row:
     """One family: names of modules, those outside the layers whole, those within a layer from the layer on.
 
     `fused` holds queries, keys and values in one module, by head where `interleaved`; otherwise `names` has them.
-    `refused` are values of config fields that the one form does not compute.
+    `fields` are the config's names of ours, `constants` what of ours it has no field for, `rotates` whether some
+    dimensions of heads do. `refused` are values of its fields that the one form does not compute.
     """
 
     layers: str
     ends: Mapping[str, str]
     names: Mapping[str, str]
-    fields: Callable[[Any], dict[str, Any]]
-    #: The family's fields for a width.
-    width: Callable[[int], dict[str, Any]]
+    fields: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
     fused: str = ""
     interleaved: bool = False
     transposed: bool = False
     position_offset: int = 0
+    rotates: bool = False
     refused: tuple[tuple[str, Any], ...] = ()
-
-
-def _gpt2_fields(config: Any) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.n_inner or 4 * config.n_embd,
-        "hidden_act": config.activation_function,
-        "layer_norm_eps": config.layer_norm_epsilon,
-        "attention_bias": True,
-        "mlp_bias": True,
-    }
-
-
-def _opt_fields(config: Any) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.ffn_dim,
-        "hidden_act": config.activation_function,
-        "attention_bias": config.enable_bias,
-        "mlp_bias": config.enable_bias,
-    }
-
-
-def _neox_fields(config: Any) -> dict[str, Any]:
-    rope = config.rope_parameters
-    head_dim = config.hidden_size // config.num_attention_heads
-    return {
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": config.hidden_act,
-        "layer_norm_eps": config.layer_norm_eps,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": True,
-        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
-        "rope_parameters": {"rope_type": rope["rope_type"], "rope_theta": rope["rope_theta"]},
-        "parallel_residual": config.use_parallel_residual,
-    }
 
 
 _ROWS: dict[str, _Row] = {
@@ -102,8 +69,12 @@ _ROWS: dict[str, _Row] = {
             "mlp.up_proj": "mlp.c_fc",
             "mlp.down_proj": "mlp.c_proj",
         },
-        fields=_gpt2_fields,
-        width=lambda width: {"n_inner": width},
+        fields={
+            "intermediate_size": "n_inner",
+            "hidden_act": "activation_function",
+            "layer_norm_eps": "layer_norm_epsilon",
+        },
+        constants={"attention_bias": True, "mlp_bias": True},
         fused="attn.c_attn",
         transposed=True,
         refused=(("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)),
@@ -125,8 +96,13 @@ _ROWS: dict[str, _Row] = {
             "mlp.up_proj": "fc1",
             "mlp.down_proj": "fc2",
         },
-        fields=_opt_fields,
-        width=lambda width: {"ffn_dim": width},
+        fields={
+            "intermediate_size": "ffn_dim",
+            "hidden_act": "activation_function",
+            "attention_bias": "enable_bias",
+            "mlp_bias": "enable_bias",
+            "hidden_size": "word_embed_proj_dim",
+        },
         position_offset=_OPT_OFFSET,
         refused=(
             ("do_layer_norm_before", False),
@@ -144,10 +120,17 @@ _ROWS: dict[str, _Row] = {
             "mlp.up_proj": "mlp.dense_h_to_4h",
             "mlp.down_proj": "mlp.dense_4h_to_h",
         },
-        fields=_neox_fields,
-        width=lambda width: {"intermediate_size": width},
+        fields={
+            "intermediate_size": "intermediate_size",
+            "hidden_act": "hidden_act",
+            "layer_norm_eps": "layer_norm_eps",
+            "attention_bias": "attention_bias",
+            "parallel_residual": "use_parallel_residual",
+        },
+        constants={"mlp_bias": True},
         fused="attention.query_key_value",
         interleaved=True,
+        rotates=True,
     ),
 }
 
@@ -158,17 +141,23 @@ _SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_
 def gpt_config(config: PreTrainedConfig) -> HeterogeneousGptConfig:
     """The same model's config in the one form; ValueError for what that does not compute."""
     row = _ROWS[config.model_type]
-    for field, value in row.refused:
-        if getattr(config, field, None) == value:
-            raise ValueError(f"wanted a model of {config.model_type} without {field} = {value}; take another model")
-    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise ValueError(
-            f"wanted embeddings of the hidden size {config.hidden_size}, got {config.word_embed_proj_dim}; take "
-            "another model"
-        )
-    fields = {name: getattr(config, name) for name in _COMMON_FIELDS} | row.fields(config)
-    if (kind := fields.get("rope_parameters", {}).get("rope_type", "default")) != "default":
-        raise ValueError(f"wanted rotary embeddings as trained, got a rope_type of {kind!r}; take another model")
+    for name, value in row.refused:
+        if getattr(config, name, None) == value:
+            raise ValueError(f"wanted a model of {config.model_type} without {name} = {value}; take another model")
+    fields = {**{ours: getattr(config, theirs) for ours, theirs in row.fields.items()}, **row.constants}
+    if (size := fields.get("hidden_size", config.hidden_size)) != config.hidden_size:
+        raise ValueError(f"wanted embeddings of the hidden size {config.hidden_size}, got {size}; take another model")
+    fields |= {name: getattr(config, name) for name in _COMMON_FIELDS}
+    fields["intermediate_size"] = fields["intermediate_size"] or 4 * config.hidden_size  # None in most GPT-2s
+    head_dim = config.hidden_size // config.num_attention_heads
+    if row.rotates:
+        rope = config.rope_parameters
+        if rope["rope_type"] != "default":
+            raise ValueError(
+                f"wanted rotary embeddings as trained, got a rope_type of {rope['rope_type']!r}; take another model"
+            )
+        fields["rotary_dim"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     fields["hidden_act"] = _SAME_ACTIVATION.get(fields["hidden_act"], fields["hidden_act"])
     heads = fields["num_attention_heads"]
     block = {
@@ -179,7 +168,7 @@ def gpt_config(config: PreTrainedConfig) -> HeterogeneousGptConfig:
     return HeterogeneousGptConfig(
         [block] * fields["num_hidden_layers"],
         config.model_type,
-        head_dim=fields["hidden_size"] // heads,
+        head_dim=head_dim,
         num_key_value_heads=heads,
         **fields,
     )
@@ -224,28 +213,13 @@ def family_config(config: HeterogeneousGptConfig) -> PreTrainedConfig | None:
         return None
     if kept[0]["num_attention_heads"] * config.head_dim != config.hidden_size:
         return None
-    own = AutoConfig.for_model(config.base_model_type)
-    row = _ROWS[config.base_model_type]
-    known = {
-        "layer_norm_eps": ("layer_norm_epsilon", "layer_norm_eps"),
-        "hidden_act": ("activation_function", "hidden_act"),
-        "attention_bias": ("enable_bias", "attention_bias"),
-        "parallel_residual": ("use_parallel_residual",),
-        "rope_parameters": ("rope_parameters",),
-    }
-    for field, theirs in known.items():
-        for name in theirs:
-            if hasattr(own, name):
-                setattr(own, name, getattr(config, field))
-    for field, value in row.width(kept[0]["intermediate_size"]).items():
-        setattr(own, field, value)
-    for field in _COMMON_FIELDS:
-        setattr(own, field, getattr(config, field))
+    row, own = _ROWS[config.base_model_type], AutoConfig.for_model(config.base_model_type)
+    for ours, theirs in (*zip(_COMMON_FIELDS, _COMMON_FIELDS, strict=True), *row.fields.items()):
+        setattr(own, theirs, getattr(config, ours))
+    setattr(own, row.fields["intermediate_size"], kept[0]["intermediate_size"])
     own.num_hidden_layers = len(kept)
-    if config.rotary_dim:
+    if row.rotates:
         own.rope_parameters = config.rope_parameters | {"partial_rotary_factor": config.rotary_dim / config.head_dim}
-    if hasattr(own, "word_embed_proj_dim"):
-        own.word_embed_proj_dim = config.hidden_size
     return own
 
 
