@@ -173,8 +173,7 @@ def decoder_from_model(
 
     `quantized` holds matrices that were rounded before, by name in the state dict; others are rounded to the nearest.
 
-    Raises ValueError for what the writers do not compute: other activations, caps on scores and logits, rotary scaling
-    that moves.
+    Raises ValueError for what the writers do not compute: other activations, rotary scaling that moves.
     """
     config = model.config
     shape = decoder_shape(model)
@@ -184,9 +183,6 @@ def decoder_from_model(
     if shape.hidden_act not in HIDDEN_ACTS:
         wanted = ", ".join(HIDDEN_ACTS)
         raise ValueError(f"wanted {wanted} in the MLPs, got {shape.hidden_act!r}; export to huggingface")
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, cap, None):
-            raise ValueError(f"wanted no {cap}, got {getattr(config, cap)}; export to huggingface")
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:

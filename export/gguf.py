@@ -35,7 +35,12 @@ _HETEROGENEOUS = "deci"
 #: Architectures that rotate pairs of neighbours, where Hugging Face's weights have them half a head apart.
 _ROTATING_NEIGHBOURS = ("llama", _HETEROGENEOUS)
 #: What llama.cpp computes in MLPs, GPT-NeoX's as if it were the tanh form; in others it is silu.
-_ACTIVATIONS: dict[str, HiddenAct] = {"gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_pytorch_tanh", "gptneox": "gelu"}
+_ACTIVATIONS: dict[str, HiddenAct] = {
+    "gemma2": "gelu_pytorch_tanh",
+    "gemma3": "gelu_pytorch_tanh",
+    "gpt2": "gelu_pytorch_tanh",
+    "gptneox": "gelu",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,9 @@ def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | 
     """Write `model.gguf`, tensor by tensor, and return its path; `metadata` is that of name and tokenizer.
 
     Without metadata the file has no tokens, which suffices for timing. Raises ValueError for what llama.cpp does not
-    compute: normed heads (Qwen3, Gemma 3) and layer norms (GPT-2, GPT-NeoX) where layers differ, rotary scaling beside
-    biases, scores scaled otherwise than by the head's size, windows in no regular order, other activations than the
-    architecture's, no layer at all.
+    compute: normed heads (Qwen3), norms behind parts (Gemma) and layer norms (GPT-2, GPT-NeoX) where layers differ,
+    rotary scaling beside biases, scores scaled otherwise than by the head's size, caps in others than Gemma 2, windows
+    in no regular order, other activations than the architecture's, no layer at all.
     """
     layers = _merged(decoder.layers)
     architecture = _architecture(decoder, layers)
@@ -132,9 +137,9 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
         raise ValueError("wanted a layer that keeps its attention or its MLP, got none; export to onnx")
     sizes = {_sizes(decoder, layer) for layer in layers}
     alike = len(sizes) == 1 and 0 not in next(iter(sizes))
-    if shape.qk_norm and not alike:
+    if (shape.qk_norm or shape.post_norms) and not alike:
         raise ValueError(
-            "wanted layers of one shape, since llama.cpp runs normed heads (Qwen3, Gemma 3) in such models alone, got "
+            "wanted layers of one shape, since llama.cpp runs Qwen3's and Gemma's norms in such models alone, got "
             f"{len(sizes)} shapes; search with --homogeneous, or export to openvino or onnx"
         )
     if not math.isclose(decoder.attention_scale, shape.head_dim**-0.5):
@@ -147,6 +152,12 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
         raise ValueError(
             f"wanted layers of one width with all heads, since llama.cpp runs {name} in such models alone, got "
             f"{len(sizes)} shapes or fewer heads; export to openvino or onnx"
+        )
+    caps = {bool(shape.attn_logit_softcapping), bool(shape.final_logit_softcapping)}
+    if caps != {name == "gemma2"}:
+        raise ValueError(
+            f"wanted caps on both scores and logits in Gemma 2 and none elsewhere, as llama.cpp has them, got "
+            f"{shape.attn_logit_softcapping:g} and {shape.final_logit_softcapping:g} in {name}; export to onnx"
         )
     if shape.hidden_act != (activation := _ACTIVATIONS.get(name, "silu")):
         raise ValueError(
@@ -162,7 +173,7 @@ def _name(shape: ModelShape, alike: bool) -> str:
     if shape.layer_norm:
         return "gpt2" if shape.learned_positions else "gptneox"
     if shape.post_norms:
-        return "gemma3"
+        return "gemma3" if shape.qk_norm else "gemma2"
     if shape.qk_norm:
         return "qwen3"
     return "qwen2" if shape.attention_bias and not shape.output_bias and alike else "llama"
@@ -206,9 +217,12 @@ def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ..
         writer.add_parallel_residual(shape.parallel_residual)
     else:
         writer.add_layer_norm_rms_eps(decoder.norm_eps)
+    if shape.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(shape.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(shape.final_logit_softcapping)
     if any(windows := [layer.attention.window if layer.attention else 0 for layer in layers]):
         writer.add_sliding_window(max(windows))
-        writer.add_sliding_window_pattern(_period(windows))
+        writer.add_sliding_window_pattern(_period(windows, wanted=2 if writer.arch == "gemma2" else None))
         # of bare frequencies the base is what the second is a power of
         bases = decoder.local_inverse_frequencies[1:2] ** (-shape.head_dim / 2)
         writer.add_rope_freq_base_swa(float(bases[0]))
@@ -216,9 +230,12 @@ def _describe(writer: gguf.GGUFWriter, decoder: Decoder, layers: tuple[Layer, ..
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _period(windows: list[int]) -> int:
-    """The number of layers from one without a window to the next, 0 where there is none; ValueError where it varies."""
-    for period in range(len(windows) + 1):
+def _period(windows: list[int], wanted: int | None) -> int:
+    """The number of layers from one without a window to the next, 0 where there is none.
+
+    ValueError where it varies, or is not the one that is `wanted`.
+    """
+    for period in range(len(windows) + 1) if wanted is None else [wanted]:
         if all((window == 0) == (period > 0 and i % period == period - 1) for i, window in enumerate(windows)):
             return period
     raise ValueError(
@@ -320,9 +337,10 @@ def _rope_factors(decoder: Decoder) -> Array | None:
 
 
 def _linear_factor(decoder: Decoder) -> float | None:
-    """The one factor of all frequencies of a Gemma (from 4B on), which llama.cpp leaves out where there is a window."""
+    """The factor of all frequencies of a Gemma 3 (from 4B on), which llama.cpp leaves out where there is a window."""
     factors = _rope_factors(decoder)
-    alike = factors is not None and decoder.shape.post_norms and np.allclose(factors, factors[0], rtol=1e-5)
+    gemma3 = decoder.shape.post_norms and decoder.shape.qk_norm
+    alike = factors is not None and gemma3 and np.allclose(factors, factors[0], rtol=1e-5)
     return float(factors[0]) if factors is not None and alike else None
 
 

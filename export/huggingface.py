@@ -16,7 +16,12 @@ from transformers.utils import logging
 
 from export.gpt import family_model
 from export.heterogeneous import HeterogeneousLlamaConfig, HeterogeneousLlamaForCausalLM
-from export.heterogeneous_gemma3 import HeterogeneousGemma3Config, HeterogeneousGemma3ForCausalLM
+from export.heterogeneous_gemma import (
+    HeterogeneousGemma2Config,
+    HeterogeneousGemma2ForCausalLM,
+    HeterogeneousGemma3Config,
+    HeterogeneousGemma3ForCausalLM,
+)
 from export.heterogeneous_gpt import HeterogeneousGptConfig, HeterogeneousGptForCausalLM
 from hw_profiles.shapes import BlockShape, ModelShape
 
@@ -25,9 +30,11 @@ MAX_SHARD_SIZE = "4GB"
 #: Classes of models whose layers differ.
 _HETEROGENEOUS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     HeterogeneousLlamaConfig: HeterogeneousLlamaForCausalLM,
+    HeterogeneousGemma2Config: HeterogeneousGemma2ForCausalLM,
     HeterogeneousGemma3Config: HeterogeneousGemma3ForCausalLM,
     HeterogeneousGptConfig: HeterogeneousGptForCausalLM,
 }
+_GEMMAS = {c.base_model_type: c for c in (HeterogeneousGemma2Config, HeterogeneousGemma3Config)}
 #: Families that compute as another one does.
 _SAME_AS = {"mistral": "llama"}
 #: Keys of a config that describe where it came from, not what it is, or windows that no layer has.
@@ -56,10 +63,10 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
     block_configs = [asdict(block) for block in blocks]
     config: PreTrainedConfig
-    if base_config.model_type == "gemma3_text":
+    if base_config.model_type in _GEMMAS:
         for block, kind in zip(block_configs, base_config.layer_types, strict=True):
             block["layer_type"] = kind
-        config = HeterogeneousGemma3Config(block_configs, **fields)
+        config = _GEMMAS[base_config.model_type](block_configs, **fields)
     elif isinstance(base_config, HeterogeneousGptConfig):
         config = HeterogeneousGptConfig(**fields | {"block_configs": block_configs, "num_hidden_layers": len(blocks)})
     else:

@@ -137,7 +137,7 @@ class _Graph:
                     skip = self._node("Add", [attended, skip], f"layers.{i}.added")
         normed, _ = self._norm("norm", hidden, skip, decoder.norm)
         last = self._node("Gather", [normed, self._int64("last_position", [-1])], "last_hidden", axis=1)
-        self._head(last)
+        self._capped(self._head(last))
         graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="llm-nas")
@@ -206,17 +206,23 @@ class _Graph:
             quantize_axis=1,
         )
 
-    def _head(self, last: str) -> None:
+    def _head(self, last: str) -> str:
         decoder = self.decoder
+        output = "head" if decoder.shape.final_logit_softcapping else "logits"
         if isinstance(decoder.head, PackedMatrix):
             name = "embed_tokens" if decoder.head is decoder.embedding else "lm_head"
-            self._linear(name, last, decoder.head, output="logits")
-        elif decoder.head is decoder.embedding:
+            return self._linear(name, last, decoder.head, output)
+        if decoder.head is decoder.embedding:
             # onnxruntime folds the transpose away when it loads; the file holds the matrix once
             transposed = self._node("Transpose", ["embed_tokens.weight"], "lm_head.weight", perm=[1, 0])
-            self._node("MatMul", [last, transposed], "logits")
-        else:
-            self._linear("lm_head", last, decoder.head, output="logits")
+            return self._node("MatMul", [last, transposed], output)
+        return self._linear("lm_head", last, decoder.head, output)
+
+    def _capped(self, logits: str) -> None:
+        if cap := self.decoder.shape.final_logit_softcapping:
+            limit = self._tensor("logit_cap", np.array(cap, np.float32))
+            bounded = self._node("Tanh", [self._node("Div", [logits, limit], "head_by_cap")], "head_bounded")
+            self._node("Mul", [bounded, limit], "logits")
 
     def _attention(self, name: str, x: str, weights: AttentionWeights, slot: int) -> str:
         head_dim = self.decoder.shape.head_dim
@@ -233,6 +239,7 @@ class _Graph:
         rotary = [f"{kind}cos_cache", f"{kind}sin_cache"] if rotates else []
         inputs = [*projected, *past, "seqlens_k", "total_sequence_length", *rotary]
         window = {"local_window_size": weights.window} if weights.window else {}
+        cap = self.decoder.shape.attn_logit_softcapping
         attended = self._node(
             "GroupQueryAttention",
             inputs,
@@ -245,6 +252,7 @@ class _Graph:
             do_rotary=int(rotates),
             rotary_interleaved=0,
             **window,
+            **({"softcap": cap} if cap else {}),
         )
         return self._biased(f"{name}.o_proj", self._linear(f"{name}.o_proj", attended, weights.o), weights.output_bias)
 

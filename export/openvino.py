@@ -103,7 +103,7 @@ class _Graph:
                 read = before if decoder.shape.parallel_residual else hidden
                 added = self._mlp(self._norm(read, layer.mlp.norm), layer.mlp)
                 hidden = ops.add(hidden, self._post_norm(added, layer.mlp.post_norm))
-        logits = _linear(self._norm(hidden, decoder.norm), head)
+        logits = _capped(_linear(self._norm(hidden, decoder.norm), head), decoder.shape.final_logit_softcapping)
         logits.output(0).get_tensor().set_names({"logits"})
         result = ops.result(logits, name="logits")
         inputs = [self.input_ids, self.attention_mask, self.position_ids, self.beam_idx]
@@ -166,10 +166,17 @@ class _Graph:
         key = self._cached(key, f"past_key_values.{slot}.keypresent.{slot}.key", groups, batch)
         value = self._cached(value, f"past_key_values.{slot}.valuepresent.{slot}.value", groups, batch)
         key, value = self._repeat(key, groups, heads), self._repeat(value, groups, heads)
-        scale = ops.constant(np.float32(self.decoder.attention_scale))
-        attended = ops.scaled_dot_product_attention(query, key, value, view.mask, scale, causal=False)
+        attended = self._attended(query, key, value, view.mask)
         merged = ops.reshape(ops.transpose(attended, _i64([0, 2, 1, 3])), _i64([0, 0, heads * head_dim]), True)
         return _biased(_linear(merged, _constant(weights.o)), weights.output_bias)
+
+    def _attended(self, query: ov.Node, key: ov.Node, value: ov.Node, mask: ov.Node) -> ov.Node:
+        """[B, heads, S, head_dim]. Capped scores have no operator of their own, and paged attention has none of it."""
+        scale = ops.constant(np.float32(self.decoder.attention_scale))
+        if not (cap := self.decoder.shape.attn_logit_softcapping):
+            return ops.scaled_dot_product_attention(query, key, value, mask, scale, causal=False)
+        scores = _capped(ops.multiply(ops.matmul(query, key, False, True), scale), cap)
+        return ops.matmul(ops.softmax(ops.add(scores, mask), -1), value, False, False)
 
     def _heads(self, x: ov.Node, heads: int) -> ov.Node:
         """[B, S, heads x head_dim] to [B, heads, S, head_dim]."""
@@ -257,6 +264,11 @@ def _parameter(name: str, dtype: ov.Type, rank: int) -> ov.Node:
 
 def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
     return ops.matmul(x, weight, False, True)
+
+
+def _capped(x: ov.Node, cap: float) -> ov.Node:
+    limit = ops.constant(np.float32(cap))
+    return ops.multiply(ops.tanh(ops.divide(x, limit)), limit) if cap else x
 
 
 def _biased(x: ov.Node, bias: Array | None) -> ov.Node:

@@ -59,9 +59,9 @@ class ModelShape:
     attention_bias: bool = False
     #: Whether each head of queries and keys is normed, as in Qwen3.
     qk_norm: bool = False
-    #: Whether what attention and MLP add is normed as well, as in Gemma 3.
+    #: Whether what attention and MLP add is normed as well, as in Gemma.
     post_norms: bool = False
-    #: Whether embeddings are multiplied by the square root of hidden_size, as in Gemma 3.
+    #: Whether embeddings are multiplied by the square root of hidden_size, as in Gemma.
     scaled_embedding: bool = False
     #: Of the gate, or of the one input map where there is no gate, as Hugging Face names it.
     hidden_act: HiddenAct = "silu"
@@ -79,12 +79,15 @@ class ModelShape:
     parallel_residual: bool = False
     #: Rows of a learned embedding of positions, 0 where there is a rotary one.
     learned_positions: int = 0
+    #: c, where scores of attention and logits are c tanh(x / c), as in Gemma 2; 0 where they are x.
+    attn_logit_softcapping: float = 0.0
+    final_logit_softcapping: float = 0.0
 
     @classmethod
     def from_config(cls, config: Any, blocks: tuple[BlockShape, ...]) -> ModelShape:
         """What these blocks make with the rest of a Hugging Face config of Llama or a family like it."""
         family = getattr(config, "base_model_type", config.model_type)
-        gemma, gpt = family == "gemma3_text", config.model_type == "heterogeneous_gpt"
+        gemma, gpt = family in ("gemma2", "gemma3_text"), config.model_type == "heterogeneous_gpt"
         biased = bool(getattr(config, "attention_bias", False))
         return cls(
             hidden_size=config.hidden_size,
@@ -93,7 +96,7 @@ class ModelShape:
             tie_word_embeddings=bool(config.tie_word_embeddings),
             blocks=blocks,
             attention_bias=family == "qwen2" or biased,
-            qk_norm=family == "qwen3" or gemma,
+            qk_norm=family in ("qwen3", "gemma3_text"),
             post_norms=gemma,
             scaled_embedding=gemma,
             hidden_act=config.hidden_activation if gemma else config.hidden_act,
@@ -104,6 +107,9 @@ class ModelShape:
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             parallel_residual=gpt and config.parallel_residual,
             learned_positions=config.max_position_embeddings if gpt and not config.rotary_dim else 0,
+            # Gemma 3's config has the field, and transformers does not compute with it
+            attn_logit_softcapping=float((family == "gemma2" and config.attn_logit_softcapping) or 0),
+            final_logit_softcapping=float(getattr(config, "final_logit_softcapping", None) or 0),
         )
 
     def window(self, layer: int) -> int:

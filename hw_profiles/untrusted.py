@@ -22,6 +22,7 @@ MAX_TOKENS = 2**20
 MAX_BATCH_SIZE = 2**10
 MAX_THREADS = 2**12
 MAX_ROUNDS = 1000
+MAX_CAP = 1e6
 
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _Choice = TypeVar("_Choice", bound=str)
@@ -172,9 +173,15 @@ def model_shape(fields: Fields) -> ModelShape:
         mlp_bias=fields.switch("mlp_bias"),
         parallel_residual=fields.switch("parallel_residual"),
         learned_positions=fields.integer("learned_positions", 0, MAX_TOKENS) if "learned_positions" in fields else 0,
+        attn_logit_softcapping=_cap(fields, "attn_logit_softcapping"),
+        final_logit_softcapping=_cap(fields, "final_logit_softcapping"),
     )
     fields.end()
     return shape
+
+
+def _cap(fields: Fields, name: str) -> float:
+    return fields.number(name, 0, MAX_CAP) if name in fields else 0.0
 
 
 def _block(fields: Fields) -> BlockShape:

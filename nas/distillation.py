@@ -20,22 +20,30 @@ _Wanted = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def kl_to_teacher(
-    hidden: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor, dtype: torch.dtype
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_head: torch.Tensor,
+    dtype: torch.dtype,
+    cap: float = 0.0,
 ) -> torch.Tensor:
-    """Mean KL(teacher || student) in nats over M positions; products of logits are in `dtype`."""
+    """Mean KL(teacher || student) in nats over M positions; products of logits are in `dtype`.
+
+    Logits of both are c tanh(x / c), c being `cap`, where that is not 0.
+    """
 
     def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        p = _logits(teacher[first : first + len(logits)], teacher_head, dtype)
+        p = _logits(teacher[first : first + len(logits)], teacher_head, dtype, cap)
         difference = p - logits
         log_p_sum, log_q_sum = p.logsumexp(-1), logits.logsumexp(-1)
         p.sub_(log_p_sum.unsqueeze(-1)).exp_()
         return torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum, p
 
-    return _HeadLoss.apply(hidden, head, wanted, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden, head, wanted, dtype, cap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def next_token_loss(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, cap: float = 0.0
 ) -> torch.Tensor:
     """Mean negative log-likelihood of `targets` [M]."""
 
@@ -44,33 +52,40 @@ def next_token_loss(
         likelihoods = logits.log_softmax(-1).gather(-1, rows).squeeze(-1)
         return -likelihoods, torch.zeros_like(logits).scatter_(-1, rows, 1.0)
 
-    return _HeadLoss.apply(hidden, head, wanted, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden, head, wanted, dtype, cap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, wanted: _Wanted, dtype: torch.dtype
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, wanted: _Wanted, dtype: torch.dtype, cap: float
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         losses = torch.empty(len(hidden), device=hidden.device)
         for first in range(0, len(hidden), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            logits = _logits(hidden[rows], head, dtype)
+            logits = _logits(hidden[rows], head, dtype, cap)
             losses[rows], probabilities = wanted(first, logits)
             difference = logits.softmax(-1).sub_(probabilities)
+            if cap:  # the slope of c tanh(x / c)
+                difference -= difference * (logits / cap).square_()
             gradient[rows] = _product(difference, head, dtype)
         ctx.save_for_backward(gradient.div_(len(hidden)))
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None, None, None
+        return gradient * outputs[0], None, None, None, None
 
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return _product(hidden, head.T, dtype)
+def _logits(hidden: torch.Tensor, head: torch.Tensor, dtype: torch.dtype, cap: float) -> torch.Tensor:
+    return capped(_product(hidden, head.T, dtype), cap)
+
+
+def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """c tanh(x / c) in place of x, c being `cap`, where that is not 0."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from nas.distillation import capped
 from nas.families import computing, fast_dtype
 from nas.quality import Quality
 from nas.space import Part, Subnet
@@ -108,7 +109,7 @@ class Evaluator:
         return of_positions[:, self.stride - 1 :: self.stride]
 
     def _keep_logits(self) -> torch.Tensor | None:
-        """[M, V], or None where they would take too much memory."""
+        """[M, V] before any cap, or None where they would take too much memory."""
         if len(self._teacher) * len(self._teacher_head) * self.dtype.itemsize > _KEPT_LOGITS_BYTES:
             return None
         return self._teacher @ self._teacher_head.to(self.dtype).T
@@ -124,8 +125,11 @@ class Evaluator:
     def _logits(self, rows: slice) -> torch.Tensor:
         """The teacher's, a copy in fp32, [rows, V]."""
         if self._teacher_logits is not None:
-            return self._teacher_logits[rows].to(torch.float32, copy=True)
-        return (self._teacher[rows] @ self._teacher_head.to(self.dtype).T).float()
+            return self._capped(self._teacher_logits[rows].to(torch.float32, copy=True))
+        return self._capped((self._teacher[rows] @ self._teacher_head.to(self.dtype).T).float())
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return capped(logits, self.supernet.loaded.logit_cap)
 
     def _compare(self, hidden: torch.Tensor) -> tuple[float, float]:
         """Mean KL to the teacher and mean negative log-likelihood of the next token; hidden is of the first windows."""
@@ -139,7 +143,7 @@ class Evaluator:
         divergences, losses = torch.empty(2, len(student))
         for first in range(0, len(student), _LOGITS_AT_ONCE):
             rows = slice(first, min(first + _LOGITS_AT_ONCE, len(student)))  # the teacher has more
-            q = (student[rows] @ head).float()  # logits, [rows, V]
+            q = self._capped((student[rows] @ head).float())  # logits, [rows, V]
             p = self._logits(rows)
             log_q_sum, log_p_sum = q.logsumexp(-1), self._teacher_log_sums[rows]
             losses[rows] = log_q_sum - q.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)

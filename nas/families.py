@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ class Family:
 
     #: The config attribute, where there is one, that limits attention in all layers to a window.
     sliding_window: str = ""
-    #: Whether layers are of two kinds, with rotary embeddings of their own, one of which has a window.
+    #: Whether layers are of two kinds, one of which has a window, and whether each has a rotary embedding of its own.
     layer_types: bool = False
+    rotary_by_kind: bool = False
     #: Of a learned embedding of positions, where there is one.
     positions: str = ""
     #: The family as which it is computed: fused or transposed maps are taken apart when it is loaded.
@@ -78,6 +79,13 @@ class Family:
         return tuple(filter(None, found[part]))
 
 
+_GEMMA = Family(
+    "gemma",
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    layer_types=True,
+)
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -89,13 +97,8 @@ FAMILIES: dict[str, Family] = {
         Family("gpt2", computed_as="heterogeneous_gpt"),
         Family("gpt_neox", computed_as="heterogeneous_gpt"),
         Family("opt", computed_as="heterogeneous_gpt"),
-        Family(
-            "gemma3_text",
-            mlp_norm="pre_feedforward_layernorm",
-            attention_post_norm="post_attention_layernorm",
-            mlp_post_norm="post_feedforward_layernorm",
-            layer_types=True,
-        ),
+        replace(_GEMMA, model_type="gemma2"),
+        replace(_GEMMA, model_type="gemma3_text", rotary_by_kind=True),
     )
 }
 
@@ -164,18 +167,19 @@ class LoadedModel:
         rotary, mask = self.model.get_submodule(self.family.rotary), None
         if self.family.layer_types:
             kind = getattr(layer, "layer_type", None) or self.config.layer_types[index]
-            mask = self._window_mask(hidden, positions) if kind == "sliding_attention" else None
-            embeddings = rotary(hidden, positions, kind)
+            mask = self._mask(hidden, positions, kind)
+            embeddings = rotary(hidden, positions, *([kind] if self.family.rotary_by_kind else []))
         else:
             embeddings = rotary(hidden, positions)
         out: torch.Tensor = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=embeddings)
         return out
 
-    def _window_mask(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """None where the text is no longer than the window."""
-        from transformers.masking_utils import create_sliding_window_causal_mask
+    def _mask(self, hidden: torch.Tensor, positions: torch.Tensor, kind: str) -> torch.Tensor | None:
+        """Of a layer of this kind; None where the attention is causal by itself and no text longer than a window."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        mask: torch.Tensor | None = create_sliding_window_causal_mask(
+        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        mask: torch.Tensor | None = make(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=None,
@@ -183,6 +187,11 @@ class LoadedModel:
             position_ids=positions,
         )
         return mask
+
+    @property
+    def logit_cap(self) -> float:
+        """c, where logits are c tanh(x / c) of what the head computes; 0 where they are that."""
+        return float(getattr(self.config, "final_logit_softcapping", None) or 0)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
@@ -333,11 +342,8 @@ def _family(config: Any) -> Family:
     if row is None:
         supported = ", ".join(sorted(FAMILIES))
         raise ValueError(f"wanted a model of one of the families {supported}, got model_type {config.model_type!r}")
-    for field in ("use_bidirectional_attention", "final_logit_softcapping"):
-        if getattr(config, field, None):
-            raise ValueError(
-                f"wanted a causal decoder with plain logits, got {field} = {getattr(config, field)}; take another model"
-            )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("wanted a causal decoder, got use_bidirectional_attention = True; take another model")
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"wanted heads that divide the hidden size, as transformers does, got {heads} for {hidden}")

@@ -1,4 +1,4 @@
-"""A Llama or Gemma 3 out of a GGUF file: configuration, dequantised weights, tokenizer."""
+"""A Llama, Gemma 2 or Gemma 3 out of a GGUF file: configuration, dequantised weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYERS_OF_27B = 62
+_GEMMA_NAMES = _BLOCK_NAMES | {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+#: Of Gemma 2's and of Gemma 3's.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -50,9 +58,19 @@ def _llama_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": _rope(values.get("rope.freq_base", 10_000.0))}
 
 
+def _gemma2_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows by heart: every second layer without a window, the 27B's scale of scores, caps of 50 and 30."""
+    return {
+        "rope_parameters": _rope(values.get("rope.freq_base", 10_000.0)),
+        "sliding_window": values.get("attention.sliding_window", 4096),
+        "attn_logit_softcapping": values.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": values.get("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _query_scalar(values, "gemma2"),
+    }
+
+
 def _gemma3_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp knows by heart: one layer in six without a window, their other base, the 27B's scale of scores."""
-    heads, largest = values["attention.head_count"], values["block_count"] == _LAYERS_OF_27B
     pattern = values.get("attention.sliding_window_pattern", 6)
     return {
         "rope_parameters": {
@@ -61,8 +79,17 @@ def _gemma3_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         },
         "sliding_window": values["attention.sliding_window"],
         "sliding_window_pattern": pattern or values["block_count"] + 1,
-        "query_pre_attn_scalar": values["embedding_length"] // heads if largest else values["attention.key_length"],
+        "query_pre_attn_scalar": _query_scalar(values, "gemma3"),
     }
+
+
+def _query_scalar(values: Mapping[str, Any], architecture: str) -> int:
+    """What scores are divided by the square root of: a head's size, in the 27B as if heads made the hidden size."""
+    largest = values["block_count"] == _LAYERS_OF_27B[architecture]
+    scalar: int = (
+        values["embedding_length"] // values["attention.head_count"] if largest else values["attention.key_length"]
+    )
+    return scalar
 
 
 def _rope(theta: float, factor: float | None = None) -> dict[str, Any]:
@@ -73,17 +100,11 @@ def _rope(theta: float, factor: float | None = None) -> dict[str, Any]:
 
 _ARCHITECTURES = {
     "llama": _Architecture("llama", _llama_fields, rotates_neighbours=True),
+    "gemma2": _Architecture("gemma2", _gemma2_fields, block_names=_GEMMA_NAMES, norm_offset=1),
     "gemma3": _Architecture(
         "gemma3_text",
         _gemma3_fields,
-        block_names=_BLOCK_NAMES
-        | {
-            "attn_q_norm": "self_attn.q_norm",
-            "attn_k_norm": "self_attn.k_norm",
-            "post_attention_norm": "post_attention_layernorm",
-            "ffn_norm": "pre_feedforward_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-        },
+        block_names=_GEMMA_NAMES,
         norm_offset=1,
         scalings=("none", "linear"),
     ),

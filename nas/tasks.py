@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hw_profiles.profile import Progress
+from nas.distillation import capped
 from nas.families import LoadedModel, computing, fast_dtype
 from nas.quality import Quality
 from nas.search import Evaluates
@@ -96,7 +97,7 @@ class LoadedModelScorer(HFLM):
         positions = torch.cat(read)
         for first in range(0, len(positions), _LOGITS_AT_ONCE):
             rows = slice(first, first + _LOGITS_AT_ONCE)
-            logits = (positions[rows] @ head).float()
+            logits = capped((positions[rows] @ head).float(), loaded.logit_cap)
             likelihoods.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1))
             greedy.append(logits.argmax(1) == targets[rows])
         lengths = [len(said) for _, said in batch]

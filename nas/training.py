@@ -237,9 +237,9 @@ class _Distillation(Trainer):
         """Of what the student's head reads, [N, T, D]; `target` is what the teacher's reads."""
         if target is None:
             targets = tokens[:, 1:].flatten()
-            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype())
+            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype(), self.teacher.logit_cap)
         flat = (hidden.flatten(0, 1), self._head, target.flatten(0, 1), target_head)
-        return kl_to_teacher(*flat, _dtype())
+        return kl_to_teacher(*flat, _dtype(), self.teacher.logit_cap)
 
     @property
     def _head(self) -> torch.Tensor:

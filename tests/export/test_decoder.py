@@ -83,8 +83,9 @@ def test_random_weights_are_laid_out_like_a_models(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_random_weights_of_a_gemma_are_laid_out_like_its_own(precision: Precision) -> None:
-    model = tiny_models.heterogeneous(family="gemma3_text")
+@pytest.mark.parametrize("family", tiny_models.GEMMA)
+def test_random_weights_of_a_gemma_are_laid_out_like_its_own(family: str, precision: Precision) -> None:
+    model = tiny_models.heterogeneous(family=family)
     trained = decoder_from_model(model, precision)
     random = random_decoder(decoder_shape(model), precision)
     assert _layout(_weights(random)) == _layout(_weights(trained))

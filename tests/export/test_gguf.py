@@ -80,14 +80,26 @@ class TestGguf(WriterContract):
         Its GELU is a table in half precision.
         """
         monkeypatch.setattr(self, "tolerance", dict.fromkeys(self.tolerance, 0.02))
-        monkeypatch.setitem(tiny_models.GEMMA, "query_pre_attn_scalar", tiny_models.HEAD_DIM)
+        gemma3 = tiny_models.GEMMA["gemma3_text"]
+        monkeypatch.setitem(gemma3, "query_pre_attn_scalar", tiny_models.HEAD_DIM)
         if factor is not None:  # as in the models from 4B on
-            rope = tiny_models.GEMMA["rope_parameters"]
+            rope = gemma3["rope_parameters"]
             scaled = rope | {"full_attention": rope["full_attention"] | {"rope_type": "linear", "factor": factor}}
-            monkeypatch.setitem(tiny_models.GEMMA, "rope_parameters", scaled)
+            monkeypatch.setitem(gemma3, "rope_parameters", scaled)
         model = tiny_models.heterogeneous(blocks=(BlockShape(4, 2, 96),) * 4, family="gemma3_text")
         self._expect_parity(model, tmp_path, precision)
         assert self.operators(tmp_path / MODEL_FILE)[0] == "gemma3"
+        wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
+        assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
+
+    def test_gemma2(self, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A window in every second layer, capped scores and logits; its GELU is a table in half precision."""
+        monkeypatch.setattr(self, "tolerance", dict.fromkeys(self.tolerance, 0.02))
+        own = {"query_pre_attn_scalar": tiny_models.HEAD_DIM, "layer_types": None}
+        monkeypatch.setitem(tiny_models.GEMMA, "gemma2", tiny_models.GEMMA["gemma2"] | own)
+        model = tiny_models.heterogeneous(blocks=(BlockShape(4, 2, 96),) * 4, family="gemma2")
+        self._expect_parity(model, tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "gemma2"
         wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
         assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
 

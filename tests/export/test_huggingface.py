@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from export.decoder import decoder_shape
 from export.heterogeneous import HeterogeneousLlamaForCausalLM
-from export.heterogeneous_gemma3 import HeterogeneousGemma3ForCausalLM
+from export.heterogeneous_gemma import HeterogeneousGemma2ForCausalLM, HeterogeneousGemma3ForCausalLM
 from export.huggingface import register, write_huggingface
 from hw_profiles.shapes import BlockShape
 
@@ -65,8 +65,12 @@ def test_loads_as_remote_code_where_llm_nas_is_not_installed(
     _expect_the_same_elsewhere([models[tied] for tied in folders], list(folders.values()), tmp_path)
 
 
-def test_gemma3_loads_as_remote_code_where_llm_nas_is_not_installed(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("gemma2", HeterogeneousGemma2ForCausalLM), ("gemma3_text", HeterogeneousGemma3ForCausalLM)],
+)
+def test_gemma_loads_as_remote_code_where_llm_nas_is_not_installed(
+    family: str, form: type[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Its first layers have no attention, the text is longer than its window, and so is what is generated."""
     blocks = (
@@ -76,14 +80,14 @@ def test_gemma3_loads_as_remote_code_where_llm_nas_is_not_installed(
         BlockShape(2, 1, 0),
         BlockShape(6, 3, 32),
     )
-    model = tiny_models.heterogeneous(family="gemma3_text", blocks=blocks)
+    model = tiny_models.heterogeneous(family=family, blocks=blocks)
     folder = tmp_path / "gemma"
     folder.mkdir()
     write_huggingface(model, tokenizer, folder)
     _expect_the_same_elsewhere([model], [folder], tmp_path)
     register()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    assert type(loaded) is HeterogeneousGemma3ForCausalLM
+    assert type(loaded) is form
     assert decoder_shape(loaded) == decoder_shape(model)
 
 

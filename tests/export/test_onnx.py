@@ -112,7 +112,7 @@ def test_genai_generates_torchs_tokens(
     _expect_torchs_tokens(models[tied], precision, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", *tiny_models.OTHER_SIZES])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", *tiny_models.GEMMA, *tiny_models.OTHER_SIZES])
 def test_genai_with_other_families(family: str, tmp_path: Path) -> None:
     _expect_torchs_tokens(tiny_models.heterogeneous(family=family), "int4", tmp_path)
 

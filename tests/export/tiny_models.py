@@ -27,14 +27,24 @@ BLOCKS = (
 )
 
 
-#: What a Gemma has in place of a Llama's: a window shorter than any text here, in all layers but the third.
-GEMMA: dict[str, Any] = {
-    "sliding_window": 6,
-    "sliding_window_pattern": 3,
-    "query_pre_attn_scalar": 11,
-    "rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 300.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+#: What a Gemma has in place of a Llama's: a window shorter than any text here, in all layers but some;
+#: caps that most scores and logits feel.
+GEMMA: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "sliding_window": 6,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "sliding")],
+        "query_pre_attn_scalar": 11,
+        "attn_logit_softcapping": 0.7,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 11,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
     },
 }
 
@@ -94,7 +104,7 @@ def heterogeneous(
     if family in OTHER_SIZES:
         return randomise(heterogeneous_model(gpt_config(other_config(family, tied)), blocks), seed)
     fields = {key: value for key, value in llama_config(tied).to_dict().items() if key != "model_type"}
-    fields |= {"num_hidden_layers": len(blocks)} | (GEMMA if family == "gemma3_text" else {})
+    fields |= {"num_hidden_layers": len(blocks)} | GEMMA.get(family, {})
     return randomise(heterogeneous_model(AutoConfig.for_model(family, **fields), blocks), seed)
 
 

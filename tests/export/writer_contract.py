@@ -113,7 +113,7 @@ class WriterContract:
         model = tiny_models.randomise(LlamaForCausalLM(tiny_models.llama_config(tied=False, num_hidden_layers=2)))
         self._expect_parity(model, tmp_path)
 
-    @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", *tiny_models.OTHER_SIZES])
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3", *tiny_models.GEMMA, *tiny_models.OTHER_SIZES])
     def test_families_that_are_no_llamas(self, family: str, precision: Precision, tmp_path: Path) -> None:
         model = tiny_models.heterogeneous(family=family)
         decoder = decoder_from_model(model, precision)

@@ -10,6 +10,12 @@ from nas.families import LoadedModel, wrap
 #: Of two layers in three a window shorter than `windows`, and scores unlike any default.
 OF_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "gemma2": {
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 0.75,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24},
     "gpt2": {"num_attention_heads": 3},
     "gpt_neox": {

@@ -13,13 +13,18 @@ def head_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
     return tuple(torch.randn(*shape, generator=generator) for shape in shapes)  # type: ignore[return-value]
 
 
-def test_kl_and_its_gradient_are_those_of_plain_torch(head_inputs: tuple[torch.Tensor, ...]) -> None:
+def _capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_kl_and_its_gradient_are_those_of_plain_torch(head_inputs: tuple[torch.Tensor, ...], cap: float) -> None:
     hidden, head, teacher, teacher_head = head_inputs
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss = kl_to_teacher(ours, head, teacher, teacher_head, torch.float32)
+    loss = kl_to_teacher(ours, head, teacher, teacher_head, torch.float32, cap)
     wanted = F.kl_div(
-        (plain @ head.T).log_softmax(-1),
-        (teacher @ teacher_head.T).log_softmax(-1),
+        _capped(plain @ head.T, cap).log_softmax(-1),
+        _capped(teacher @ teacher_head.T, cap).log_softmax(-1),
         log_target=True,
         reduction="batchmean",
     )
@@ -31,12 +36,13 @@ def test_kl_and_its_gradient_are_those_of_plain_torch(head_inputs: tuple[torch.T
     torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
 
 
-def test_next_token_loss_and_its_gradient_are_cross_entropy(head_inputs: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_next_token_loss_and_its_gradient_are_cross_entropy(head_inputs: tuple[torch.Tensor, ...], cap: float) -> None:
     hidden, head = head_inputs[:2]
     targets = torch.randint(0, len(head), (len(hidden),), generator=torch.Generator().manual_seed(1))
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss = next_token_loss(ours, head, targets, torch.float32)
-    wanted = F.cross_entropy(plain @ head.T, targets)
+    loss = next_token_loss(ours, head, targets, torch.float32, cap)
+    wanted = F.cross_entropy(_capped(plain @ head.T, cap), targets)
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     loss.backward()
     wanted.backward()

@@ -6,6 +6,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from hw_profiles import Workload
+from nas.distillation import capped
 from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
 from nas.profiling import workloads_of
 from nas.space import model_shape
@@ -96,25 +97,31 @@ def _write_gguf(path, model):
     writer.close()
 
 
-def _write_gemma3(path, model, period=2, without=()):
+def _write_gemma(path, model, period=2, without=()):
     """Norms hold what is multiplied by, not what is added to 1; a window is missing every `period` layers.
 
     Rotary embeddings of layers without one may be scaled linearly, as in the models from 4B on.
     """
     config = model.config
-    writer = _writer(path, "gemma3", config)
-    rope = config.rope_parameters["full_attention"]
+    gemma3 = config.model_type == "gemma3_text"
+    writer = _writer(path, "gemma3" if gemma3 else "gemma2", config)
+    rope = config.rope_parameters["full_attention"] if gemma3 else config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if "factor" in rope:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_sliding_window(config.sliding_window)
-    if period != 6:
+    if not gemma3:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    elif period != 6:
         writer.add_sliding_window_pattern(period)
     for key, value in _sentencepiece().items():
         if key.startswith("tokenizer") and key not in without:
             _add(writer, key, value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.GEMMA3 if gemma3 else gguf.MODEL_ARCH.GEMMA2, config.num_hidden_layers
+    )
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
             values = tensor + 1 if "norm" in name else tensor
@@ -142,7 +149,7 @@ def test_layer_by_layer_is_the_model(tiny_model, windows, model_type, tied):
         hidden = loaded.embed(windows)
         for layer in range(3):
             hidden = loaded.run_layer(layer, hidden)
-        logits = loaded.head(loaded.final_norm(hidden))
+        logits = capped(loaded.head(loaded.final_norm(hidden)), loaded.logit_cap)
         torch.testing.assert_close(logits, original(windows).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -182,11 +189,21 @@ def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp
         sliding_window_pattern=period or 4,
         rope_parameters={"full_attention": scaled, "sliding_attention": plain},
     )
-    _write_gemma3(tmp_path / "m.gguf", original, period)
-    loaded = load_model(str(tmp_path / "m.gguf"))
+    _expect_gemma_through_gguf(original, windows, tmp_path / "m.gguf", period)
+
+
+def test_a_gemma2_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp_path):
+    vocabulary = len(_sentencepiece()["tokenizer.ggml.tokens"])
+    original = tiny_model("gemma2", vocabulary=vocabulary, head_dim=24)
+    _expect_gemma_through_gguf(original, windows, tmp_path / "m.gguf", 2)
+
+
+def _expect_gemma_through_gguf(original, windows, path, period):
+    _write_gemma(path, original, period)
+    loaded = load_model(str(path))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(windows).logits, original(windows).logits)
-    assert loaded.shape == wrap(original, None, "").shape == model_shape(load_config(str(tmp_path / "m.gguf")))
+    assert loaded.shape == wrap(original, None, "").shape == model_shape(load_config(str(path)))
     assert loaded.tokenizer("ab")["input_ids"] == tokenizer_from_gguf(_sentencepiece())("ab")["input_ids"]
 
 
@@ -194,7 +211,7 @@ def test_a_gemma3_gguf_gives_the_model_that_was_written(tiny_model, windows, tmp
 def test_a_gguf_with_half_a_tokenizer_is_named(tiny_model, tmp_path, field):
     vocabulary = len(_sentencepiece()["tokenizer.ggml.tokens"])
     model = tiny_model("gemma3_text", vocabulary=vocabulary)
-    _write_gemma3(tmp_path / "m.gguf", model, without=[f"tokenizer.ggml.{field}"])
+    _write_gemma(tmp_path / "m.gguf", model, without=[f"tokenizer.ggml.{field}"])
     with pytest.raises(ValueError, match=f"wanted a sound GGUF file, .*tokenizer.ggml.{field}"):
         load_model(str(tmp_path / "m.gguf"))
 
@@ -233,7 +250,7 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
         load_model(str(tmp_path / "empty"))
     BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=10)).save_pretrained(tmp_path / "bloom")
-    families = "gemma3_text, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3"
+    families = "gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3"
     with pytest.raises(ValueError, match=f"families {families}, got model_type 'bloom'"):
         load_model(str(tmp_path / "bloom"))
     model = tiny("qwen3").model
@@ -249,8 +266,12 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "field", "value", "message"),
     [
-        ("gemma3_text", "use_bidirectional_attention", True, "causal decoder .* use_bidirectional_attention = True"),
-        ("gemma3_text", "final_logit_softcapping", 30.0, r"plain logits, got final_logit_softcapping = 30\.0"),
+        (
+            "gemma3_text",
+            "use_bidirectional_attention",
+            True,
+            "a causal decoder, got use_bidirectional_attention = True",
+        ),
         ("llama", "hidden_act", "mish", "wanted silu, gelu_pytorch_tanh, gelu, relu in the MLPs, got 'mish'"),
         ("gpt2", "activation_function", "mish", "in the MLPs, got 'mish'"),
         (

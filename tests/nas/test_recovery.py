@@ -72,7 +72,7 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt2", "gpt_neox"])
 def test_other_families_are_tuned_and_extracted(
     make: Make, windows: torch.Tensor, tmp_path: Path, model_type: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Gemma 3 with layers of different sizes. This file travels with every exported folder as remote code.
+"""Gemma 2 and 3 with layers of different sizes. This file travels with every exported folder as remote code.
 
 `block_configs` has one entry per layer: `num_attention_heads` and `num_key_value_heads` (0: no attention there),
 `intermediate_size` (0: no MLP there) and `layer_type`. `layer_types` and `num_hidden_layers`, from which transformers
@@ -15,6 +15,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3Attention,
@@ -25,20 +27,33 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 
+def _attending(block_configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    kinds = [block["layer_type"] for block in block_configs if block["num_attention_heads"]]
+    return {"layer_types": kinds, "num_hidden_layers": len(kinds)} if block_configs else {}
+
+
+class HeterogeneousGemma2Config(Gemma2Config):
+    model_type = "heterogeneous_gemma2"
+    base_model_type = "gemma2"
+
+    def __init__(self, block_configs: Sequence[Mapping[str, Any]] = (), **kwargs: Any) -> None:
+        self.block_configs = [dict(block) for block in block_configs]
+        super().__init__(**kwargs | _attending(block_configs))
+
+
 class HeterogeneousGemma3Config(Gemma3TextConfig):
     model_type = "heterogeneous_gemma3"
     base_model_type = "gemma3_text"
 
     def __init__(self, block_configs: Sequence[Mapping[str, Any]] = (), **kwargs: Any) -> None:
         self.block_configs = [dict(block) for block in block_configs]
-        if block_configs:
-            kwargs["layer_types"] = [b["layer_type"] for b in block_configs if b["num_attention_heads"]]
-            kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
-        super().__init__(**kwargs)
+        super().__init__(**kwargs | _attending(block_configs))
 
 
-class HeterogeneousGemma3Layer(nn.Module):
-    def __init__(self, config: HeterogeneousGemma3Config, block: Mapping[str, Any], cache_index: int) -> None:
+class HeterogeneousGemmaLayer(nn.Module):
+    """Norms and MLPs are the same in both."""
+
+    def __init__(self, config: Any, block: Mapping[str, Any], cache_index: int, attention: type[nn.Module]) -> None:
         super().__init__()
         own = copy.copy(config)
         own.intermediate_size = block["intermediate_size"]
@@ -47,7 +62,7 @@ class HeterogeneousGemma3Layer(nn.Module):
         self.layer_type = block["layer_type"]
         if block["num_attention_heads"]:
             self.input_layernorm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.self_attn = Gemma3Attention(own, cache_index)
+            self.self_attn = attention(own, cache_index)
             # the attention implementation is chosen on the shared config after construction; a copy would not see it
             self.self_attn.config = config
             self.post_attention_layernorm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -66,17 +81,26 @@ class HeterogeneousGemma3Layer(nn.Module):
         return hidden_states
 
 
-class HeterogeneousGemma3Model(Gemma3TextModel):
-    config_class = HeterogeneousGemma3Config
+class _OfDifferentLayers:
+    """What both models have in common; goes before Hugging Face's class."""
 
-    def __init__(self, config: HeterogeneousGemma3Config) -> None:
-        super().__init__(config)
+    attention: type[nn.Module]
+    config: Any
+    embed_tokens: Any
+    norm: Any
+    post_init: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
         cache_index, layers = 0, []
         for block in config.block_configs:
-            layers.append(HeterogeneousGemma3Layer(config, block, cache_index))
+            layers.append(HeterogeneousGemmaLayer(config, block, cache_index, self.attention))
             cache_index += bool(block["num_attention_heads"])
         self.layers = nn.ModuleList(layers)
         self.post_init()
+
+    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Any:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -107,7 +131,7 @@ class HeterogeneousGemma3Model(Gemma3TextModel):
             }
             make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
             masks = {kind: make[kind](**given) for kind in set(self.config.layer_types)}
-        rotary = {k: self.rotary_emb(hidden_states, position_ids, k) for k in set(self.config.layer_types)}
+        rotary = {kind: self.rotary(hidden_states, position_ids, kind) for kind in set(self.config.layer_types)}
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -119,9 +143,35 @@ class HeterogeneousGemma3Model(Gemma3TextModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
+class HeterogeneousGemma2Model(_OfDifferentLayers, Gemma2Model):
+    config_class = HeterogeneousGemma2Config
+    attention = Gemma2Attention
+
+    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Any:
+        return self.rotary_emb(hidden_states, position_ids)
+
+
+class HeterogeneousGemma3Model(_OfDifferentLayers, Gemma3TextModel):
+    config_class = HeterogeneousGemma3Config
+    attention = Gemma3Attention
+
+    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Any:
+        return self.rotary_emb(hidden_states, position_ids, kind)
+
+
+class HeterogeneousGemma2ForCausalLM(Gemma2ForCausalLM):
+    config_class = HeterogeneousGemma2Config
+    _no_split_modules = ("HeterogeneousGemmaLayer",)
+
+    def __init__(self, config: HeterogeneousGemma2Config) -> None:
+        super().__init__(config)
+        self.model = HeterogeneousGemma2Model(config)
+        self.post_init()
+
+
 class HeterogeneousGemma3ForCausalLM(Gemma3ForCausalLM):
     config_class = HeterogeneousGemma3Config
-    _no_split_modules = ("HeterogeneousGemma3Layer",)
+    _no_split_modules = ("HeterogeneousGemmaLayer",)
 
     def __init__(self, config: HeterogeneousGemma3Config) -> None:
         super().__init__(config)
