@@ -57,8 +57,8 @@ def write_gguf(decoder: Decoder, directory: Path, metadata: Mapping[str, Any] | 
 
     Without metadata the file has no tokens, which suffices for timing. Raises ValueError for what llama.cpp does not
     compute: normed heads (Qwen3), norms behind parts (Gemma) and layer norms (GPT-2, GPT-NeoX) where layers differ,
-    rotary scaling beside biases, scores scaled otherwise than by the head's size, caps in others than Gemma 2, windows
-    in no regular order, other activations than the architecture's, no layer at all.
+    rotary scaling beside biases, scores scaled otherwise than by the head's size, caps in others than Gemma 2, a head
+    of its own in that, windows in no regular order, other activations than the architecture's, no layer at all.
     """
     layers = _merged(decoder.layers)
     architecture = _architecture(decoder, layers)
@@ -158,6 +158,10 @@ def _architecture(decoder: Decoder, layers: tuple[Layer, ...]) -> str:
         raise ValueError(
             f"wanted caps on both scores and logits in Gemma 2 and none elsewhere, as llama.cpp has them, got "
             f"{shape.attn_logit_softcapping:g} and {shape.final_logit_softcapping:g} in {name}; export to onnx"
+        )
+    if name == "gemma2" and decoder.head is not decoder.embedding:
+        raise ValueError(
+            "wanted a head tied to the embedding in Gemma 2, as llama.cpp has it, got another; export to onnx"
         )
     if shape.hidden_act != (activation := _ACTIVATIONS.get(name, "silu")):
         raise ValueError(

@@ -21,6 +21,16 @@ from . import tiny_models
 from .writer_contract import FED, PROMPT, Sessions, WriterContract
 
 PLAIN = (BlockShape(4, 2, 96), BlockShape(4, 2, 96))
+GEMMA2 = replace(
+    tiny_models.shape(tied=True),
+    blocks=PLAIN,
+    post_norms=True,
+    scaled_embedding=True,
+    hidden_act="gelu_pytorch_tanh",
+    windows=(6, 0),
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
 
 
 class TestGguf(WriterContract):
@@ -175,7 +185,15 @@ def test_shipped_files_round_the_cache_and_activations_a_little(
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (replace(tiny_models.shape(tied=True), qk_norm=True), "since llama.cpp runs normed heads"),
+        (replace(tiny_models.shape(tied=True), qk_norm=True), "since llama.cpp runs Qwen3's and Gemma's norms"),
+        (
+            replace(GEMMA2, blocks=tiny_models.BLOCKS, windows=(6,) * 5),
+            "since llama.cpp runs Qwen3's and Gemma's norms",
+        ),
+        (replace(GEMMA2, attn_logit_softcapping=0.0), r"both scores and logits in Gemma 2 .* got 0 and 30 in gemma2"),
+        (replace(GEMMA2, post_norms=False), r"none elsewhere, .* got 50 and 30 in llama"),
+        (replace(GEMMA2, windows=(6, 6)), r"at regular distances, .* got \[6, 6\]"),
+        (replace(GEMMA2, tie_word_embeddings=False), "a head tied to the embedding in Gemma 2"),
         (replace(tiny_models.shape(tied=True), blocks=(BlockShape(0, 0, 0),)), "wanted a layer that keeps"),
         (
             replace(tiny_models.shape(tied=True), blocks=PLAIN * 2, windows=(6, 0, 0, 6)),
@@ -190,7 +208,18 @@ def test_shipped_files_round_the_cache_and_activations_a_little(
             "wanted silu in the MLPs, as llama.cpp's llama has it, got relu; export to openvino or onnx",
         ),
     ],
-    ids=["normed heads", "nothing kept", "irregular windows", "layer norms", "activation"],
+    ids=[
+        "normed heads",
+        "norms behind parts",
+        "half a cap",
+        "caps elsewhere",
+        "windows everywhere",
+        "another head",
+        "nothing kept",
+        "irregular windows",
+        "layer norms",
+        "activation",
+    ],
 )
 def test_what_llamacpp_does_not_compute_is_named(shape: ModelShape, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
