@@ -32,7 +32,7 @@ from nas.sequential import fit_in_sequence
 from nas.space import Subnet
 from nas.terminal import progress_bar
 from nas.text import TUNING_FILES, all_windows
-from nas.training import TrainingSettings
+from nas.training import Loss, TrainingSettings
 from nas.tuned import Tuned, TuneSettings
 
 #: Share of the blocks' parameters that the subnet of the bar keeps.
@@ -159,11 +159,13 @@ class Recovery:
     def methods(self) -> dict[str, Callable[[], Row]]:
         """A subnet of 80 %, and the full model with 70 % of its weights at zero, judged against Wanda alone."""
 
-        def training(learning_rate: float) -> TrainingSettings:
-            return TrainingSettings(**self.limits, learning_rate=learning_rate, seed=self.run.seed)
+        def training(learning_rate: float, loss: Loss = "kl") -> TrainingSettings:
+            return TrainingSettings(**self.limits, learning_rate=learning_rate, loss=loss, seed=self.run.seed)
 
         adapted = {
             "lora": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
+            # learns the text as well, not the full model alone: perplexity may fall while KL rises
+            "lora on text": TuneSettings("lora", (32,), 64.0, training=training(1e-3, "text")),
             "full": TuneSettings("full", training=training(1e-4)),
         }
         sparse = {
