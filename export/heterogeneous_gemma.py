@@ -89,6 +89,7 @@ class _OfDifferentLayers:
     embed_tokens: Any
     norm: Any
     post_init: Any
+    rotary_emb: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -100,7 +101,8 @@ class _OfDifferentLayers:
         self.post_init()
 
     def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Any:
-        raise NotImplementedError
+        """Of layers of this kind; Gemma 2 has one for both."""
+        return self.rotary_emb(hidden_states, position_ids)
 
     def forward(
         self,
@@ -146,9 +148,6 @@ class _OfDifferentLayers:
 class HeterogeneousGemma2Model(_OfDifferentLayers, Gemma2Model):
     config_class = HeterogeneousGemma2Config
     attention = Gemma2Attention
-
-    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Any:
-        return self.rotary_emb(hidden_states, position_ids)
 
 
 class HeterogeneousGemma3Model(_OfDifferentLayers, Gemma3TextModel):
