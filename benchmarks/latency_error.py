@@ -177,7 +177,7 @@ class Benchmark:
                 # since what judges was timed later than what was fitted on, and the machine moves in between
                 judges = plan(space.base, space.block_choices(), anchors=0, heldout=self.heldout, repeats=0, seed=1)
                 wanted = [graph for graph in judges if graph.role in ("reference", "heldout")]
-                first = first_graphs(space, counts=COUNTS, seed=0)
+                first = first_graphs(space, target.precision, counts=COUNTS, seed=0)
                 shapes = [graph.shape for graph in first if graph.role == "heldout"]
                 wanted += [PlannedGraph(shape, "repeat") for shape in shapes[: self.heldout // 3]]
                 with progress_bar(f"{label}, held out") as progress:

@@ -186,13 +186,16 @@ def decoder_from_model(
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
+        if quantized and name in quantized:
+            packed = quantized[name]
+            return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), packed.bits)
         if bits == 32:
             plain: Array = weights[name].contiguous().numpy()
             return plain
         if bits == 16:
             half: HalfMatrix = weights[name].bfloat16().contiguous().view(torch.uint16).numpy()
             return half
-        packed = quantized[name] if quantized and name in quantized else quantize(weights[name], bits)
+        packed = quantize(weights[name], bits)
         return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
 
     def vector(name: str) -> Array:
@@ -205,7 +208,7 @@ def decoder_from_model(
         shape,
         precision,
         vector=lambda name, size: vector(name),
-        matrix=lambda name, rows, columns: matrix(name, BLOCK_BITS[precision]),
+        matrix=lambda name, rows, columns, bits: matrix(name, bits),
         embedding=embedding,
         positions=vector("model.embed_positions.weight") if shape.learned_positions else None,
         head=embedding if config.tie_word_embeddings else matrix("lm_head.weight", HEAD_BITS[precision]),
@@ -263,7 +266,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         shape,
         precision,
         vector=lambda name, size: np.ones(size, np.float32),
-        matrix=lambda name, rows, columns: matrix(rows, columns, BLOCK_BITS[precision]),
+        matrix=lambda name, rows, columns, bits: matrix(rows, columns, bits),
         embedding=embedding,
         positions=fill(values, next(starts), positions + _FURTHER_POSITIONS, shape.hidden_size) if positions else None,
         head=embedding
@@ -283,7 +286,7 @@ def _assemble(
     precision: Precision,
     *,
     vector: Callable[[str, int], Array],
-    matrix: Callable[[str, int, int], Matrix],
+    matrix: Callable[[str, int, int, int], Matrix],
     embedding: Matrix,
     positions: Array | None,
     head: Matrix,
@@ -309,15 +312,16 @@ def _assemble(
         path, hidden = f"model.layers.{i}", shape.hidden_size
         queries, keys = block.num_attention_heads * shape.head_dim, block.num_key_value_heads * shape.head_dim
         width, attends = block.intermediate_size, f"{path}.self_attn"
+        attention_bits, mlp_bits = (own or BLOCK_BITS[precision] for own in (block.attention_bits, block.mlp_bits))
         biased = {"q": queries, "k": keys, "v": keys} if shape.attention_bias else {}
         of_mlp = {"gate": width, "up": width, "down": hidden} if shape.mlp_bias else {}
         attention = (
             AttentionWeights(
                 norm(f"{path}.input_layernorm"),
-                matrix(f"{attends}.q_proj.weight", queries, hidden),
-                matrix(f"{attends}.k_proj.weight", keys, hidden),
-                matrix(f"{attends}.v_proj.weight", keys, hidden),
-                matrix(f"{attends}.o_proj.weight", hidden, queries),
+                matrix(f"{attends}.q_proj.weight", queries, hidden, attention_bits),
+                matrix(f"{attends}.k_proj.weight", keys, hidden, attention_bits),
+                matrix(f"{attends}.v_proj.weight", keys, hidden, attention_bits),
+                matrix(f"{attends}.o_proj.weight", hidden, queries, attention_bits),
                 tuple(vector(f"{attends}.{name}_proj.bias", size) for name, size in biased.items()),
                 vector(f"{attends}.o_proj.bias", hidden) if shape.output_bias else None,
                 tuple(vector(f"{attends}.{name}_norm.weight", shape.head_dim) for name in "qk" if shape.qk_norm),
@@ -330,9 +334,9 @@ def _assemble(
         mlp = (
             MlpWeights(
                 norm(f"{path}.{mlp_norm}"),
-                matrix(f"{path}.mlp.gate_proj.weight", width, hidden) if shape.gated_mlp else None,
-                matrix(f"{path}.mlp.up_proj.weight", width, hidden),
-                matrix(f"{path}.mlp.down_proj.weight", hidden, width),
+                matrix(f"{path}.mlp.gate_proj.weight", width, hidden, mlp_bits) if shape.gated_mlp else None,
+                matrix(f"{path}.mlp.up_proj.weight", width, hidden, mlp_bits),
+                matrix(f"{path}.mlp.down_proj.weight", hidden, width, mlp_bits),
                 tuple(
                     vector(f"{path}.mlp.{name}_proj.bias", size)
                     for name, size in of_mlp.items()

@@ -7,7 +7,6 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -61,12 +60,12 @@ def register() -> None:
 def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> PreTrainedModel:
     """An fp32 model with these blocks and uninitialised weights, named as in the base model minus what is skipped."""
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _ORIGIN_KEYS}
-    block_configs = [asdict(block) for block in blocks]
+    block_configs = [block.sizes for block in blocks]
     config: PreTrainedConfig
     if base_config.model_type in _GEMMAS:
-        for block, kind in zip(block_configs, base_config.layer_types, strict=True):
-            block["layer_type"] = kind
-        config = _GEMMAS[base_config.model_type](block_configs, **fields)
+        kinds = ({"layer_type": kind} for kind in base_config.layer_types)
+        with_kinds = [block | kind for block, kind in zip(block_configs, kinds, strict=True)]
+        config = _GEMMAS[base_config.model_type](with_kinds, **fields)
     elif isinstance(base_config, HeterogeneousGptConfig):
         config = HeterogeneousGptConfig(**fields | {"block_configs": block_configs, "num_hidden_layers": len(blocks)})
     else:
@@ -80,7 +79,7 @@ def heterogeneous_model(base_config: PreTrainedConfig, blocks: Sequence[BlockSha
 
 def is_plain(config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> bool:
     """Whether the family's own architecture can say these blocks: alike, and others skipped whole."""
-    kept = set(blocks) - {BlockShape(0, 0, 0)}
+    kept = {BlockShape(**block.sizes) for block in blocks} - {BlockShape(0, 0, 0)}
     if len(kept) != 1 or isinstance(config, HeterogeneousGptConfig):  # whose form is chosen when it is written
         return False
     (block,) = kept
@@ -94,7 +93,7 @@ def plain_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> 
     kept = [index for index, block in enumerate(blocks) if block.num_attention_heads]
     config = copy.deepcopy(base_config)
     config.head_dim = ModelShape.from_config(base_config, ()).head_dim
-    for field, value in asdict(blocks[kept[0]]).items():
+    for field, value in blocks[kept[0]].sizes.items():
         setattr(config, field, value)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):

@@ -51,7 +51,7 @@ class Measured:
                 "version": _VERSION,
                 "device": asdict(self.device),
                 "reference_id": self.reference.id,
-                "shapes": [asdict(shape) for shape in shapes],
+                "shapes": [json.loads(shape.to_json()) for shape in shapes],
                 "measurements": [_row(found) for found in self.measurements],
                 "memory": [_memory_row(found) for found in self.memory],
             },

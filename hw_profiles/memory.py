@@ -100,11 +100,13 @@ def memory_plan(
 ) -> list[tuple[PlannedGraph, tuple[Workload, ...]]]:
     """About `graphs` of the planned ones, a quarter of them held out, from the smallest to the largest, and for what.
 
-    Memory is nearly linear in what a graph holds, so of each phase only the smallest and the largest workload count.
+    Memory is nearly linear in what a graph holds, so of each phase only the smallest and the largest workload count,
+    and graphs with bits of their own are left out.
     The full model is measured on all of these, held-out graphs on the largest, the others in turn on one of each phase.
     """
     if graphs < 1:
         return []
+    planned = [graph for graph in planned if not graph.shape.is_mixed]
     extremes = {phase: _smallest_and_largest(workloads, phase) for phase in PHASES}
     everything = tuple(work for works in extremes.values() for work in works)
     largest = tuple(works[-1] for works in extremes.values() if works)

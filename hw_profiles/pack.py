@@ -25,7 +25,7 @@ from hw_profiles.devices import Device, Target
 from hw_profiles.measured import MAX_MEASUREMENTS, MeasuredFile
 from hw_profiles.measurement import ROLES
 from hw_profiles.memory import can_measure_memory, memory_plan, profile_memory
-from hw_profiles.planning import PlannedGraph
+from hw_profiles.planning import PlannedGraph, is_of_precision
 from hw_profiles.profile import Build, Progress, profile
 from hw_profiles.runtimes import Runtime, engine_of
 from hw_profiles.shapes import PRECISIONS, ModelShape, Precision, Workload
@@ -71,9 +71,18 @@ class PackPlan:
         return {graph.shape.id: graph.shape for graph in self.graphs}
 
     @property
-    def files(self) -> list[tuple[str, Precision]]:
-        """The engine and precision of every set of files: targets that differ in the device alone share theirs."""
-        return list(dict.fromkeys((engine_of(runtime), precision) for runtime, precision in self.targets))
+    def files(self) -> dict[tuple[str, Precision, str], ModelShape]:
+        """By engine, precision and id, what has files: targets that differ in the device alone share theirs."""
+        kinds = dict.fromkeys((engine_of(runtime), precision) for runtime, precision in self.targets)
+        return {
+            (engine, precision, name): shape
+            for engine, precision in kinds
+            for name, shape in self.shapes.items()
+            if is_of_precision(shape, precision)
+        }
+
+    def graphs_at(self, precision: Precision) -> list[PlannedGraph]:
+        return [graph for graph in self.graphs if is_of_precision(graph.shape, precision)]
 
     def to_json(self) -> str:
         return json.dumps(
@@ -88,7 +97,7 @@ class PackPlan:
                 "workloads": [asdict(work) for work in self.workloads],
                 "targets": [{"runtime": runtime, "precision": precision} for runtime, precision in self.targets],
                 "graphs": [
-                    {"role": graph.role, "folder": graph.shape.id, "shape": asdict(graph.shape)}
+                    {"role": graph.role, "folder": graph.shape.id, "shape": json.loads(graph.shape.to_json())}
                     for graph in self.graphs
                 ],
             }
@@ -155,24 +164,22 @@ def write_pack(
     PackPlan.from_json(content, "the plan")  # what the device would refuse is refused here
     if path.is_dir():
         raise ValueError(f"wanted the name of a zip file to write, got the folder {path}; give a file in it")
-    shapes = plan.shapes
-    _check_room(path, sum(shape.weight_bytes(bits) for _, bits in plan.files for shape in shapes.values()))
+    files = plan.files
+    _check_room(path, sum(shape.weight_bytes(precision) for (_, precision, _), shape in files.items()))
     part = path.with_name(path.name + ".part")
-    total = len(plan.files) * len(shapes)
     try:
         with ZipFile(part, "w", ZIP_STORED) as archive:
             archive.writestr(PLAN_FILE, content)
-            jobs = ((kind, shape) for kind in plan.files for shape in shapes.values())
-            for done, ((engine, precision), shape) in enumerate(jobs):
-                progress(done, total, f"{engine}/{precision}: writing {shape.id}")
+            for done, ((engine, precision, name), shape) in enumerate(files.items()):
+                progress(done, len(files), f"{engine}/{precision}: writing {name}")
                 with tempfile.TemporaryDirectory(prefix="hw_profiles-") as directory:
                     builders[engine](shape, precision, Path(directory))
                     for file in sorted(Path(directory).iterdir()):
-                        archive.write(file, f"{engine}/{precision}/{shape.id}/{file.name}")
+                        archive.write(file, f"{engine}/{precision}/{name}/{file.name}")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    progress(total, total, "finished")
+    progress(len(files), len(files), "finished")
 
 
 def _check_room(path: Path, wanted_bytes: int) -> None:
@@ -257,16 +264,13 @@ class Pack:
 
     def _check_graphs(self) -> None:
         """Every graph of the plan has files of a size that fits its shape, and nothing else is there."""
-        wanted = {
-            (engine, precision, shape.id): shape for engine, precision in self.plan.files
-            for shape in self.plan.shapes.values()
-        }  # fmt: skip
+        wanted = self.plan.files
         for found in self._files:
             if found not in wanted:
                 raise ValueError(f"{self.path} must hold the plan's graphs alone, got {'/'.join(found)}; {_REMEDY}")
         for (engine, bits, shape_id), shape in wanted.items():
             size_bytes = sum(info.file_size for info in self._files.get((engine, bits, shape_id), []))
-            weight_bytes = shape.weight_bytes(next(p for p in PRECISIONS if p == bits))
+            weight_bytes = shape.weight_bytes(bits)
             if not 0 < size_bytes <= _FILES_PER_WEIGHT_BYTE * weight_bytes + _FILES_EXTRA_BYTES:
                 raise ValueError(
                     f"{self.path} must hold files for about {weight_bytes:,} bytes of weights in "
@@ -313,24 +317,25 @@ def run_pack(
     plan = pack.plan
     in_memory = memory_plan(plan.graphs, plan.workloads, memory_graphs if can_measure_memory() else 0)
     asked = [Target(device.id, runtime, precision, threads) for runtime, precision in targets]
-    total = len(asked) * (len(plan.graphs) + len(in_memory))
+    counts = [len(plan.graphs_at(target.precision)) for target in asked]
+    total = sum(counts) + len(asked) * len(in_memory)
 
     def from_there(before: int, key: str) -> Progress:
         return lambda done, _, what: progress(before + done, total, f"{key}: {what}")
 
     for number, target in enumerate(asked):
         profile(
-            results, device, target, plan.graphs, plan.workloads, pack.builder(target.runtime),
+            results, device, target, plan.graphs_at(target.precision), plan.workloads, pack.builder(target.runtime),
             engines[target.runtime],
             rounds=rounds, decode_steps=plan.decode_steps, seed=plan.seed, scratch=scratch,
-            progress=from_there(number * len(plan.graphs), target.key),
+            progress=from_there(sum(counts[:number]), target.key),
         )  # fmt: skip
-    timed = len(asked) * len(plan.graphs)
     for number, target in enumerate(asked if in_memory else ()):
         profile_memory(
             results, target, engines[target.runtime].version(), plan.graphs, plan.workloads,
             pack.builder(target.runtime),
-            graphs=memory_graphs, scratch=scratch, progress=from_there(timed + number * len(in_memory), target.key),
+            graphs=memory_graphs, scratch=scratch,
+            progress=from_there(sum(counts) + number * len(in_memory), target.key),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.references import reference_shapes
-from hw_profiles.shapes import PHASES, BlockShape, ModelShape, Workload
+from hw_profiles.shapes import PHASES, WIDE_BITS, BlockShape, ModelShape, Precision, Workload
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
 DENSITY_RANGE = (0.2, 0.95)
@@ -40,6 +40,7 @@ def plan(
     anchors: int = 12,
     heldout: int = 8,
     repeats: int = 2,
+    mixed: int = 0,
     with_table: bool = True,
     seed: int = 0,
 ) -> list[PlannedGraph]:
@@ -51,6 +52,8 @@ def plan(
     full model being kept: blocks timed alone run from the cache and underestimate decode by half. Anchors and held-out
     shapes are random, their densities spread over DENSITY_RANGE.
     A profile without table entries is cheaper, and leans on that of a similar target.
+    For int4 alone come `mixed` further anchors and as many held-out shapes, of whose parts some have 8 bits, and table
+    entries with those for all attention, or all MLPs.
     """
     if not block_choices:
         raise ValueError("block_choices must hold at least one block, got none")
@@ -64,6 +67,10 @@ def plan(
     fitted = random_shapes(full, block_choices, np.linspace(*DENSITY_RANGE, anchors), taken, rng)
     held = random_shapes(full, block_choices, spread_densities(heldout, rng), taken | {*fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
+    wide = [PlannedGraph(shape, "table") for shape in _wide_table_shapes(full)] if mixed else []
+    for role in ("anchor", "heldout"):
+        drawn = random_shapes(full, block_choices, spread_densities(mixed, rng), {*references, *table}, rng)
+        wide += [PlannedGraph(with_wide_parts(shape, rng), role) for shape in drawn]
     once = [
         *(PlannedGraph(shape, "table") for shape in table),
         *(PlannedGraph(shape, "anchor") for shape in fitted),
@@ -74,7 +81,29 @@ def plan(
         *(PlannedGraph(shape, "reference") for shape in references),
         *(graph for graph in shuffled if with_table or graph.role != "table"),
         *(PlannedGraph(held[index], "repeat") for index in again),
+        *(wide[index] for index in rng.permutation(len(wide)) if with_table or wide[index].role != "table"),
     ]
+
+
+def is_of_precision(shape: ModelShape, precision: Precision) -> bool:
+    """Whether it is a model of this precision: parts with bits of their own are an int4 model's alone."""
+    return precision == "int4" or not shape.is_mixed
+
+
+def with_wide_parts(shape: ModelShape, rng: np.random.Generator) -> ModelShape:
+    """With WIDE_BITS in some parts, at least one and, of several, not in all."""
+    parts = [
+        (layer, name)
+        for layer, block in enumerate(shape.blocks)
+        for name, size in (("attention_bits", block.num_attention_heads), ("mlp_bits", block.intermediate_size))
+        if size
+    ]
+    count = int(rng.integers(1, max(2, len(parts))))
+    blocks = list(shape.blocks)
+    for index in rng.permutation(len(parts))[:count]:
+        layer, name = parts[index]
+        blocks[layer] = replace(blocks[layer], **{name: WIDE_BITS})
+    return replace(shape, blocks=tuple(blocks))
 
 
 def workloads_of_graphs(planned: Sequence[PlannedGraph], workloads: Sequence[Workload]) -> list[tuple[Workload, ...]]:
@@ -152,6 +181,12 @@ def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list
         for change in changes
     ]
     return [shape for shape in shapes if shape != full]
+
+
+def _wide_table_shapes(full: ModelShape) -> list[ModelShape]:
+    """The full model with WIDE_BITS in all attention, and in all MLPs."""
+    changes = ({"attention_bits": WIDE_BITS}, {"mlp_bits": WIDE_BITS})
+    return [replace(full, blocks=tuple(replace(block, **change) for block in full.blocks)) for change in changes]
 
 
 def spread_densities(count: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 Phase = Literal["prefill", "decode"]
@@ -26,17 +27,24 @@ QUANTIZATION_BLOCK_SIZE = 32
 BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 #: Bits of the embedding and the head: never below 8, four bits there cost more quality than they save time.
 HEAD_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 8}
+#: Bits at which attention or MLP of some layers of an int4 model may be held.
+WIDE_BITS = 8
 #: Bytes of an activation, and of a cached key or value.
 VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 4, "int4": 4}
 
 
 @dataclass(frozen=True, order=True)
 class BlockShape:
-    """One decoder layer. Heads of 0 mean that attention is skipped, `intermediate_size` of 0 that the MLP is."""
+    """One decoder layer. Heads of 0 mean that attention is skipped, `intermediate_size` of 0 that the MLP is.
+
+    A part's bits are WIDE_BITS where an int4 model holds it at those, and 0 where it has the bits of the precision.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    attention_bits: int = 0
+    mlp_bits: int = 0
 
     def __post_init__(self) -> None:
         heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
@@ -44,6 +52,14 @@ class BlockShape:
             raise ValueError(f"a block's sizes must be 0 or more, got {self}")
         if (heads == 0) != (groups == 0) or (groups and heads % groups):
             raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads=} {groups=}")
+        for bits, size in ((self.attention_bits, heads), (self.mlp_bits, width)):
+            if bits not in (0, WIDE_BITS) or (bits and not size):
+                raise ValueError(f"bits of a part must be 0 or {WIDE_BITS}, and 0 of a skipped one, got {self}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By the names that Hugging Face configs have for them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_bits")}
 
 
 @dataclass(frozen=True)
@@ -122,14 +138,19 @@ class ModelShape:
         return tuple(block for block in self.blocks if block.num_attention_heads)
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether parts have bits of their own, as only parts of an int4 model do."""
+        return any(block.attention_bits or block.mlp_bits for block in self.blocks)
+
+    @property
     def id(self) -> str:
         """Twelve hex digits, equal for equal shapes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """Without what has its default, so that ids of earlier versions stay."""
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        return json.dumps({k: v for k, v in asdict(self).items() if k in given}, sort_keys=True, separators=(",", ":"))
+        said = _given(self) | {"blocks": [_given(block) for block in self.blocks]}
+        return json.dumps(said, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ModelShape:
@@ -140,9 +161,12 @@ class ModelShape:
 
     def block_parameters(self, block: BlockShape) -> int:
         """Weights of one block: projections, their biases, and the norms of the parts kept."""
-        attention = 2 * self.head_dim * (block.num_attention_heads + block.num_key_value_heads)
-        mlp = self.mlp_maps * block.intermediate_size
-        return self.hidden_size * (attention + mlp) + self.vector_parameters(block)
+        return sum(self.matrix_parameters(block)) + self.vector_parameters(block)
+
+    def matrix_parameters(self, block: BlockShape) -> tuple[int, int]:
+        """Weights in the matrices of one block's attention and of its MLP."""
+        heads = block.num_attention_heads + block.num_key_value_heads
+        return self.hidden_size * 2 * self.head_dim * heads, self.hidden_size * self.mlp_maps * block.intermediate_size
 
     def vector_parameters(self, block: BlockShape) -> int:
         """Norms and biases of one block, which stay fp32 at every precision."""
@@ -177,15 +201,21 @@ class ModelShape:
         return sum(map(self.block_parameters, self.blocks)) + self.end_vector_parameters + self.embedding_parameters
 
     def weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
-        """Bytes of all weights: matrices at the precision's bits, below 16 with a scale per 32, vectors as fp32.
+        """Bytes of all weights: matrices at the precision's bits or their own, below 16 with a scale per 32, vectors as
+        fp32.
 
         Of the exported weights within 1 KiB, given the format's `scale_bytes`; ONNX adds tables of the positions and
         starts each tensor at a page.
         """
         vectors = self.end_vector_parameters + sum(map(self.vector_parameters, self.blocks))
-        block_weights = self.parameters - self.embedding_parameters - vectors
+        of_bits: Counter[int] = Counter()
+        for block in self.blocks:
+            for bits, weights in zip(
+                (block.attention_bits, block.mlp_bits), self.matrix_parameters(block), strict=True
+            ):
+                of_bits[bits or BLOCK_BITS[precision]] += weights
         return round(
-            block_weights * bits_per_weight(BLOCK_BITS[precision], scale_bytes) / 8
+            sum(weights * bits_per_weight(bits, scale_bytes) / 8 for bits, weights in of_bits.items())
             + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
             + vectors * 4
         )
@@ -203,6 +233,11 @@ class ModelShape:
         weights = sum(map(self.block_parameters, self.blocks))
         per_sequence = 2 * fed * weights + 4 * heads * self.head_dim * seen + 2 * self.hidden_size * self.vocab_size
         return workload.batch_size * per_sequence
+
+
+def _given(made: BlockShape | ModelShape) -> dict[str, Any]:
+    """Its fields that have not their defaults."""
+    return {f.name: value for f in fields(made) if (value := getattr(made, f.name)) != f.default}
 
 
 def _windows(config: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar, get_args
 
 from hw_profiles.runtimes import RUNTIMES, is_runtime_name
-from hw_profiles.shapes import HIDDEN_ACTS, BlockShape, ModelShape, Phase, Workload
+from hw_profiles.shapes import HIDDEN_ACTS, WIDE_BITS, BlockShape, ModelShape, Phase, Workload
 
 #: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
 MAX_BLOCKS = 1024
@@ -188,9 +188,11 @@ def _block(fields: Fields) -> BlockShape:
     heads = fields.integer("num_attention_heads", 0, MAX_HEADS)
     groups = fields.integer("num_key_value_heads", 0, MAX_HEADS)
     width = fields.integer("intermediate_size", 0, MAX_BLOCK_SIZE)
-    fields.end()
+    bits = (fields.integer(name, 0, WIDE_BITS) if name in fields else 0 for name in ("attention_bits", "mlp_bits"))
     try:
-        return BlockShape(heads, groups, width)
+        block = BlockShape(heads, groups, width, *bits)
+        fields.end()
+        return block
     except ValueError as error:
         raise ValueError(f"{fields.where}: {error}; {fields.remedy}") from error
 

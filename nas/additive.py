@@ -2,7 +2,8 @@
 
 KL(subnet) is estimated as the cost of its bits plus, for each layer's attention and MLP, the KL that replacing this
 part alone costs (Puzzle, arXiv 2411.19146). Latency being near additive too, choosing a size for each part under a
-budget is a multiple-choice knapsack; its Lagrangian splits into one small minimum per part.
+budget is a multiple-choice knapsack; its Lagrangian splits into one small minimum per part. Where bits are mixed, a
+part's choices are its sizes at 4 bits and at 8, and each part has its share of what 4 bits cost in place of 8.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_profiles.shapes import WIDE_BITS
 from nas.pareto import pareto_front
-from nas.space import SKIPPED, LayerChoice, Part, SearchSpace, Subnet
+from nas.space import NARROW_BITS, PARTS, SKIPPED, LayerChoice, Part, SearchSpace, Subnet
 
 Floats = NDArray[np.float64]
 #: Milliseconds of each subnet.
 Latency = Callable[[Sequence[Subnet]], Floats]
+#: A size of a part, and the bits that it has of its own, or 0.
+Option = tuple[int, int]
 
 #: Widths, as shares of the full one, whose replacement is evaluated; the reformation error fills in those between.
 SCORED_WIDTHS = (0.0, 1 / 8, 1 / 2)
@@ -32,21 +36,55 @@ _LEAST_MS = 1e-6
 
 @dataclass(frozen=True)
 class AdditiveScores:
-    """`attention` [layers, group choices], `mlp` [layers, width choices] in nats; `bits` the KL of rounding alone."""
+    """`attention` [layers, group choices], `mlp` [layers, width choices] in nats; `bits` the KL of rounding alone.
+
+    `narrow` [layers, 2] is the KL of each layer's attention and MLP alone at 4 bits, with mixed bits.
+    """
 
     space: SearchSpace
     attention: Floats
     mlp: Floats
     bits: dict[int, float]
+    narrow: Floats | None = None
 
     def predict(self, subnets: Sequence[Subnet]) -> Floats:
         """Estimated KL of each subnet."""
-        genes = np.array([self.space.encode(subnet)[:-1].reshape(-1, 2) for subnet in subnets])
+        genes = np.array([self.space.encode(subnet)[:-1].reshape(self.space.depth, -1) for subnet in subnets])
         layers = np.arange(self.space.depth)
         parts = self.attention[layers, genes[..., 0]] + self.mlp[layers, genes[..., 1]]
-        rounding = np.array([self.bits[subnet.bits] for subnet in subnets])
+        rounding = np.array([self._rounding(subnet) for subnet in subnets])
         estimate: Floats = parts.sum(axis=1) + rounding
         return estimate
+
+    def _rounding(self, subnet: Subnet) -> float:
+        if self.narrow is None or subnet.bits != NARROW_BITS:
+            return self.bits[subnet.bits]
+        at_narrow = [[bool(layer.size(p)) and not layer.own_bits(p) for p in PARTS] for layer in subnet.layers]
+        return self.bits[WIDE_BITS] + float(self._narrowing()[np.array(at_narrow)].sum())
+
+    def _narrowing(self) -> Floats:
+        """What each part adds at 4 bits in place of 8 [layers, 2]: together what the whole model adds."""
+        assert self.narrow is not None
+        added = max(self.bits[NARROW_BITS] - self.bits[WIDE_BITS], 0.0)
+        return np.asarray(added * self.narrow / self.narrow.sum(), dtype=np.float64)
+
+    def of_options(self, part: Part, options: Sequence[Option], bits: int) -> Floats:
+        """Of a part of every layer at each of its options in subnets of `bits`, [layers, options]."""
+        choices, by_size = (
+            (self.space.group_choices, self.attention) if part == "attention" else (self.space.width_choices, self.mlp)
+        )
+        costs: Floats = by_size[:, [choices.index(size) for size, _ in options]]
+        if self.narrow is None or bits != NARROW_BITS:
+            return costs
+        at_narrow = np.array([size > 0 and not own for size, own in options])
+        return np.asarray(costs + self._narrowing()[:, [PARTS.index(part)]] * at_narrow, dtype=np.float64)
+
+
+def part_options(space: SearchSpace, part: Part, bits: int) -> list[Option]:
+    """Sizes in ascending order, and at 4 bits, where these are mixed, each with its own 8 bits as well."""
+    sizes = space.group_choices if part == "attention" else space.width_choices
+    mixed = space.mixed_bits and bits == NARROW_BITS
+    return [(size, own) for size in sizes for own in ((0, WIDE_BITS) if mixed and size else (0,))]
 
 
 def scored_choices(space: SearchSpace, part: Part) -> list[int]:
@@ -85,7 +123,8 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
     None whose estimated KL exceeds `worst_kl`.
     """
     space = scores.space
-    distinct = [subnet for subnet in _optima(scores, latency, bits) if subnet != space.full(bits)]
+    full = {space.full(bits) for bits in space.bits_choices}
+    distinct = [subnet for subnet in _optima(scores, latency, bits) if subnet not in full]
     if distinct:
         distinct = [s for s, kl in zip(distinct, scores.predict(distinct), strict=True) if kl <= worst_kl]
     if len(distinct) <= count:
@@ -101,18 +140,24 @@ def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]
     space = scores.space
     if space.homogeneous:
         return _plain_optima(scores, latency, bits)
-    attention_ms, mlp_ms = part_costs(space, latency, bits)
+    options = {part: part_options(space, part, bits) for part in PARTS}
+    kl = {part: scores.of_options(part, options[part], bits) for part in PARTS}
+    costs_ms = dict(zip(PARTS, part_costs(space, latency, bits), strict=True))
     solutions: dict[Subnet, None] = {}
     for multiplier in _MULTIPLIERS:
-        groups = (scores.attention + multiplier * attention_ms).argmin(axis=1)
-        widths = (scores.mlp + multiplier * mlp_ms).argmin(axis=1)
-        if not any(space.group_choices[g] for g in groups):
+        best = {part: (kl[part] + multiplier * costs_ms[part]).argmin(axis=1) for part in PARTS}
+        layers = [
+            _layer(options["attention"][a], options["mlp"][m])
+            for a, m in zip(best["attention"], best["mlp"], strict=True)
+        ]
+        if not any(layer.num_key_value_heads for layer in layers):
             break  # a decoder without any attention is no candidate
-        layers = (
-            LayerChoice(space.group_choices[g], space.width_choices[w]) for g, w in zip(groups, widths, strict=True)
-        )
-        solutions[Subnet(tuple(layers), bits)] = None
+        solutions[Subnet.of_parts(layers, bits)] = None
     return list(solutions)
+
+
+def _layer(attention: Option, mlp: Option) -> LayerChoice:
+    return LayerChoice(attention[0], mlp[0], attention[1], mlp[1])
 
 
 def _plain_optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
@@ -162,15 +207,16 @@ def _one_size_up(space: SearchSpace, subnet: Subnet) -> list[Subnet]:
 
 
 def part_costs(space: SearchSpace, latency: Latency, bits: int) -> tuple[Floats, Floats]:
-    """Milliseconds of one layer's attention [group choices] and MLP [width choices], relative to skipping it."""
-    full_groups, full_width = space.group_choices[-1], space.width_choices[-1]
+    """Milliseconds of one layer's attention and MLP at each of their `part_options`, relative to the first."""
+    full_groups, full_width = (space.group_choices[-1], 0), (space.width_choices[-1], 0)
 
-    def uniform(groups: int, width: int) -> Subnet:
+    def uniform(attention: Option, mlp: Option) -> Subnet:
         # half of the layers, so that the model stays within what was profiled
-        changed, kept = LayerChoice(groups, width), LayerChoice(full_groups, full_width)
+        changed, kept = _layer(attention, mlp), _layer(full_groups, full_width)
         return Subnet(tuple(changed if i % 2 else kept for i in range(space.depth)), bits)
 
     changed_layers = space.depth // 2
-    attention = latency([uniform(groups, full_width) for groups in space.group_choices]) / changed_layers
-    mlp = latency([uniform(full_groups, width) for width in space.width_choices]) / changed_layers
+    of_attention, of_mlp = (part_options(space, part, bits) for part in PARTS)
+    attention = latency([uniform(option, full_width) for option in of_attention]) / changed_layers
+    mlp = latency([uniform(full_groups, option) for option in of_mlp]) / changed_layers
     return attention - attention[0], mlp - mlp[0]

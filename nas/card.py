@@ -49,6 +49,7 @@ def write_card(directory: Path) -> None:
         arithmetic="bf16" if manifest.precision == "bf16" else "f32",
         library=_LIBRARIES[manifest.format],
         parameters=manifest.shape.parameters,
+        wide_parts=sum((block.attention_bits > 0) + (block.mlp_bits > 0) for block in blocks),
         size_bytes=model_bytes(manifest),
         layers=len(blocks),
         attentions=len(manifest.shape.attention_blocks),

@@ -191,6 +191,9 @@ def search(
     homogeneous: Annotated[
         bool, typer.Option(help="Layers of one size, others dropped whole: files of the plain architecture.")
     ] = False,
+    uniform_bits: Annotated[
+        bool, typer.Option(help="All parts of a subnet at 8 or at 4 bits, not each at its own.")
+    ] = False,
     text: Annotated[
         list[Path],
         typer.Option(help="Your own text in place of ours, .txt, .jsonl or hf:DATASET: calibrates and guides."),
@@ -240,7 +243,8 @@ def search(
     with Store(database) as store:
         device_id, threads = _device_and_threads(store, device, threads)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
-        space = SearchSpace.from_config(loaded.config, homogeneous=homogeneous)
+        mixed_bits = not (homogeneous or uniform_bits)
+        space = SearchSpace.from_config(loaded.config, homogeneous=homogeneous, mixed_bits=mixed_bits)
         latency = LatencyModel.fit(
             store,
             device_id,

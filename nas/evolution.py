@@ -29,11 +29,12 @@ def evolve(
     rng = np.random.default_rng(seed)
     genes = [space.encode(subnet) for subnet in start][:population]
     genes += [space.encode(space.sample(rng)) for _ in range(population - len(genes))]
+    sizes = space.gene_sizes
     algorithm = NSGA2(
         pop_size=population,
         sampling=np.array(genes),
         crossover=UniformCrossover(prob=0.9),
-        mutation=(ChangeShared if space.homogeneous else ShiftCapacity)(space.gene_sizes),
+        mutation=ChangeShared(sizes) if space.homogeneous else ShiftCapacity(sizes, space.genes_per_layer),
         eliminate_duplicates=True,
     )
     result = minimize(_Surrogate(space, objectives), algorithm, ("n_gen", generations), seed=seed)
@@ -76,21 +77,28 @@ def choose_batch(
 
 
 class ShiftCapacity(Mutation):  # type: ignore[misc]
-    """Moves one step of size from one layer to another, which keeps the cost, or changes one gene by a step."""
+    """Moves a step of size, or bits, from one layer to another, which keeps the cost, or changes one gene by a step."""
 
-    def __init__(self, gene_sizes: Genes, shift_probability: float = 0.7, bits_probability: float = 0.02) -> None:
+    def __init__(
+        self,
+        gene_sizes: Genes,
+        genes_per_layer: int = 2,
+        shift_probability: float = 0.7,
+        bits_probability: float = 0.02,
+    ) -> None:
         super().__init__(prob=1.0)
         self.gene_sizes = gene_sizes
+        self.genes_per_layer = genes_per_layer
         self.shift_probability = shift_probability
         self.bits_probability = bits_probability
 
     def _do(self, problem: Problem, X: Genes, *args: Any, random_state: np.random.Generator, **kwargs: Any) -> Genes:
         changed = X.astype(np.int64).copy()
-        layers = (X.shape[1] - 1) // 2
+        layers = (X.shape[1] - 1) // self.genes_per_layer
         for row in changed:
             for _ in range(1 + int(random_state.integers(3))):
-                part = int(random_state.integers(2))
-                first, second = 2 * random_state.permutation(layers)[:2] + part
+                kind = int(random_state.integers(self.genes_per_layer))
+                first, second = self.genes_per_layer * random_state.permutation(layers)[:2] + kind
                 step = 1 if random_state.random() < 0.5 else -1
                 self._move(row, first, step)
                 if random_state.random() < self.shift_probability:

@@ -10,7 +10,7 @@ import torch
 
 from export.quantize import QuantizedWeight, fake_quantize
 from nas.calibration import is_complete, load_layer, save_layer
-from nas.space import Part
+from nas.space import Part, Subnet
 
 #: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
 RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
@@ -38,9 +38,9 @@ def has_own(folder: Path, depth: int) -> bool:
     return is_complete(folder, depth, set())
 
 
-def load_own(folder: Path, depth: int, bits: int) -> OwnLayers:
-    """What `save_own` wrote; ValueError where a file is missing or damaged."""
-    return [_unpack(load_layer(folder, index, set()), bits) for index in range(depth)]
+def load_own(folder: Path, subnet: Subnet) -> OwnLayers:
+    """What `save_own` wrote of that subnet; ValueError where a file is missing or damaged."""
+    return [_unpack(load_layer(folder, index, set()), subnet, index) for index in range(len(subnet.layers))]
 
 
 def _pack(parts: dict[Part, OwnWeights]) -> dict[str, torch.Tensor]:
@@ -55,13 +55,15 @@ def _pack(parts: dict[Part, OwnWeights]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _unpack(tensors: dict[str, torch.Tensor], bits: int) -> dict[Part, OwnWeights]:
+def _unpack(tensors: dict[str, torch.Tensor], subnet: Subnet, layer: int) -> dict[Part, OwnWeights]:
     parts: dict[Part, OwnWeights] = {}
     for key, tensor in tensors.items():
-        part, name, *kind = key.split("|")
+        prefix, name, *kind = key.split("|")
         if kind:
             continue
-        own = parts.setdefault("attention" if part == "attention" else "mlp", OwnWeights({}, {}))
+        part: Part = "attention" if prefix == "attention" else "mlp"
+        bits = subnet.part_bits(layer, part)
+        own = parts.setdefault(part, OwnWeights({}, {}))
         own.exact[name] = tensor
         if f"{key}|integers" in tensors:
             integers, scales = tensors[f"{key}|integers"], tensors[f"{key}|scales"]

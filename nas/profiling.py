@@ -26,6 +26,7 @@ from nas.memory import MemoryProfile, memory_profile
 from nas.sampling import ANCHORS_AT_ONCE, Sampling
 from nas.space import SearchSpace
 
+_LEAST_MIXED = 2
 #: That are timed where none are asked for.
 PROMPT_TOKENS = (16, 128, 512)
 CONTEXT_TOKENS = (0, 128, 1024)
@@ -132,8 +133,8 @@ def profile_target(
     A few random anchors come first; `nas.sampling` says which others follow, and when they stop to help.
     A target that is `leaning` on another profile has its anchors at once, and no table.
     """
-    timed = first_graphs(space, counts=counts, seed=seed, leaning=leaning)
-    most = len(timed) + counts["anchors"] - sum(graph.role == "anchor" for graph in timed)
+    timed = first_graphs(space, target.precision, counts=counts, seed=seed, leaning=leaning)
+    most = len(timed) + counts["anchors"] - sum(g.role == "anchor" and not g.shape.is_mixed for g in timed)
 
     def time_planned(graphs: Sequence[PlannedGraph]) -> None:
         def of_all(done: int, total: int, what: str) -> None:
@@ -155,11 +156,19 @@ def profile_target(
 
 
 def first_graphs(
-    space: SearchSpace, *, counts: Mapping[str, int], seed: int, leaning: bool = False
+    space: SearchSpace, precision: Precision, *, counts: Mapping[str, int], seed: int, leaning: bool = False
 ) -> list[PlannedGraph]:
     """What a profile times before it chooses further anchors."""
     first = counts if leaning else {**counts, "anchors": min(counts["anchors"], ANCHORS_AT_ONCE)}
-    return plan(space.base, space.block_choices(), **first, with_table=not leaning, seed=seed)
+    return plan(
+        space.base, space.block_choices(), **first, mixed=_mixed_graphs(precision, counts), with_table=not leaning,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _mixed_graphs(precision: Precision, counts: Mapping[str, int]) -> int:
+    """Anchors with bits of their own, and as many held-out graphs: half of what has the bits of the precision."""
+    return max(_LEAST_MIXED, counts["heldout"] // 2) if precision == "int4" else 0
 
 
 def check_transfer(
@@ -248,9 +257,10 @@ def pack_targets(
 ) -> PackPlan:
     """Write what `profile_targets` would time into one zip file, for `python -m hw_profiles run` on another device."""
     space = SearchSpace.from_config(load_config(model))
+    mixed = max(_mixed_graphs(precision, counts) for precision in precisions)
     made = PackPlan(
         targets=tuple((runtime, precision) for runtime in runtimes for precision in precisions),
-        graphs=tuple(plan(space.base, space.block_choices(), **counts, with_table=with_table, seed=seed)),
+        graphs=tuple(plan(space.base, space.block_choices(), **counts, mixed=mixed, with_table=with_table, seed=seed)),
         workloads=tuple(workloads),
         rounds=rounds,
         decode_steps=DECODE_STEPS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hw_profiles import Store, Target, Workload, runtime
@@ -93,7 +92,7 @@ def find_subnet(study: Study, name: str, precision: Precision | None) -> Subnet:
         return study.space.full(BLOCK_BITS[precision or "fp32"])
     for trial in study.trials():
         if trial.subnet.id == name:
-            return trial.subnet if precision is None else replace(trial.subnet, bits=BLOCK_BITS[precision])
+            return trial.subnet if precision is None else trial.subnet.at_bits(BLOCK_BITS[precision])
     raise StudyError(f"study {study.name!r} has no subnet {name!r}; take an id from nas query or nas search, or `full`")
 
 
@@ -167,10 +166,12 @@ def report_data(
         model=study.model.rsplit("/", 1)[-1],
         device=device,
         runtime=runtime_name,
-        precision=chosen.subnet.precision if chosen else "int8 and int4",
+        precision=chosen.subnet.description if chosen else "int8 and int4",
         budget_tpot_ms=tpot_ms,
         trials=[
-            TrialPoint(t.subnet.id, t.subnet.bits, t.quality.kl, t.quality.perplexity, float(ms), t.role)
+            TrialPoint(
+                t.subnet.id, t.subnet.bits, t.quality.kl, t.quality.perplexity, float(ms), t.role, t.subnet.is_mixed
+            )
             for t, ms in zip(trials, predicted.value_ms, strict=True)
         ],
         chosen=chosen.subnet if chosen else None,

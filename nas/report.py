@@ -18,6 +18,7 @@ from nas.pareto import pareto_front
 from nas.report_plots import (
     DARK_COLOURS,
     LIGHT_COLOURS,
+    MIXED,
     curves_figure,
     error_figure,
     inline_svg,
@@ -40,6 +41,11 @@ class TrialPoint:
     perplexity: float
     tpot_ms: float
     role: str
+    is_mixed: bool = False
+
+    @property
+    def precision(self) -> str:
+        return MIXED if self.is_mixed else precision_name(self.bits)
 
 
 @dataclass(frozen=True)

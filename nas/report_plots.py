@@ -39,6 +39,7 @@ LIGHT_COLOURS = {
     "bf16": "#a8508a",
     "int8": "#0072b2",
     "int4": "#d55e00",
+    "mixed": "#e69f00",
 }
 DARK_COLOURS = {
     "paper": "#14171a",
@@ -49,9 +50,12 @@ DARK_COLOURS = {
     "bf16": "#d98cc0",
     "int8": "#56b4e9",
     "int4": "#f0883e",
+    "mixed": "#f5c242",
 }
 PAPER, INK, MUTED, GRID = (LIGHT_COLOURS[name] for name in ("paper", "ink", "muted", "grid"))
 
+#: What subnets are called of whose parts some have 8 bits and some 4.
+MIXED = "mixed"
 #: Marker and area by role; a precision has a colour, so hollow and filled tell seeds from searched subnets.
 ROLES: dict[str, tuple[str, float]] = {"search": ("o", 26), "seed": ("o", 26), "baseline": ("^", 38), "full": ("D", 44)}
 OTHER_ROLE = ("s", 26)
@@ -114,11 +118,11 @@ def pareto_figure(data: ReportData) -> Figure:
         front = pareto_front(np.column_stack([tpot_ms, kl]))
         axes.step(tpot_ms[front], kl[front], where="post", color=INK, linewidth=1.1, zorder=1.5, gid="front")
         for role in _distinct(trial.role for trial in data.trials):
-            for bits in _distinct(trial.bits for trial in data.trials):
-                some = [i for i, trial in enumerate(data.trials) if (trial.role, trial.bits) == (role, bits)]
+            for precision in _distinct(trial.precision for trial in data.trials):
+                some = [i for i, trial in enumerate(data.trials) if (trial.role, trial.precision) == (role, precision)]
                 if some:
                     marker, area = ROLES.get(role, OTHER_ROLE)
-                    colour = _colour(precision_name(bits))
+                    colour = _colour(precision)
                     axes.scatter(
                         tpot_ms[some],
                         kl[some],
@@ -128,7 +132,7 @@ def pareto_figure(data: ReportData) -> Figure:
                         edgecolor=colour if role in HOLLOW_ROLES else PAPER,
                         linewidth=1.1 if role in HOLLOW_ROLES else 0.6,
                         zorder=2.2 if role == "full" else 2,
-                        gid=f"trials-{role}-{bits}",
+                        gid=f"trials-{role}-{precision}",
                     )
         for x, y, trial in zip(tpot_ms, kl, data.trials, strict=True):
             if trial.subnet_id == data.chosen_id:
@@ -226,7 +230,7 @@ def precision_name(bits: int) -> str:
 
 
 def _colour(precision: str) -> str:
-    return LIGHT_COLOURS[precision] if precision in BLOCK_BITS else MUTED
+    return LIGHT_COLOURS[precision] if precision in (*BLOCK_BITS, MIXED) else MUTED
 
 
 def _mark_chosen(
@@ -234,7 +238,7 @@ def _mark_chosen(
 ) -> None:
     if predicted:
         axes.hlines(y, predicted[1], predicted[2], color=INK, linewidth=2, zorder=2.8, gid="interval")
-    colour = _colour(precision_name(trial.bits))
+    colour = _colour(trial.precision)
     axes.plot(x, y, marker="*", markersize=15, color=colour, markeredgecolor=INK, zorder=3, gid="chosen")
     text = f"chosen: {trial.subnet_id}\n{trial.tpot_ms:.3g} ms, KL {trial.kl:.2g}"
     below = (0.03, 0.6 * axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
@@ -246,15 +250,16 @@ def _mark_chosen(
 
 
 def _label_full(axes: Axes, x: float, y: float, trial: TrialPoint) -> None:
-    text = f"full, {precision_name(trial.bits)}" + (", KL 0" if trial.kl <= 0 else "")
+    text = f"full, {trial.precision}" + (", KL 0" if trial.kl <= 0 else "")
     side = "right" if axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.85 else "center"
     axes.annotate(text, (x, y), (0, -8), textcoords="offset points", ha=side, va="top", bbox=LABEL_BOX, zorder=4)
 
 
 def _pareto_legend(data: ReportData) -> list[Line2D]:
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=_colour(precision_name(bits)), label=precision_name(bits))
-        for bits in sorted(_distinct(trial.bits for trial in data.trials), reverse=True)
+        Line2D([], [], linestyle="", marker="o", color=_colour(precision), label=precision)
+        for precision in (*BLOCK_BITS, MIXED)
+        if precision in {trial.precision for trial in data.trials}
     ]
     for role in _distinct(trial.role for trial in data.trials):
         face = "none" if role in HOLLOW_ROLES else MUTED

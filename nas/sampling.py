@@ -53,7 +53,7 @@ class Sampling:
         error = self._held_out_error(timed)
         if error <= max(ENOUGH, self._noise(timed)):
             return False
-        anchors = [graph for graph in timed if graph.role == "anchor"]
+        anchors = [graph for graph in timed if graph.role == "anchor" and not graph.shape.is_mixed]
         if len(anchors) <= ANCHORS_AT_ONCE:
             return True
         without_last = [graph for graph in timed if graph not in anchors[-ANCHORS_AT_ONCE:]]

@@ -18,7 +18,7 @@ from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scor
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.published_searches import PUBLISHED
 from nas.quality import Quality
-from nas.space import PARTS, Part, SearchSpace, Subnet
+from nas.space import NARROW_BITS, PARTS, Part, SearchSpace, Subnet
 from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_TRIALS
@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 
 #: A candidate worse than this is of no use to anybody: it bounds the seeds and the hypervolume.
 _WORST_KL = 2.5
+#: A part that is rounded for less than nothing, by chance, is taken for next to nothing.
+_LEAST_KL = 1e-6
 #: A published search that proposes so many batches of known subnets has used up the space.
 _STALE_BATCHES = 10
 #: Random subnets drawn for one wanted where evolution finds nothing new.
@@ -125,18 +127,25 @@ def _run_published(space: SearchSpace, latency: Latency, run: _Run) -> None:
 
 
 def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress: Progress) -> AdditiveScores:
-    """KL of every layer's attention and MLP at every size, replaced alone in the unrounded full model."""
+    """KL of every layer's attention and MLP at every size, replaced alone in the unrounded full model.
+
+    With mixed bits also of each whole part at 4.
+    """
     stored = study.scores()
+    full = {"attention": space.group_choices[-1], "mlp": space.width_choices[-1]}
     wanted = [
-        (layer, part, choice)
+        (layer, part, choice, bits)
         for layer in range(space.depth)
         for part in PARTS
-        for choice in scored_choices(space, part)
+        for choice, bits in (
+            *((size, 32) for size in scored_choices(space, part)),
+            *([(full[part], NARROW_BITS)] if space.mixed_bits else []),
+        )
     ]
-    for done, (layer, part, choice) in enumerate(wanted):
-        name = _score_name(layer, part, choice)
+    for done, (layer, part, choice, bits) in enumerate(wanted):
+        name = _score_name(layer, part, choice, bits)
         if name not in stored:
-            stored[name] = evaluator.block_kl(layer, part, choice, 32)
+            stored[name] = evaluator.block_kl(layer, part, choice, bits)
             study.add_score(name, stored[name])
         progress(done + 1, len(wanted), f"scoring layer {layer} {part} at {choice}")
 
@@ -148,7 +157,11 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
             rows.append(fill_in(choices, scored, errors))
         return np.array(rows)
 
-    return AdditiveScores(space, table("attention", space.group_choices), table("mlp", space.width_choices), {})
+    narrow = None
+    if space.mixed_bits:
+        names = [[_score_name(layer, p, full[p], NARROW_BITS) for p in PARTS] for layer in range(space.depth)]
+        narrow = np.maximum([[stored[name] for name in row] for row in names], _LEAST_KL)
+    return AdditiveScores(space, table("attention", space.group_choices), table("mlp", space.width_choices), {}, narrow)
 
 
 def propose(
@@ -233,10 +246,13 @@ def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport
 
 
 def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:
-    """Choice indices, then sums: [n, 2 x layers + 1 + 4]."""
+    """Choice indices, then sums: [n, 2 x layers + 1 + 4]; with mixed bits also how many parts have more than 4."""
     genes = np.array([space.encode(subnet) for subnet in subnets], dtype=np.float64)
-    groups, widths = genes[:, :-1:2], genes[:, 1:-1:2]
+    groups, widths, *own = (genes[:, i : -1 : space.genes_per_layer] for i in range(space.genes_per_layer))
     sums = [groups.sum(1), widths.sum(1), (groups == 0).sum(1), (widths == 0).sum(1)]
+    if own:  # a subnet of more bits has them in all parts
+        more = np.array([subnet.bits > NARROW_BITS for subnet in subnets])
+        sums += [np.where(more, space.depth, wide.sum(1)) for wide in own]
     return np.column_stack([genes, *sums])
 
 
@@ -286,5 +302,5 @@ def _interleaved(seeds: Sequence[Subnet], bits_choices: Sequence[int]) -> list[S
     return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
 
 
-def _score_name(layer: int, part: Part, choice: int) -> str:
-    return f"{layer}.{part}.{choice}"
+def _score_name(layer: int, part: Part, choice: int, bits: int = 32) -> str:
+    return f"{layer}.{part}.{choice}" + (f" at {bits} bits" if bits < 32 else "")

@@ -73,7 +73,7 @@ def fit_in_sequence(
         text = f"{_VERSION} {supernet.prepared_from} {fitted_on} {subnet.to_json()} {damping} {mended}"
         folder = cache_dir / f"sequential-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if has_own(folder, supernet.space.depth):
-            supernet.adopt(subnet, load_own(folder, supernet.space.depth, subnet.bits))
+            supernet.adopt(subnet, load_own(folder, subnet))
             return
     streams = _Streams(supernet, subnet, windows)
     own: OwnLayers = []
@@ -220,7 +220,7 @@ class _Streams:
 
 
 def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping: float) -> OwnWeights:
-    supernet, bits = streams.supernet, streams.subnet.bits
+    supernet, bits = streams.supernet, streams.subnet.part_bits(layer, part)
     if whole.H is None:
         exact = supernet.part_weights(layer, part, supernet.full_size(part))
     else:

@@ -1,4 +1,4 @@
-"""The subnets a search may choose from: per layer the KV groups and the MLP width, and bits for the whole model."""
+"""The subnets a search may choose from: per layer the KV groups and the MLP width, and bits, of all or part by part."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, BlockShape, ModelShape, Precision
+from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, WIDE_BITS, BlockShape, ModelShape, Precision
 
 #: What of a layer a subnet chooses a size for.
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
+#: Bits of a subnet of which some parts may have WIDE_BITS.
+NARROW_BITS = BLOCK_BITS["int4"]
 _PRECISION_OF_BITS: dict[int, Precision] = {bits: precision for precision, bits in BLOCK_BITS.items()}
 #: Thin widths stand beside 0: skipping an MLP is often dear where keeping a sixteenth of it is cheap.
 WIDTH_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
@@ -27,13 +30,21 @@ GROUP_FRACTIONS = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 @dataclass(frozen=True, order=True)
 class LayerChoice:
-    """What one layer keeps; 0 skips the part. Query heads per KV group stay as they are."""
+    """What one layer keeps; 0 skips the part. Query heads per KV group stay as they are.
+
+    A part has WIDE_BITS of its own, or with 0 the subnet's bits.
+    """
 
     num_key_value_heads: int
     intermediate_size: int
+    attention_bits: int = 0
+    mlp_bits: int = 0
 
     def size(self, part: Part) -> int:
         return self.num_key_value_heads if part == "attention" else self.intermediate_size
+
+    def own_bits(self, part: Part) -> int:
+        return self.attention_bits if part == "attention" else self.mlp_bits
 
 
 #: A layer that is not there.
@@ -42,10 +53,21 @@ SKIPPED = LayerChoice(0, 0)
 
 @dataclass(frozen=True)
 class Subnet:
-    """One choice per layer and the bits of all blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too."""
+    """One choice per layer and the bits of the blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too.
+
+    At 4 bits parts may have 8 of their own.
+    """
 
     layers: tuple[LayerChoice, ...]
     bits: int
+
+    @classmethod
+    def of_parts(cls, layers: Sequence[LayerChoice], bits: int) -> Subnet:
+        """Where all parts kept have WIDE_BITS, simply the subnet with those."""
+        if any(layer.size(part) and not layer.own_bits(part) for layer in layers for part in PARTS):
+            return cls(tuple(layers), bits)
+        mixed = cls(tuple(layers), bits)
+        return mixed.at_bits(WIDE_BITS) if mixed.is_mixed else mixed
 
     @property
     def id(self) -> str:
@@ -56,14 +78,41 @@ class Subnet:
     def precision(self) -> Precision:
         return _PRECISION_OF_BITS[self.bits]
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether parts have bits of their own."""
+        return any(layer.attention_bits or layer.mlp_bits for layer in self.layers)
+
+    @property
+    def description(self) -> str:
+        """Its precision, and how many of its parts have bits of their own: `int4, 20 of 58 parts at 8 bits`."""
+        if not self.is_mixed:
+            return self.precision
+        parts = [layer.own_bits(part) for layer in self.layers for part in PARTS if layer.size(part)]
+        return f"{self.precision}, {sum(map(bool, parts))} of {len(parts)} parts at {WIDE_BITS} bits"
+
+    def at_bits(self, bits: int) -> Subnet:
+        """The same sizes at other bits; at its own it stays as it is."""
+        if bits == self.bits:
+            return self
+        return Subnet(tuple(replace(layer, attention_bits=0, mlp_bits=0) for layer in self.layers), bits)
+
+    def part_bits(self, layer: int, part: Part) -> int:
+        return self.layers[layer].own_bits(part) or self.bits
+
     def to_json(self) -> str:
-        layers = [[layer.num_key_value_heads, layer.intermediate_size] for layer in self.layers]
+        """A layer's own bits are said only where it has some, so that ids of earlier versions stay."""
+        layers = [
+            [layer.num_key_value_heads, layer.intermediate_size]
+            + ([layer.attention_bits, layer.mlp_bits] if layer.attention_bits or layer.mlp_bits else [])
+            for layer in self.layers
+        ]
         return json.dumps({"bits": self.bits, "layers": layers}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Subnet:
         fields = json.loads(text)
-        return cls(tuple(LayerChoice(groups, width) for groups, width in fields["layers"]), fields["bits"])
+        return cls(tuple(LayerChoice(*layer) for layer in fields["layers"]), fields["bits"])
 
 
 @dataclass(frozen=True)
@@ -76,6 +125,8 @@ class SearchSpace:
     bits_choices: tuple[int, ...] = (8, 4)
     #: All layers that a subnet keeps are of one size and the others are skipped whole: the plain architecture.
     homogeneous: bool = False
+    #: Each part of a subnet of 4 bits may have 8 instead.
+    mixed_bits: bool = False
 
     def __post_init__(self) -> None:
         block = self.base.blocks[0]
@@ -102,6 +153,11 @@ class SearchSpace:
             )
         if not self.bits_choices or not set(self.bits_choices) <= set(_PRECISION_OF_BITS):
             raise ValueError(f"wanted bits_choices out of {sorted(_PRECISION_OF_BITS)}, got {self.bits_choices}")
+        if self.mixed_bits and (self.homogeneous or not {NARROW_BITS, WIDE_BITS} <= set(self.bits_choices)):
+            raise ValueError(
+                f"wanted mixed_bits with {NARROW_BITS} and {WIDE_BITS} in bits_choices and layers that may differ, got "
+                f"{self.bits_choices}{' and alike layers' if self.homogeneous else ''}"
+            )
 
     @classmethod
     def from_config(
@@ -112,6 +168,7 @@ class SearchSpace:
         width_fractions: Sequence[float] = WIDTH_FRACTIONS,
         bits_choices: Sequence[int] = (8, 4),
         homogeneous: bool = False,
+        mixed_bits: bool = False,
     ) -> SearchSpace:
         """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded."""
         base = model_shape(config)
@@ -121,7 +178,7 @@ class SearchSpace:
         groups.add(block.num_key_value_heads)
         unit = QUANTIZATION_BLOCK_SIZE
         widths = {round(block.intermediate_size * fraction / unit) * unit for fraction in width_fractions}
-        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices), homogeneous)
+        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices), homogeneous, mixed_bits)
 
     def full(self, bits: int = 32) -> Subnet:
         return Subnet((LayerChoice(self.group_choices[-1], self.width_choices[-1]),) * self.depth, bits)
@@ -147,8 +204,13 @@ class SearchSpace:
         if self.homogeneous:
             shared = (len(self.group_choices) - 1) * (len(self.width_choices) - 1)
             return int(shared * (2**self.depth - 1) + 1) * len(self.bits_choices)
-        per_layer: int = len(self.group_choices) * len(self.width_choices)
-        return int(per_layer**self.depth) * len(self.bits_choices)
+        choices = len(self.group_choices), len(self.width_choices)
+        of_one_bits: int = math.prod(choices) ** self.depth
+        if not self.mixed_bits:
+            return of_one_bits * len(self.bits_choices)
+        kept = (sum(map(bool, sizes)) for sizes in (self.group_choices, self.width_choices))
+        both: int = math.prod(all_ + wide for all_, wide in zip(choices, kept, strict=True)) ** self.depth
+        return both + of_one_bits * (len(self.bits_choices) - 2)
 
     def sample(
         self, rng: np.random.Generator, density: tuple[float, float] = (0.2, 1.0), spread: float = 0.25
@@ -156,7 +218,8 @@ class SearchSpace:
         """A random subnet around a density d drawn from `density`: keeping f has the weight exp(-|f - d| / spread).
 
         Independent uniform choices would put nearly all subnets close to the same size. Where layers are alike, the
-        density is the product of how many are kept and of how much each keeps.
+        density is the product of how many are kept and of how much each keeps. With mixed bits a subnet of 4 bits has 8
+        in any share of its parts.
         """
         target = rng.uniform(*density)
 
@@ -174,7 +237,10 @@ class SearchSpace:
             sizes = zip(draw(self.group_choices, self.depth), draw(self.width_choices, self.depth), strict=True)
             layers = [LayerChoice(groups, width) for groups, width in sizes]
         bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
-        return Subnet(tuple(layers), bits)
+        if self.mixed_bits and bits == NARROW_BITS:
+            wide = rng.random((self.depth, 2)) < rng.random()
+            layers = [_widened(layer, *row) for layer, row in zip(layers, wide.tolist(), strict=True)]
+        return Subnet.of_parts(layers, bits)
 
     def validate(self, subnet: Subnet) -> None:
         """ValueError where depth or a size is not one of the choices, or bits below 16 are not searched."""
@@ -189,6 +255,8 @@ class SearchSpace:
                     f"wanted num_key_value_heads out of {self.group_choices} and intermediate_size out of "
                     f"{self.width_choices}, got {layer} in layer {index}"
                 )
+        if subnet.is_mixed and not (self.mixed_bits and subnet.bits == NARROW_BITS):
+            raise ValueError(f"wanted parts with bits of their own in a space of mixed bits, got some at {subnet.bits}")
         sizes = set(subnet.layers) - {SKIPPED}
         if self.homogeneous and (
             len(sizes) > 1 or any(0 in (s.num_key_value_heads, s.intermediate_size) for s in sizes)
@@ -205,7 +273,10 @@ class SearchSpace:
         return True
 
     def encode(self, subnet: Subnet) -> npt.NDArray[np.int64]:
-        """Indices of choices, int64 [2 * depth + 1]: each layer's groups and width in turn, then the bits."""
+        """Indices of choices, int64 [genes_per_layer * depth + 1]: layer by layer groups and width, then the bits.
+
+        With mixed bits a layer has two more: whether its attention and its MLP have WIDE_BITS of their own.
+        """
         self.validate(subnet)
         if subnet.bits not in self.bits_choices:
             raise ValueError(f"wanted bits out of {self.bits_choices} to encode a subnet, got {subnet.bits}")
@@ -215,56 +286,72 @@ class SearchSpace:
             for index in (
                 self.group_choices.index(layer.num_key_value_heads),
                 self.width_choices.index(layer.intermediate_size),
+                *((layer.attention_bits > 0, layer.mlp_bits > 0) if self.mixed_bits else ()),
             )
         ]
         return np.array([*genes, self.bits_choices.index(subnet.bits)], dtype=np.int64)
 
     def decode(self, genes: npt.NDArray[np.integer[Any]]) -> Subnet:
-        """The subnet of the indices [2 * depth + 1] that `encode` gives; ValueError where one is out of range.
+        """The subnet of indices such as `encode` gives; ValueError where one is out of range.
 
-        In a homogeneous space layers that keep both parts share their mean size, and the others are skipped.
+        In a homogeneous space layers that keep both parts share their mean size, and the others are skipped. Parts have
+        bits of their own in a subnet of 4 bits alone.
         """
-        if genes.shape != (2 * self.depth + 1,) or (genes < 0).any() or (genes >= self.gene_sizes).any():
-            raise ValueError(f"wanted {2 * self.depth + 1} indices of 0 or more below {self.gene_sizes}, got {genes}")
-        chosen = genes[:-1].reshape(-1, 2)
+        sizes = self.gene_sizes
+        if genes.shape != sizes.shape or (genes < 0).any() or (genes >= sizes).any():
+            raise ValueError(f"wanted {len(sizes)} indices of 0 or more below {sizes}, got {genes}")
+        chosen = genes[:-1].reshape(-1, self.genes_per_layer)
         if self.homogeneous:
             kept = (chosen > 0).all(axis=1)
             shared = np.rint(chosen[kept].mean(axis=0)) if kept.any() else np.zeros(2)
             chosen = np.outer(kept, shared).astype(np.int64)
-        layers = tuple(LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w in chosen.tolist())
-        return Subnet(layers, self.bits_choices[int(genes[-1])])
+        bits = self.bits_choices[int(genes[-1])]
+        layers = [LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w, *_ in chosen.tolist()]
+        if self.mixed_bits and bits == NARROW_BITS:
+            layers = [_widened(layer, *row) for layer, row in zip(layers, chosen[:, 2:].tolist(), strict=True)]
+        return Subnet.of_parts(layers, bits)
+
+    @property
+    def genes_per_layer(self) -> int:
+        return 4 if self.mixed_bits else 2
 
     @property
     def gene_sizes(self) -> npt.NDArray[np.int64]:
-        """How many choices each index of `encode` has, int64 [2 * depth + 1]."""
-        per_layer = [len(self.group_choices), len(self.width_choices)]
+        """How many choices each index of `encode` has, int64 [genes_per_layer * depth + 1]."""
+        per_layer = [len(self.group_choices), len(self.width_choices), 2, 2][: self.genes_per_layer]
         return np.array(per_layer * self.depth + [len(self.bits_choices)], dtype=np.int64)
 
     def block(self, layer: LayerChoice) -> BlockShape:
         full = self.base.blocks[0]
         per_group = full.num_attention_heads // full.num_key_value_heads
         groups = layer.num_key_value_heads
-        return BlockShape(groups * per_group, groups, layer.intermediate_size)
+        return BlockShape(groups * per_group, groups, layer.intermediate_size, layer.attention_bits, layer.mlp_bits)
 
     @cached_property
     def _blocks(self) -> dict[LayerChoice, BlockShape]:
         """A search asks for the shapes of thousands of subnets."""
-        layers = [LayerChoice(groups, width) for groups in self.group_choices for width in self.width_choices]
-        return {layer: self.block(layer) for layer in layers}
+        layers = {
+            _widened(LayerChoice(groups, width), *wide)
+            for groups in self.group_choices
+            for width in self.width_choices
+            for wide in product((False, True) if self.mixed_bits else (False,), repeat=2)
+        }
+        return {layer: self.block(layer) for layer in sorted(layers)}
 
     def block_choices(self) -> list[BlockShape]:
-        """Every distinct layer of the space, smallest first: what a device profile has to cover."""
-        return list(self._blocks.values())
+        """Every distinct layer of the space at one of its bits, smallest first: what a device profile has to cover."""
+        return [block for layer, block in self._blocks.items() if not (layer.attention_bits or layer.mlp_bits)]
 
     def model_shape(self, subnet: Subnet) -> ModelShape:
         self.validate(subnet)
         return replace(self.base, blocks=tuple(self._blocks[layer] for layer in subnet.layers))
 
     def to_json(self) -> str:
-        """As earlier versions wrote it, unless it is homogeneous: studies are found by it."""
+        """As earlier versions wrote it, unless it is of a later kind: studies are found by it."""
         fields = asdict(self) | {"base": json.loads(self.base.to_json())}
-        if not self.homogeneous:
-            del fields["homogeneous"]
+        for later in ("homogeneous", "mixed_bits"):
+            if not fields[later]:
+                del fields[later]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -272,7 +359,16 @@ class SearchSpace:
         fields = json.loads(text)
         base = ModelShape.from_json(json.dumps(fields["base"]))
         groups, widths, bits = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
-        return cls(base, groups, widths, bits, fields.get("homogeneous", False))
+        return cls(base, groups, widths, bits, fields.get("homogeneous", False), fields.get("mixed_bits", False))
+
+
+def _widened(layer: LayerChoice, attention: bool, mlp: bool) -> LayerChoice:
+    """With WIDE_BITS in those of its parts that it has."""
+    return replace(
+        layer,
+        attention_bits=WIDE_BITS if attention and layer.num_key_value_heads else 0,
+        mlp_bits=WIDE_BITS if mlp and layer.intermediate_size else 0,
+    )
 
 
 def _groups_at_once(base: ModelShape) -> int:

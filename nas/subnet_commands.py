@@ -245,7 +245,7 @@ def export(
     for name, folder in folders.items():
         export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality, tuning)
     result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}
-    emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.precision}" for folder in folders.values()))
+    emit(result, as_json, *(f"{folder}: {chosen.id} at {chosen.description}" for folder in folders.values()))
 
 
 def verify(

@@ -166,7 +166,7 @@ class Supernet:
         for index, layer in enumerate(subnet.layers):
             for part in PARTS:
                 if (own := self._own_weights(subnet, index, part)) is None:
-                    self.activate_part(index, part, layer.size(part), subnet.bits)
+                    self.activate_part(index, part, layer.size(part), subnet.part_bits(index, part))
                 else:
                     self.install(index, part, own)
         self.activate_ends(HEAD_BITS[subnet.precision])
@@ -372,7 +372,8 @@ class Supernet:
         for index, path in self.extracted_layers(subnet).items():
             for part in PARTS:
                 own = self._own_weights(subnet, index, part)
-                shared = self._quantized.get((index, part, subnet.layers[index].size(part), subnet.bits), {})
+                key = (index, part, subnet.layers[index].size(part), subnet.part_bits(index, part))
+                shared = self._quantized.get(key, {})
                 for name, tensor in (shared if own is None else own.rounded).items():
                     if isinstance(tensor, QuantizedWeight):
                         quantized[f"{path}.{name}"] = tensor
@@ -456,8 +457,8 @@ def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = layer.get_submodule(path)
     linear = getattr(module, "base_layer", module)  # under an adapter
-    device = getattr(linear, attribute).device
-    setattr(linear, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
+    weight = linear.get_parameter("weight")  # there is one also where a bias is new
+    setattr(linear, attribute, nn.Parameter(tensor.to(weight.device), requires_grad=False))
     if isinstance(linear, nn.Linear) and attribute == "weight":
         linear.out_features, linear.in_features = tensor.shape
 

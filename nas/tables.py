@@ -133,6 +133,7 @@ def trial_fields(trial: Trial, latency: Mapping[str, float]) -> Fields:
     """One of a search; `latency` by the name of the objective."""
     return {
         "id": trial.subnet.id,
+        "precision": trial.subnet.description,
         "bits": trial.subnet.bits,
         "role": trial.role,
         **_quality_fields(trial.quality),
@@ -170,6 +171,7 @@ def answer_fields(answer: Answer) -> Fields:
     memory = answer.memory
     return {
         "subnet": answer.subnet.id,
+        "precision": answer.subnet.description,
         "bits": answer.subnet.bits,
         **_quality_fields(answer.quality),
         "parameters": answer.parameters,
@@ -196,7 +198,7 @@ def _joules_per_token(step_joules: Mapping[Workload, float]) -> dict[str, float]
 
 
 def answer(found: Answer) -> Table:
-    table = Table("", "value", title=f"Subnet {found.subnet.id}, {found.subnet.precision}")
+    table = Table("", "value", title=f"Subnet {found.subnet.id}, {found.subnet.description}")
     table.add_row("KL to the full model", f"{found.quality.kl:.4f}")
     table.add_row("perplexity (search text)", f"{found.quality.perplexity:.2f}")
     table.add_row("parameters", f"{found.parameters / 1e6:.1f} M ({found.parameters_ratio:.0%})")

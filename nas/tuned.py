@@ -158,7 +158,7 @@ def adopt_tuned(supernet: Supernet, folder: Path) -> Tuned:
     depth = supernet.space.depth
     if not has_own(folder, depth):
         raise ValueError(f"wanted the weights of {depth} layers in {folder}, got fewer or damaged ones; tune again")
-    own = load_own(folder, depth, tuned.subnet.bits)
+    own = load_own(folder, tuned.subnet)
     for index, parts in enumerate(own):
         wanted = {name: tensor.shape for name, tensor in part_weights(supernet, tuned.subnet, index).items()}
         found = {name: tensor.shape for part in parts.values() for name, tensor in part.exact.items()}

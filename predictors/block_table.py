@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import BlockShape, ModelShape
+from hw_profiles.shapes import WIDE_BITS, BlockShape, ModelShape
 from predictors.metrics import FloatArray
 
 Heads = tuple[int, int]
+#: Of one part of a layer, and what it is: ("attention", heads), ("mlp", width), or its kind at WIDE_BITS.
+_Choice = tuple[str, Heads | int]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class AdditiveTable:
     attention_ms: dict[Heads, float]
     #: intermediate_size -> ms.
     mlp_ms: dict[int, float]
+    #: What attention and MLP of an int4 model take more, or less, at WIDE_BITS, a smaller one its share of it.
+    wide_ms: dict[str, float]
 
     @classmethod
     def fit(
@@ -43,18 +47,19 @@ class AdditiveTable:
         if times.shape != (len(graphs),) or not np.isfinite(times).all() or not np.isfinite(full_latency_ms):
             raise ValueError(f"wanted one finite latency a graph, got {len(graphs)} graphs and shape {times.shape}")
         reference = full.blocks[0]
-        seen: dict[tuple[str, Heads | int], list[tuple[int, float]]] = defaultdict(list)
+        seen: dict[_Choice, list[tuple[int, float]]] = defaultdict(list)
         for graph, time_ms in zip(graphs, times.tolist(), strict=True):
             choice, changed_layers = _changed_part(full, graph)
             seen[choice].append((changed_layers, time_ms - full_latency_ms))
         costs = {choice: sum(m * d for m, d in pairs) / sum(m * m for m, _ in pairs) for choice, pairs in seen.items()}
         attention = {key: cost for (_, key), cost in costs.items() if isinstance(key, tuple)}
-        mlp = {key: cost for (_, key), cost in costs.items() if isinstance(key, int)}
+        mlp = {key: cost for (part, key), cost in costs.items() if part == "mlp" and isinstance(key, int)}
         return cls(
             full,
             full_latency_ms,
             {**attention, _heads(reference): 0.0},
             dict(sorted({**mlp, reference.intermediate_size: 0.0}.items())),
+            {part: cost for (part, _), cost in costs.items() if part.endswith("_bits")},
         )
 
     def predict(self, shapes: Sequence[ModelShape]) -> FloatArray:
@@ -72,28 +77,41 @@ class AdditiveTable:
                 f"tabulated are {sorted(self.attention_ms)}"
             )
         width = block.intermediate_size
+        at_same_bits_ms = self.attention_ms[_heads(block)] + self._wider_ms(block)
         if width in self.mlp_ms:
-            return self.attention_ms[_heads(block)] + self.mlp_ms[width]
+            return at_same_bits_ms + self.mlp_ms[width]
         kept = [tabulated for tabulated in self.mlp_ms if tabulated]
         if not kept or not kept[0] < width < kept[-1]:
             raise ValueError(
                 f"no cost for an intermediate_size of {width}: measure a graph with it, tabulated are {kept}"
             )
         mlp_ms = float(np.interp(width, kept, [self.mlp_ms[tabulated] for tabulated in kept]))
-        return self.attention_ms[_heads(block)] + mlp_ms
+        return at_same_bits_ms + mlp_ms
+
+    def _wider_ms(self, block: BlockShape) -> float:
+        full = self.full.blocks[0]
+        shares = {
+            "attention_bits": block.num_attention_heads / full.num_attention_heads if block.attention_bits else 0.0,
+            "mlp_bits": block.intermediate_size / full.intermediate_size if block.mlp_bits else 0.0,
+        }
+        if missing := [part for part, share in shares.items() if share and part not in self.wide_ms]:
+            raise ValueError(f"no cost for {missing[0]} of {WIDE_BITS}: measure a graph with it in all layers")
+        return sum(share * self.wide_ms[part] for part, share in shares.items() if share)
 
 
 def _heads(block: BlockShape) -> Heads:
     return block.num_attention_heads, block.num_key_value_heads
 
 
-def _changed_part(full: ModelShape, graph: ModelShape) -> tuple[tuple[str, Heads | int], int]:
+def _changed_part(full: ModelShape, graph: ModelShape) -> tuple[_Choice, int]:
     """The one choice that sets `graph` apart, and in how many layers."""
     reference = full.blocks[0]
     attention = [_heads(block) for block in graph.blocks if _heads(block) != _heads(reference)]
     widths = [b.intermediate_size for b in graph.blocks if b.intermediate_size != reference.intermediate_size]
-    choices: list[tuple[str, Heads | int]] = [("attention", key) for key in attention]
+    choices: list[_Choice] = [("attention", key) for key in attention]
     choices += [("mlp", width) for width in widths]
+    choices += [("attention_bits", block.attention_bits) for block in graph.blocks if block.attention_bits]
+    choices += [("mlp_bits", block.mlp_bits) for block in graph.blocks if block.mlp_bits]
     if len(set(choices)) != 1 or len(graph.blocks) != len(full.blocks):
         raise ValueError(
             f"a table graph must be the full model with one other choice of one part in some layers, "

@@ -6,13 +6,24 @@ Shape letters: n models, L layers (the most of any model; shorter ones are padde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import chain
 from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, VALUE_BYTES, ModelShape, Precision, Workload, bits_per_weight
+from hw_profiles.shapes import (
+    BLOCK_BITS,
+    HEAD_BITS,
+    VALUE_BYTES,
+    WIDE_BITS,
+    BlockShape,
+    ModelShape,
+    Precision,
+    Workload,
+    bits_per_weight,
+)
 from predictors.metrics import FloatArray
 
 #: Widths are padded to this many channels: four AVX-512 registers, a cache line of int8, a tile of most GEMM kernels.
@@ -28,6 +39,8 @@ STEP_COLUMNS = (
     "intermediate_size",
     "width_padding",
 )
+#: The share of the above that is at WIDE_BITS, which costs other than the rest: only int4 models may have some.
+WIDE_COLUMNS = ("wide_kv_groups", "wide_intermediate_size")
 #: What sequences cost, and the positions attended to: needed as soon as workloads differ.
 SEQUENCE_COLUMNS = ("batch_size", "attention_flops", "kv_bytes")
 
@@ -37,13 +50,16 @@ _ATTENTION_KERNELS, _MLP_KERNELS, _FIXED_KERNELS = 8, 6, 3
 
 
 def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
-    """[n, L, 3]: query heads, KV groups and intermediate size of each layer, zeros where a model has fewer layers."""
+    """[n, L, 5]: query heads, KV groups, intermediate size, bits of attention and MLP where they have their own.
+
+    Zeros where a model has fewer layers.
+    """
     layers = max((len(shape.blocks) for shape in shapes), default=0)
-    sizes = attrgetter("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    padding = (0, 0, 0)
+    sizes = attrgetter(*(field.name for field in fields(BlockShape)))
+    padding = (0,) * len(fields(BlockShape))
     rows = (chain(map(sizes, s.blocks), [padding] * (layers - len(s.blocks))) for s in shapes)
     flat = chain.from_iterable(chain.from_iterable(rows))
-    return np.fromiter(flat, dtype=np.int64, count=len(shapes) * layers * 3).reshape(len(shapes), layers, 3)
+    return np.fromiter(flat, dtype=np.int64, count=len(shapes) * layers * len(padding)).reshape(len(shapes), layers, len(padding))
 
 
 def select_columns(names: Sequence[str], X: FloatArray, wanted: Sequence[str]) -> FloatArray:
@@ -58,7 +74,7 @@ def latency_features(
 
     Bytes and FLOPs agree with `ModelShape.weight_bytes`, `.kv_cache_bytes` and `.flops`.
     """
-    heads, groups, width = np.moveaxis(block_array(shapes), -1, 0)  # each [n, L]
+    heads, groups, width, attention_bits, mlp_bits = np.moveaxis(block_array(shapes), -1, 0)  # each [n, L]
     hidden = np.array([s.hidden_size for s in shapes], dtype=np.int64)
     head_dim = np.array([s.head_dim for s in shapes], dtype=np.int64)
     vocab = np.array([s.vocab_size for s in shapes], dtype=np.int64)
@@ -73,8 +89,11 @@ def latency_features(
 
     attention_layers, mlp_layers = (heads > 0).sum(axis=1), (width > 0).sum(axis=1)
     query_heads, kv_groups, widths = heads.sum(axis=1), groups.sum(axis=1), width.sum(axis=1)
+    wide_heads, wide_groups = ((sizes * (attention_bits > 0)).sum(axis=1) for sizes in (heads, groups))
+    wide_widths = (width * (mlp_bits > 0)).sum(axis=1)
     mlp_maps = np.array([s.mlp_maps for s in shapes])
     matrices = hidden * (2 * head_dim * (query_heads + kv_groups) + mlp_maps * widths)
+    wide = hidden * (2 * head_dim * (wide_heads + wide_groups) + mlp_maps * wide_widths)
     norm_vectors = np.array([s.norm_vectors * (1 + s.post_norms) for s in shapes])
     block_norms = hidden * (attention_layers + mlp_layers) * norm_vectors
     output_bias, mlp_bias = np.array([(s.output_bias, s.mlp_bias) for s in shapes]).reshape(-1, 2).T
@@ -84,7 +103,8 @@ def latency_features(
     head_norms = np.array([s.qk_norm for s in shapes]) * 2 * attention_layers
     vectors = block_norms + head_dim * (biases + head_norms) + behind
     weight_bytes = (
-        matrices * bits_per_weight(BLOCK_BITS[precision]) / 8
+        (matrices - wide) * bits_per_weight(BLOCK_BITS[precision]) / 8
+        + wide * bits_per_weight(WIDE_BITS) / 8
         + embedding * bits_per_weight(HEAD_BITS[precision]) / 8
         + (vectors + ends) * 4
     )
@@ -94,10 +114,12 @@ def latency_features(
     columns: dict[str, npt.NDArray[np.int64] | FloatArray] = {
         "constant": np.ones(len(shapes)),
         "attention_layers": attention_layers,
-        "kv_groups": kv_groups,
+        "kv_groups": kv_groups - wide_groups,
         "query_heads": query_heads,
         "mlp_layers": mlp_layers,
-        "intermediate_size": widths,
+        "intermediate_size": widths - wide_widths,
+        "wide_kv_groups": wide_groups,
+        "wide_intermediate_size": wide_widths,
         "width_padding": (-width % VECTOR_WIDTH).sum(axis=1),
         "layers_off_16": (width % 16 > 0).sum(axis=1),
         "layers_off_32": (width % 32 > 0).sum(axis=1),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hw_profiles.shapes import ModelShape, Workload
-from predictors.features import STEP_COLUMNS, latency_features, select_columns
+from predictors.features import latency_features, select_columns
 from predictors.latency import LatencyPredictor
 
 
@@ -43,5 +43,5 @@ def most_informative(
 def _rows(predictor: LatencyPredictor, shapes: Sequence[ModelShape], workload: Workload) -> np.ndarray:
     """[n, f]: the columns of one step, in parts of the latency expected of it."""
     names, X = latency_features(shapes, [workload] * len(shapes), predictor.provenance.precision)
-    columns = select_columns(names, X, STEP_COLUMNS)
+    columns = select_columns(names, X, predictor.costs.step_columns)
     return columns / predictor.predict(shapes, workload).value_ms[:, None]

@@ -1,7 +1,7 @@
 """What a step costs in milliseconds, linear in its parts: so much a layer, a KV group, a channel.
 
 What a part costs grows with the tokens fed at once, in proportion only where kernels are equally efficient for any
-number of them, and they are not. So each of `STEP_COLUMNS` has a cost at a few counts of tokens, the knots, and between
+number of them, and they are not. So each of `step_columns` has a cost at a few counts of tokens, the knots, and between
 knots it is linear in tokens. `SEQUENCE_COLUMNS` cost the same everywhere.
 
 A step of decode reads every weight once, and one step after the other the same weights: what the cache holds of a small
@@ -16,7 +16,7 @@ from itertools import chain
 
 import numpy as np
 
-from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, select_columns
+from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, WIDE_COLUMNS, select_columns
 from predictors.linear import LEAST_RIDGE, fit_relative
 from predictors.metrics import FloatArray
 
@@ -38,6 +38,7 @@ class StepCosts:
     knots: tuple[int, ...]
     thresholds_bytes: tuple[float, ...]
     has_sequence_columns: bool
+    has_wide_columns: bool
     per_unit: FloatArray
     #: No decoder reads its weights twice as fast as the fastest sample; 0 for prompts, which need not wait for them.
     least_ms_per_byte: float = 0.0
@@ -49,7 +50,8 @@ class StepCosts:
         fed, sequences, weight_bytes = select_columns(names, X, ("tokens_fed", "batch_size", "weight_bytes")).T
         decode = bool((fed == sequences).all())
         thresholds = tuple(share * float(weight_bytes.max()) for share in _OVERFLOW_SHARES if decode)
-        costs = cls(find_knots(fed), thresholds, len(workloads) > 1, np.zeros(0))
+        has_wide = bool(select_columns(names, X, WIDE_COLUMNS).any())
+        costs = cls(find_knots(fed), thresholds, len(workloads) > 1, has_wide, np.zeros(0))
         return costs._with(np.zeros(len(costs.columns)))
 
     def fitted(self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray) -> StepCosts:
@@ -58,14 +60,14 @@ class StepCosts:
         if len(self.knots) == 1:
             costs = self._with(fit_relative(columns, y, weights, ridge=self._ridges(LEAST_RIDGE)))
             return costs._bounded(names, X, y)
-        of_knots = len(self.knots) * len(STEP_COLUMNS)
-        parts, others = select_columns(names, X, STEP_COLUMNS), columns[:, of_knots:]
+        of_knots = len(self.knots) * len(self.step_columns)
+        parts, others = select_columns(names, X, self.step_columns), columns[:, of_knots:]
         fed = X[:, names.index("tokens_fed")]
-        ridges = [np.full(2 * len(STEP_COLUMNS), LEAST_RIDGE), self._ridges(LEAST_RIDGE)[of_knots:]]
+        ridges = [np.full(2 * len(self.step_columns), LEAST_RIDGE), self._ridges(LEAST_RIDGE)[of_knots:]]
         straight = fit_relative(
             np.hstack([parts, parts * fed[:, None], others]), y, weights, ridge=np.concatenate(ridges)
         )
-        at_once, a_token, of_others = np.split(straight, [len(STEP_COLUMNS), 2 * len(STEP_COLUMNS)])
+        at_once, a_token, of_others = np.split(straight, [len(self.step_columns), 2 * len(self.step_columns)])
         towards = np.concatenate([*(at_once + a_token * knot for knot in self.knots), of_others])
         costs = self._with(fit_relative(columns, y, weights, towards, self._ridges(_BEND_RIDGE)))
         return costs._bounded(names, X, y)
@@ -84,9 +86,14 @@ class StepCosts:
         return np.asarray(np.log(np.maximum(self._of(names, X) @ self.per_unit, least_ms)), dtype=np.float64)
 
     @property
+    def step_columns(self) -> tuple[str, ...]:
+        """Those that have a cost at each knot: WIDE_COLUMNS where samples had some."""
+        return (*STEP_COLUMNS, *WIDE_COLUMNS) if self.has_wide_columns else STEP_COLUMNS
+
+    @property
     def columns(self) -> tuple[str, ...]:
         at_knots = chain.from_iterable([f"{name} at {knot}" for name in STEP_COLUMNS] for knot in self.knots)
-        steps = STEP_COLUMNS if len(self.knots) == 1 else tuple(at_knots)
+        steps = self.step_columns if len(self.knots) == 1 else tuple(at_knots)
         overflow = tuple(f"{_OVERFLOW} {threshold:.0f}" for threshold in self.thresholds_bytes)
         return steps + overflow + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())
 
@@ -95,7 +102,7 @@ class StepCosts:
         # what each knot has in a sample's tokens: all of it where they are as many, nothing at the knots beside
         fed = X[:, names.index("tokens_fed")]
         shares = [np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))]
-        parts = select_columns(names, X, STEP_COLUMNS)
+        parts = select_columns(names, X, self.step_columns)
         weight_bytes = select_columns(names, X, ("weight_bytes",))
         columns = [share[:, None] * parts for share in shares]
         columns += [np.maximum(weight_bytes - threshold, 0) for threshold in self.thresholds_bytes]

@@ -45,7 +45,7 @@ def test_second_moments_are_a_product_with_itself(size):
     x = torch.randn(64, size, generator=torch.Generator().manual_seed(0))
     made = calibration.second_moments(x)
     torch.testing.assert_close(made, x.T @ x, rtol=2e-2 if fast_dtype() == torch.bfloat16 else 1e-4, atol=1e-1)
-    assert torch.equal(made, made.T)
+    torch.testing.assert_close(made, made.T, rtol=1e-5, atol=1e-4)  # some processors add up in another order
 
 
 def test_batches_sum_to_the_same(tiny, windows, tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ def test_fewer_layers_are_padded_with_skipped_ones(full) -> None:
     block = full.blocks[0]
     short = ModelShape(576, 64, 49152, True, (block,))
     array = block_array([short, full])
-    assert array.shape == (2, 30, 3)
-    assert array[0].tolist() == [[9, 3, 1536]] + [[0, 0, 0]] * 29
+    assert array.shape == (2, 30, 5)
+    assert array[0].tolist() == [[9, 3, 1536, 0, 0]] + [[0] * 5] * 29
     skipped = ModelShape(576, 64, 49152, True, (block,) + (BlockShape(0, 0, 0),) * 29)
     _, X = latency_features([short, skipped], WORKLOADS[:1] * 2, "int8")
     np.testing.assert_array_equal(X[0], X[1])

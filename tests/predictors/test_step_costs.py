@@ -38,7 +38,7 @@ def device(sample_shapes):
     for knot, of_group, of_channel in zip(KNOTS, (0.02, 0.1, 0.2), (2e-4, 1e-3, 9e-3), strict=True):
         per_unit |= {f"constant at {knot}": 2.0, f"kv_groups at {knot}": of_group}
         per_unit[f"intermediate_size at {knot}"] = of_channel
-    return StepCosts(costs.knots, (), True, np.array(list(per_unit.values()))), names, X
+    return StepCosts(costs.knots, (), True, False, np.array(list(per_unit.values()))), names, X
 
 
 def test_costs_that_bend_are_learned(device, sample_shapes) -> None:
