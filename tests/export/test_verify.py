@@ -125,6 +125,29 @@ def test_matrices_that_were_rounded_before_are_written_as_they_are(
     assert not _verify(tmp_path / "out").parity_holds
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_parts_of_an_int4_model_have_8_bits_where_they_are_given_so(
+    tokenizer: PreTrainedTokenizerFast, format_: Format, tmp_path: Path
+) -> None:
+    reference, quantized = _reference("int4"), {}
+    for name, exact in tiny_models.heterogeneous().state_dict().items():
+        if exact.dim() == 2 and name.startswith(("model.layers.0.self_attn.", "model.layers.1.mlp.")):
+            quantized[name] = quantize(exact, 8)
+            reference.state_dict()[name].copy_(dequantize(quantized[name]))
+    ids = tiny_models.tokens(16)
+    logits = torch.from_numpy(tiny_models.torch_logits(reference, ids))[:, POSITIONS]
+    attention, mlp, *others = tiny_models.BLOCKS
+    blocks = (replace(attention, attention_bits=8), replace(mlp, mlp_bits=8), *others)
+    shape = replace(tiny_models.shape(tied=True), blocks=blocks)
+    manifest = Manifest(format_, "int4", shape, "tiny", "0" * 16, "subnet")
+    model, parity = tiny_models.heterogeneous(), Parity(ids, POSITIONS, logits)
+    export_folder(model, tokenizer, manifest, parity, tmp_path / "out", quantized)
+    assert read_manifest(tmp_path / "out").shape == shape
+    assert _verify(tmp_path / "out").parity_holds
+    export_folder(tiny_models.heterogeneous(), tokenizer, manifest, parity, tmp_path / "out")
+    assert not _verify(tmp_path / "out").parity_holds
+
+
 def test_folders_are_timed_together(exported: dict[tuple[Format, Precision], Path]) -> None:
     folders = [exported["onnx", "int4"], exported["openvino", "fp32"]]
     results = verify(folders, threads=1, workloads=WORKLOADS, prompt=PROMPT, new_tokens=2, rounds=1)

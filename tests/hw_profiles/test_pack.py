@@ -94,6 +94,22 @@ def test_a_pack_holds_each_graph_once(tmp_path: Path) -> None:
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_graphs_of_mixed_bits_are_packed_and_run_at_int4_alone(tmp_path: Path, run: Run) -> None:
+    graphs = plan(FULL, CHOICES, anchors=2, heldout=2, repeats=0, mixed=2)
+    mixed = {graph.shape.id for graph in graphs if graph.shape.is_mixed}
+    made = replace(PLAN, targets=(("fake", "int8"), ("fake", "int4")), graphs=tuple(graphs))
+    write_pack(tmp_path / "pack.zip", made, {"fake": Builder()})
+    with Pack(tmp_path / "pack.zip") as opened:
+        assert opened.plan == made
+    with ZipFile(tmp_path / "pack.zip") as archive:
+        names = {tuple(name.split("/")[1:3]) for name in archive.namelist() if name != PLAN_FILE}
+    shapes = {graph.shape.id for graph in graphs}
+    assert names == {("int8", name) for name in shapes - mixed} | {("int4", name) for name in shapes}
+    assert run("pack.zip", "--output", "out.json")[0] == 0
+    timed = {(m.target.precision, m.shape.id) for m in read_measured(tmp_path / "out.json").measurements}
+    assert timed == names
+
+
 def test_a_pack_measures_what_a_profile_does(pack: Path, run: Run, tmp_path: Path) -> None:
     code, err = run("pack.zip", "--output", "measured.json")
     assert code == 0

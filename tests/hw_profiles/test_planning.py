@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw_profiles.planning import PlannedGraph, plan, workloads_of_graphs
+from hw_profiles.planning import PlannedGraph, is_of_precision, plan, workloads_of_graphs
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 
 FULL = ModelShape(576, 64, 49152, True, (BlockShape(9, 3, 1536),) * 30)
@@ -151,3 +151,20 @@ def test_the_shortest_workload_is_taken_where_all_are_long() -> None:
 def test_without_a_table_the_other_graphs_are_the_same() -> None:
     whole, leaning = plan(FULL, CHOICES), plan(FULL, CHOICES, with_table=False)
     assert leaning == [graph for graph in whole if graph.role != "table"]
+
+
+def test_graphs_of_mixed_bits_come_besides_and_for_int4_alone() -> None:
+    plain, planned = plan(FULL, CHOICES), plan(FULL, CHOICES, mixed=3)
+    assert planned[: len(plain)] == plain
+    mixed = planned[len(plain) :]
+    assert Counter(graph.role for graph in mixed) == {"table": 2, "anchor": 3, "heldout": 3}
+    assert all(graph.shape.is_mixed for graph in mixed)
+    assert len({graph.shape for graph in mixed}) == len(mixed)
+    for graph in mixed:
+        parts = [(bool(b.num_attention_heads), b.attention_bits) for b in graph.shape.blocks]
+        parts += [(bool(b.intermediate_size), b.mlp_bits) for b in graph.shape.blocks]
+        assert {bits for kept, bits in parts if kept} == {0, 8}
+    assert [g for g in planned if is_of_precision(g.shape, "int8")] == plain
+    assert all(is_of_precision(graph.shape, "int4") for graph in planned)
+    leaning = plan(FULL, CHOICES, mixed=3, with_table=False)
+    assert leaning == [graph for graph in planned if graph.role != "table"]

@@ -56,6 +56,17 @@ def test_weight_and_cache_bytes() -> None:
     assert bits_per_weight(8) == 8.5
 
 
+def test_parts_with_bits_of_their_own_weigh_accordingly() -> None:
+    block = TINY.blocks[0]
+    attention, mlp = TINY.matrix_parameters(block)
+    assert attention + mlp + TINY.vector_parameters(block) == TINY.block_parameters(block)
+    for part, weights in (("attention_bits", attention), ("mlp_bits", mlp)):
+        wide = replace(TINY, blocks=(replace(block, **{part: 8}), *TINY.blocks[1:]))
+        assert wide.weight_bytes("int4") == TINY.weight_bytes("int4") + weights * 4 / 8
+        assert wide.parameters == TINY.parameters
+        assert wide.is_mixed > TINY.is_mixed
+
+
 def test_json_keeps_a_shape_and_its_id() -> None:
     changes: list[dict[str, Any]] = [
         {"attention_bias": True},
@@ -72,13 +83,16 @@ def test_json_keeps_a_shape_and_its_id() -> None:
         {"learned_positions": 9},
     ]
     shapes = [TINY, SMOLLM2_135M, *(replace(TINY, **change) for change in changes)]
+    shapes.append(replace(TINY, blocks=(replace(TINY.blocks[0], mlp_bits=8), *TINY.blocks[1:])))
     assert [ModelShape.from_json(shape.to_json()) for shape in shapes] == shapes
     assert len({shape.id for shape in shapes}) == len(shapes)
     assert TINY.id == "f53e06dd9833"  # what databases and packs of version 0.1 call it
 
 
-@pytest.mark.parametrize("sizes", [(3, 2, 8), (0, 1, 8), (2, 0, 8), (2, 1, -1)])
-def test_impossible_blocks_are_refused(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(3, 2, 8), (0, 1, 8), (2, 0, 8), (2, 1, -1), (2, 1, 8, 4), (0, 0, 8, 8), (2, 1, 0, 0, 8)]
+)
+def test_impossible_blocks_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         BlockShape(*sizes)
 

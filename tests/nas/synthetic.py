@@ -11,18 +11,23 @@ from numpy.typing import NDArray
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
 from hw_profiles.measurement import MemoryMeasurement, Role
 from hw_profiles.memory import memory_plan
+from hw_profiles.planning import is_of_precision
 from hw_profiles.shapes import Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import LayerChoice, Part, SearchSpace, Subnet
 
 Floats = NDArray[np.float64]
-PART_WEIGHTS = {"attention": 0.6, "mlp": 1.0}
+PART_WEIGHTS: dict[Part, float] = {"attention": 0.6, "mlp": 1.0}
+#: KL of all weights at these bits.
+ROUNDING = {32: 0.0, 16: 0.001, 8: 0.002, 4: 0.05}
 
 
-def tiny_space(layers: int = 6, bits: tuple[int, ...] = (8, 4), homogeneous: bool = False) -> SearchSpace:
+def tiny_space(
+    layers: int = 6, bits: tuple[int, ...] = (8, 4), homogeneous: bool = False, mixed_bits: bool = False
+) -> SearchSpace:
     full = ModelShape(64, 16, 256, True, (BlockShape(4, 2, 128),) * layers)
-    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits, homogeneous)
+    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits, homogeneous, mixed_bits)
 
 
 def latency_ms(subnets: Sequence[Subnet]) -> Floats:
@@ -31,14 +36,15 @@ def latency_ms(subnets: Sequence[Subnet]) -> Floats:
 
 
 def _one_latency_ms(subnet: Subnet) -> float:
-    parts = sum(
-        0.1 * (layer.num_key_value_heads > 0)
-        + 0.2 * layer.num_key_value_heads
-        + 0.05 * (layer.intermediate_size > 0)
-        + 0.005 * layer.intermediate_size
-        for layer in subnet.layers
+    return 0.5 + sum(
+        (0.1 * (layer.num_key_value_heads > 0) + 0.2 * layer.num_key_value_heads) * _pace(subnet, i, "attention")
+        + (0.05 * (layer.intermediate_size > 0) + 0.005 * layer.intermediate_size) * _pace(subnet, i, "mlp")
+        for i, layer in enumerate(subnet.layers)
     )
-    return 0.5 + parts * (0.7 if subnet.bits == 4 else 1.0)
+
+
+def _pace(subnet: Subnet, layer: int, part: Part) -> float:
+    return 0.7 if subnet.part_bits(layer, part) == 4 else 1.0
 
 
 def lost(layer: LayerChoice, part: str) -> float:
@@ -68,13 +74,14 @@ class SyntheticEvaluator:
         return Quality(kl, float(np.exp(2 + kl)), 512, 0.25)
 
     def block_kl(self, layer: int, part: str, choice: int, bits: int) -> float:
-        assert bits == 32
+        assert (bits, choice) == (4, 128 if part == "mlp" else 2) or bits == 32
         if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
             raise RuntimeError("stop here")
         self.scored.append((layer, part, choice))
         full = self.space.full(32).layers
         changed = LayerChoice(choice, 128) if part == "attention" else LayerChoice(2, choice)
-        return self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
+        rounding = ROUNDING[4] * (1 + layer) / 100 if bits == 4 else 0.0
+        return rounding + self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
 
     def reformation_error(self, layer: int, part: str, choice: int) -> float:
         changed = LayerChoice(choice, 0) if part == "attention" else LayerChoice(0, choice)
@@ -88,8 +95,8 @@ class SyntheticEvaluator:
                 for i, layer in enumerate(subnet.layers)
             ]
         )
-        rounding = {32: 0.0, 8: 0.002, 4: 0.05}[subnet.bits]
-        return float(rounding + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
+        of_parts = [ROUNDING[subnet.part_bits(i, part)] for i in range(depth) for part in PART_WEIGHTS]
+        return float(np.mean(of_parts) + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
 
     @staticmethod
     def _importance(layer: int, depth: int) -> float:
@@ -138,6 +145,7 @@ def fill_profile(
     factors: Mapping[Role, float] | None = None,
     scatter: float = 0.0,
     version: str | None = None,
+    mixed: int = 0,
 ) -> None:
     """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role.
 
@@ -163,8 +171,9 @@ def fill_profile(
                     * (1.0 if graph.role == "reference" else 1 + scatter * rng.standard_normal()),
                     version,
                 )
-                for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
+                for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3, mixed=mixed)
                 for work in workloads
+                if is_of_precision(graph.shape, precision)
             ]
         )
 

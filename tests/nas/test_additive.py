@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from hw_profiles import BlockShape
-from nas.additive import AdditiveScores, fill_in, ladder, optimum, scored_choices
+from nas.additive import AdditiveScores, fill_in, ladder, optimum, part_options, scored_choices
 from nas.pareto import pareto_front
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import PARTS, LayerChoice, SearchSpace, Subnet
 from tests.nas.synthetic import latency_ms, tiny_space
 
 
@@ -19,12 +19,17 @@ def random_scores(space: SearchSpace, seed: int) -> AdditiveScores:
     ]
     for table in falling:
         table[:, -1] = 0.0
-    return AdditiveScores(space, falling[0], falling[1], {8: 0.01, 4: 0.2})
+    narrow = rng.exponential(size=(space.depth, 2)) if space.mixed_bits else None
+    return AdditiveScores(space, falling[0], falling[1], {8: 0.01, 4: 0.2 + 5.0 * space.mixed_bits}, narrow)
 
 
 def every_subnet(space: SearchSpace, bits: int) -> list[Subnet]:
-    choices = [LayerChoice(*sizes) for sizes in product(space.group_choices, space.width_choices)]
-    return [Subnet(layers, bits) for layers in product(choices, repeat=space.depth)]
+    """Of those bits, or where bits are mixed and these are 4, of all."""
+    options = product(*(part_options(space, part, bits) for part in PARTS))
+    choices = [
+        LayerChoice(groups, width, *own) for (groups, *attention), (width, *mlp) in options if (own := attention + mlp)
+    ]
+    return [Subnet.of_parts(layers, bits) for layers in product(choices, repeat=space.depth)]
 
 
 def test_predict_is_the_sum_of_the_parts() -> None:
@@ -87,13 +92,14 @@ def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return hull
 
 
-@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(("layers", "bits", "mixed_bits"), [(2, 8, False), (3, 8, False), (2, 4, True)])
 @pytest.mark.parametrize("seed", range(4))
-def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, seed: int) -> None:
-    space = tiny_space(layers)
+def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, bits: int, mixed_bits: bool, seed: int) -> None:
+    space = tiny_space(layers, mixed_bits=mixed_bits)
     scores = random_scores(space, seed)
-    steps = ladder(scores, latency_ms, 8, count=1000)
-    everything = every_subnet(space, 8)
+    steps = ladder(scores, latency_ms, bits, count=1000)
+    assert any(step.is_mixed for step in steps) == mixed_bits
+    everything = every_subnet(space, bits)
     hull = lower_hull(list(zip(latency_ms(everything).tolist(), scores.predict(everything).tolist(), strict=True)))
     hull_ms, hull_kl = np.array(hull).T
     own_ms, own_kl = latency_ms(steps), scores.predict(steps)
@@ -105,9 +111,9 @@ def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, seed: int) 
     found = {round(ms, 9) for ms in own_ms}
     fastest = own_ms.min()  # faster ones are without attention
     assert {round(hull_ms[i], 9) for i in wide if hull_ms[i] >= fastest} <= found
-    assert fastest < latency_ms([space.full(8)])[0]
+    assert fastest < latency_ms([space.full(bits)])[0]
     without = [subnet for subnet in everything if not any(layer.num_key_value_heads for layer in subnet.layers)]
-    assert not set(steps) & {*without, space.full(8)}
+    assert not set(steps) & {*without, space.full(8), space.full(4)}
 
 
 def test_a_short_ladder_is_a_spread_choice_of_the_long_one() -> None:
@@ -162,3 +168,16 @@ def test_no_subnet_meets_a_budget_below_the_smallest():
     space = tiny_space(layers=2, bits=(8,))
     scores = AdditiveScores(space, np.array([[2.0, 1, 0]] * 2), np.array([[4.0, 3, 2, 1, 0]] * 2), {8: 0.0})
     assert optimum(scores, latency_ms, 8, 0.1) is None
+
+
+def test_a_part_of_8_bits_saves_its_share_of_what_4_bits_cost() -> None:
+    space = tiny_space(2, mixed_bits=True)
+    zero = (np.zeros((2, 3)), np.zeros((2, 5)))
+    scores = AdditiveScores(space, *zero, {8: 0.01, 4: 0.21}, np.array([[1.0, 3.0], [2.0, 4.0]]))
+    subnets = [
+        space.full(8),
+        space.full(4),
+        Subnet((LayerChoice(2, 128, 8, 0), LayerChoice(2, 128)), 4),
+        Subnet((LayerChoice(1, 64), LayerChoice(0, 32, 0, 8)), 4),  # what is skipped is not rounded
+    ]
+    assert scores.predict(subnets) == pytest.approx([0.01, 0.21, 0.21 - 0.02, 0.01 + 0.02 + 0.06])

@@ -13,7 +13,7 @@ import pytest
 from hw_profiles import Store
 from nas.pareto import hypervolume
 from nas.quality import Quality
-from nas.search import SearchSettings, search
+from nas.search import SearchSettings, quality_features, search
 from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
 from nas.study import ALGORITHMS, Algorithm, Study, Trial
 from tests.nas.synthetic import SyntheticEvaluator, latency_ms, tiny_space
@@ -220,3 +220,28 @@ def test_a_killed_search_goes_on_after_the_last_trial(
         assert study.trials() == trials
     assert again.evaluated == reference.evaluated[len(done) :]
     assert again.scored == []
+
+
+def test_mixed_bits_beat_uniform_ones(store: Store, uninterrupted: tuple[list[Trial], SyntheticEvaluator]) -> None:
+    space = tiny_space(mixed_bits=True)
+    evaluator = SyntheticEvaluator(space)
+    trials = run(store, evaluator)
+    assert all(trial.subnet in space for trial in trials)
+    assert sum(trial.subnet.is_mixed for trial in trials) > len(trials) / 3
+    # each whole part is rounded alone, once
+    assert len(set(evaluator.scored)) == len(evaluator.scored)
+    whole = [scored for scored in evaluator.scored if scored[1:] in (("attention", 2), ("mlp", 128))]
+    assert len(whole) == 2 * space.depth
+    found, uniform = (
+        np.array([(trial.quality.kl, *latency_ms([trial.subnet])) for trial in made])
+        for made in (trials, uninterrupted[0])
+    )
+    assert hypervolume(found, np.array(REFERENCE)) > hypervolume(uniform, np.array(REFERENCE))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_searches_mixed_bits(store: Store, algorithm: Algorithm) -> None:
+    space = tiny_space(3, mixed_bits=True)
+    trials = run(store, SyntheticEvaluator(space), replace(SETTINGS, algorithm=algorithm, evaluations=60))
+    assert any(trial.subnet.is_mixed for trial in trials)
+    assert quality_features(space, [trial.subnet for trial in trials]).shape == (len(trials), 4 * 3 + 1 + 4 + 2)

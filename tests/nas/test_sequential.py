@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -169,6 +171,22 @@ def test_what_is_extracted_is_what_is_active(tiny, windows, bits):
     with torch.no_grad():
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_parts_are_fitted_at_their_bits_and_kept(tiny, windows, tmp_path):
+    loaded = tiny()
+    space = SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1), mixed_bits=True)
+    supernet = Supernet(loaded, space)
+    supernet.prepare(windows)
+    subnet = Subnet.of_parts([replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in LAYERS], 4)
+    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
+    wanted, quantized = _logits(supernet, windows, subnet), supernet.quantized(subnet)
+    assert {w.bits for name, w in quantized.items() if "mlp" in name} == {8}
+    assert {w.bits for name, w in quantized.items() if "self_attn" in name} == {4}
+    supernet.prepare(windows)  # forgets what it adopted
+    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
+    assert torch.equal(_logits(supernet, windows, subnet), wanted)
+    assert {name: w.bits for name, w in supernet.quantized(subnet).items()} == {n: w.bits for n, w in quantized.items()}
 
 
 @pytest.mark.parametrize("bits", [32, 16, 4])

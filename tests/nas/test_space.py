@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hw_profiles.shapes import BlockShape
-from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.space import PARTS, SKIPPED, LayerChoice, SearchSpace, Subnet
 from tests.nas.synthetic import tiny_space
 
 
@@ -145,3 +145,49 @@ def test_a_space_refuses_ragged_or_incomplete_choices(space):
         SearchSpace(narrow, (0, 1, 2, 3, 4), (0, 1536))
     with pytest.raises(ValueError, match="to the full 3"):
         SearchSpace(space.base, (0, 1), (0, 1536))
+
+
+def test_parts_of_a_mixed_space_have_their_own_bits(space):
+    mixed = replace(space, mixed_bits=True)
+    assert SearchSpace.from_json(mixed.to_json()) == mixed
+    assert mixed.block_choices() == space.block_choices()
+    rng = np.random.default_rng(0)
+    drawn = [mixed.sample(rng) for _ in range(100)]
+    assert {subnet.bits for subnet in drawn if subnet.is_mixed} == {4}
+    assert 30 < sum(subnet.is_mixed for subnet in drawn) < 70
+    for subnet in drawn:
+        genes = mixed.encode(subnet)
+        assert genes.shape == (17,)
+        assert (genes < mixed.gene_sizes).all()
+        assert mixed.decode(genes) == Subnet.from_json(subnet.to_json()) == subnet
+        shape = mixed.model_shape(subnet)
+        for i, block in enumerate(shape.blocks):
+            assert block.attention_bits == (8 if subnet.bits == 4 and subnet.part_bits(i, "attention") == 8 else 0)
+        assert (subnet in space) == (not subnet.is_mixed)
+        assert not subnet.at_bits(8).is_mixed
+        assert subnet.at_bits(subnet.bits) == subnet
+
+
+def test_all_parts_at_8_bits_are_a_subnet_of_8_bits(space):
+    mixed = replace(space, mixed_bits=True)
+    wide = LayerChoice(2, 96, 8, 8), LayerChoice(0, 96, 0, 8), SKIPPED, LayerChoice(3, 0, 8, 0)
+    plain = tuple(LayerChoice(*(layer.size(part) for part in PARTS)) for layer in wide)
+    assert Subnet.of_parts(wide, 4) == Subnet(plain, 8)
+    genes = mixed.encode(Subnet(plain, 4))
+    genes.reshape(-1)[:-1].reshape(4, 4)[:, 2:] = 1
+    assert mixed.decode(genes) == Subnet(plain, 8)  # a skipped part has no bits
+    partly = Subnet.of_parts((wide[0], *plain[1:]), 4)
+    assert (partly.bits, partly.description) == (4, "int4, 2 of 4 parts at 8 bits")
+
+
+def test_mixed_subnets_are_counted_as_they_are():
+    space = tiny_space(2, mixed_bits=True)
+    genes = product(*map(range, space.gene_sizes))
+    found = {space.decode(np.array(row)) for row in genes}
+    assert len(found) == space.size + 1  # nothing at all, which has no bits, is there at 8 and at 4
+
+
+@pytest.mark.parametrize("fields", [{"bits_choices": (8,)}, {"bits_choices": (16, 4)}, {"homogeneous": True}])
+def test_mixed_bits_need_both_and_layers_that_differ(space, fields):
+    with pytest.raises(ValueError, match="wanted mixed_bits with 4 and 8"):
+        replace(space, mixed_bits=True, **fields)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,24 @@ def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, win
         torch.testing.assert_close(got, _logits(supernet, windows, Subnet(layers, 32)), rtol=1e-4, atol=1e-4)
     names = set(supernet.extract(Subnet((skipped, kept, kept), 4)).state_dict())
     assert set(supernet.quantized(Subnet((skipped, kept, kept), 4))) < names
+
+
+def test_parts_have_the_bits_that_are_theirs(tiny, windows):
+    loaded = tiny("llama")
+    supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
+    supernet.prepare(windows)
+    layers = [replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in SUBNET.layers]
+    mixed = Subnet.of_parts(layers, 4)
+    assert mixed.is_mixed
+    model, quantized = supernet.extract(mixed), supernet.quantized(mixed)
+    for name, parameter in model.named_parameters():
+        if is_rounded(name, parameter):
+            assert quantized[name].bits == (4 if "self_attn" in name else 8)
+            parameter.copy_(dequantize(quantized[name]))
+    with torch.no_grad():
+        wanted = model(windows).logits
+    torch.testing.assert_close(_logits(supernet, windows, mixed), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(_logits(supernet, windows, mixed.at_bits(8)), wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -7,6 +7,8 @@ from hw_profiles.shapes import BlockShape
 from predictors.block_table import AdditiveTable
 from predictors.metrics import mape
 
+WIDE = ("attention_bits", "mlp_bits")
+
 
 def changed(full, layers, heads=9, groups=3, width=1536):
     """`full` with that choice in its first `layers` layers."""
@@ -69,3 +71,16 @@ def test_what_was_not_measured_is_refused(full, graphs, device) -> None:
         table.predict([changed(full, 1, 3, 3)])
     with pytest.raises(ValueError, match="table is of 30 layers"):
         table.predict([replace(full, blocks=full.blocks[:20])])
+
+
+def test_parts_of_more_bits_cost_their_share_of_what_whole_ones_do(full, graphs, device) -> None:
+    measured = device([full, *graphs], noise=0.0)
+    wide = [replace(full, blocks=tuple(replace(b, **{part: 8}) for b in full.blocks)) for part in WIDE]
+    table = AdditiveTable.fit(full, measured[0], [*graphs, *wide], [*measured[1:], measured[0] + 6, measured[0] + 3])
+    mixed = replace(full, blocks=(BlockShape(6, 2, 384, 8, 8), BlockShape(9, 3, 384, 0, 8), *full.blocks[2:]))
+    plain = replace(full, blocks=(BlockShape(6, 2, 384), BlockShape(9, 3, 384), *full.blocks[2:]))
+    more_ms = (table.predict([mixed]) - table.predict([plain])).item()
+    assert more_ms == pytest.approx(6 / 30 * 2 / 3 + 2 * 3 / 30 / 4)
+    without = AdditiveTable.fit(full, measured[0], graphs, measured[1:])
+    with pytest.raises(ValueError, match="attention_bits of 8"):
+        without.predict([mixed])

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hw_profiles.planning import with_wide_parts
 from hw_profiles.shapes import BlockShape, ModelShape, Workload
 from predictors.latency import MINIMUM_SAMPLES, MINIMUM_TRANSFER_SAMPLES, LatencyPredictor, training_digest
 from predictors.metrics import coverage, mape, spearman
@@ -382,3 +383,33 @@ def test_a_prior_of_many_workloads_serves_measurements_of_one(surface, sample_sh
     fitted = LatencyPredictor.fit(shapes, 2 * prefill_ms(shapes, [work] * 8), work, "int8", seed=0, priors=[surface])
     assert fitted.prior is surface
     assert mape(fitted.predict(test, work).value_ms, 2 * prefill_ms(test, [work] * 50)) < 0.03
+
+
+def widened(shapes, seed=0):
+    """With 8 bits in some parts of each, and what those take longer of a device that reads weights."""
+    rng = np.random.default_rng(seed)
+    mixed = [with_wide_parts(shape, rng) for shape in shapes]
+    more_bytes = [m.weight_bytes("int4") - s.weight_bytes("int4") for m, s in zip(mixed, shapes, strict=True)]
+    return mixed, np.array(more_bytes) / 1e7
+
+
+def test_parts_of_more_bits_are_learned_from_a_few_graphs(sample_shapes, device, fit) -> None:
+    shapes, test = sample_shapes(26, seed=0), sample_shapes(200, seed=1)
+    mixed, more_ms = widened(shapes[20:])
+    measured = np.concatenate([device(shapes[:20], 0), device(shapes[20:], 1) + more_ms])
+    fitted = LatencyPredictor.fit([*shapes[:20], *mixed], measured, DECODE, "int4", seed=0)
+    judged, more_ms = widened(test, seed=2)
+    wanted_ms = device(test, noise=0.0) + more_ms
+    assert mape(fitted.predict(judged, DECODE).value_ms, wanted_ms) < 0.03
+    assert mape(fitted.predict(test, DECODE).value_ms, device(test, noise=0.0)) < 0.03
+    text, digest = fitted.to_json(), fitted.provenance.digest
+    kept = LatencyPredictor.from_json(text, target="", runtime_version="", digest=digest)
+    np.testing.assert_array_equal(kept.predict(judged, DECODE).value_ms, fitted.predict(judged, DECODE).value_ms)
+    with pytest.raises(ValueError, match="not profiled with parts at 8 bits: run nas profile again"):
+        fit(20, 0).predict(judged, DECODE)
+
+
+def test_a_prior_without_parts_of_more_bits_is_not_leant_on(fit, sample_shapes, device) -> None:
+    mixed, more_ms = widened(sample_shapes(12, seed=3))
+    fitted = LatencyPredictor.fit(mixed, device(mixed) + more_ms, DECODE, "int4", seed=0, priors=[fit(40, 0)])
+    assert fitted.prior is None
