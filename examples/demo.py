@@ -30,7 +30,7 @@ PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in six
 #: to eight minutes.
 PROFILE_OPTIONS = {
-    "profile int4": "--precision int4 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
+    "profile int4": "--precision int4 --anchors 3 --heldout 6 --repeats 1 --rounds 2",
     "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
     "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 0 --rounds 1",
 }
@@ -250,6 +250,7 @@ class Demo:
                 "perplexity": quality[f"full_{precision}"],
                 "perplexity_fp32": quality["full_fp32"],
                 "bits": BLOCK_BITS[precision],  # type: ignore[index]
+                "precision": precision,
                 "files": files("full"),
             },
             "chosen": {
@@ -257,6 +258,7 @@ class Demo:
                 "parameters": answer["parameters"],
                 "perplexity": quality["chosen"],
                 "bits": answer["bits"],
+                "precision": answer["precision"],
                 "predicted": {
                     "tpot_ms": answer["tpot_ms"]["value"],
                     "low": answer["tpot_ms"]["low"],
@@ -289,7 +291,7 @@ def model_rows(summary: dict[str, Any]) -> list[Any]:
 
     return [
         ModelRow(
-            name=f"{name}, {summary[which]['bits']}-bit weights",
+            name=f"{name}, {summary[which]['precision']}",
             parameters=summary[which]["parameters"],
             bits=summary[which]["bits"],
             perplexity=summary[which]["perplexity"],
@@ -307,7 +309,7 @@ def model_rows(summary: dict[str, Any]) -> list[Any]:
 def comparison(summary: dict[str, Any]) -> Table:
     """The full model beside the chosen subnet."""
     full, chosen = summary["full"], summary["chosen"]
-    table = Table("", f"full model, {full['bits']}-bit", f"chosen subnet, {chosen['bits']}-bit")
+    table = Table("", f"full model, {full['precision']}", f"chosen subnet, {chosen['precision']}")
     table.add_row("parameters", *(f"{side['parameters'] / 1e6:.1f} M" for side in (full, chosen)))
     table.add_row("perplexity, WikiText-2 test", *(f"{side['perplexity']:.2f}" for side in (full, chosen)))
     predicted = chosen["predicted"]

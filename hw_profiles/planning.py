@@ -67,16 +67,16 @@ def plan(
     fitted = random_shapes(full, block_choices, np.linspace(*DENSITY_RANGE, anchors), taken, rng)
     held = random_shapes(full, block_choices, spread_densities(heldout, rng), taken | {*fitted}, rng)
     again = sorted(rng.permutation(heldout)[:repeats])
-    wide = [PlannedGraph(shape, "table") for shape in _wide_table_shapes(full)] if mixed else []
-    for role in ("anchor", "heldout"):
-        drawn = random_shapes(full, block_choices, spread_densities(mixed, rng), {*references, *table}, rng)
-        wide += [PlannedGraph(with_wide_parts(shape, rng), role) for shape in drawn]
     once = [
         *(PlannedGraph(shape, "table") for shape in table),
         *(PlannedGraph(shape, "anchor") for shape in fitted),
         *(PlannedGraph(shape, "heldout") for shape in held),
     ]
     shuffled = [once[index] for index in rng.permutation(len(once))]
+    wide = [PlannedGraph(shape, "table") for shape in _wide_table_shapes(full)] if mixed else []
+    for role in ("anchor", "heldout"):
+        drawn = random_shapes(full, block_choices, spread_densities(mixed, rng), {*references, *table}, rng)
+        wide += [PlannedGraph(with_wide_parts(shape, rng), role) for shape in drawn]
     return [
         *(PlannedGraph(shape, "reference") for shape in references),
         *(graph for graph in shuffled if with_table or graph.role != "table"),

@@ -98,7 +98,7 @@ def test_graphs_of_mixed_bits_are_packed_and_run_at_int4_alone(tmp_path: Path, r
     graphs = plan(FULL, CHOICES, anchors=2, heldout=2, repeats=0, mixed=2)
     mixed = {graph.shape.id for graph in graphs if graph.shape.is_mixed}
     made = replace(PLAN, targets=(("fake", "int8"), ("fake", "int4")), graphs=tuple(graphs))
-    write_pack(tmp_path / "pack.zip", made, {"fake": Builder()})
+    write_pack(tmp_path / "pack.zip", made, {"fake": lambda shape, _, folder: Builder()(shape, "int8", folder)})
     with Pack(tmp_path / "pack.zip") as opened:
         assert opened.plan == made
     with ZipFile(tmp_path / "pack.zip") as archive:

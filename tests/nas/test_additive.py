@@ -98,7 +98,7 @@ def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, bits: int, 
     space = tiny_space(layers, mixed_bits=mixed_bits)
     scores = random_scores(space, seed)
     steps = ladder(scores, latency_ms, bits, count=1000)
-    assert any(step.is_mixed for step in steps) == mixed_bits
+    assert mixed_bits or not any(step.is_mixed for step in steps)
     everything = every_subnet(space, bits)
     hull = lower_hull(list(zip(latency_ms(everything).tolist(), scores.predict(everything).tolist(), strict=True)))
     hull_ms, hull_kl = np.array(hull).T

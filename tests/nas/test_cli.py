@@ -454,7 +454,9 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         assert profiled.code == 0
         targets = profiled.json["targets"]
         assert [row["target"] for row in targets] == [f"{engine}/{p}/1 thread" for p in precisions for _ in range(4)]
-        assert {row["graphs"] for row in targets} == {3 + 6 + 3 + 2 + 1}
+        # at int4 a table entry for each kind of part, two anchors and two held-out graphs have parts of 8 bits
+        counted = [3 + 6 + 3 + 2 + 1 + (2 + 2 + 2) * (p == "int4") for p in precisions for _ in range(4)]
+        assert [row["graphs"] for row in targets] == counted
         assert all(row["full_ms"] > 0 for row in targets)
         assert profiled.json["memory"] == []
     assert nas(*profile).json == profiled.json  # all of it was stored
@@ -700,7 +702,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
     assert packed.json == {
         "pack": "pack.zip",
         "size_bytes": (tmp_path / "pack.zip").stat().st_size,
-        "graphs": 3 + 6 + 3 + 2 + 1,
+        "graphs": 3 + 6 + 3 + 2 + 1 + 2 + 2 + 2,
         "targets": ["onnxruntime/int8", "onnxruntime/int4"],
     }
     assert not (tmp_path / "llm-nas.db").exists()

@@ -287,7 +287,7 @@ def test_sparsity_survives_the_merge_exactly(
     supernet, evaluator = make()
     subnet = _subnet(bits)
     tuned = tune(supernet, subnet, windows, evaluator, SPARSE[name], tmp_path)
-    own = [own for parts in load_own(tmp_path, 3, bits) for own in parts.values()]
+    own = [own for parts in load_own(tmp_path, subnet) for own in parts.values()]
     matrices = [(n, w) for weights in own for n, w in weights.rounded.items() if not n.endswith("bias")]
     shipped = [w.integers if isinstance(w, QuantizedWeight) else w for _, w in matrices]
     zeros = sum(int((w == 0).sum()) for w in shipped)
