@@ -206,6 +206,6 @@ def test_what_no_writer_computes_is_refused(fields_: dict[str, Any], named: str)
 def test_graphs_for_timing_have_the_bits_of_their_parts() -> None:
     wide = BlockShape(4, 2, 96, attention_bits=8), BlockShape(4, 2, 96, mlp_bits=8), BlockShape(4, 2, 96)
     made = random_decoder(replace(tiny_models.shape(tied=True), blocks=wide), "int4")
-    bits = [(layer.attention.key.bits, layer.attention.output.bits, layer.mlp.down.bits) for layer in made.layers]
+    bits = [(layer.attention.k.bits, layer.attention.o.bits, layer.mlp.down.bits) for layer in made.layers]
     assert bits == [(8, 8, 4), (4, 4, 8), (4, 4, 4)]
     assert made.embedding.bits == 8
