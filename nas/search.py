@@ -97,7 +97,8 @@ def _run_seeded(space: SearchSpace, evaluator: Evaluates, latency: Latency, run:
         for bits in space.bits_choices
         for seed in _ends_first(ladder(scores, latency, bits, count, worst_kl=_WORST_KL))
     ]
-    seeds = _interleaved(seeds, space.bits_choices)
+    # of mixed bits one that is at 8 throughout may be the one that 8 bits alone have found
+    seeds = _interleaved(list(dict.fromkeys(seeds)), space.bits_choices)
     if settings.budget_ms is not None:
         at_budget = [optimum(scores, latency, bits, settings.budget_ms) for bits in space.bits_choices]
         seeds = list(dict.fromkeys([*(seed for seed in at_budget if seed is not None), *seeds]))

@@ -190,8 +190,10 @@ class SearchSpace:
 
     @property
     def middle(self) -> Subnet:
-        """The middle of every choice: how the space is spread between its ends."""
+        """The middle of every choice: how the space is spread. With mixed bits attention has 8, the MLPs 4."""
         layer = LayerChoice(*(choices[len(choices) // 2] for choices in (self.group_choices, self.width_choices)))
+        if self.mixed_bits:
+            return Subnet.of_parts((_widened(layer, attention=True, mlp=False),) * self.depth, NARROW_BITS)
         return Subnet((layer,) * self.depth, sorted(self.bits_choices)[len(self.bits_choices) // 2])
 
     @property

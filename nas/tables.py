@@ -112,6 +112,7 @@ def space_fields(space: SearchSpace, latency: LatencyModel) -> Fields:
     return {"subnets": space.size} | {
         name: {
             "parameters": space.model_shape(subnet).parameters,
+            "precision": subnet.description,
             "bits": subnet.bits,
             "value_ms": float(predicted.value_ms[i]),
             "low_ms": float(predicted.low_ms[i]),
@@ -125,7 +126,7 @@ def space(fields: Fields) -> str:
     members = []
     for name in ("smallest", "middle", "full"):
         member = fields[name]
-        members.append(f"{name} {member['parameters'] / 1e6:.3g} M, {member['bits']} bits, {member['value_ms']:.3g} ms")
+        members.append(f"{name} {member['parameters'] / 1e6:.3g} M, {member['precision']}, {member['value_ms']:.3g} ms")
     return f"{float(fields['subnets']):.1e} subnets: {'; '.join(members)}"
 
 

@@ -92,7 +92,7 @@ class StepCosts:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        at_knots = chain.from_iterable([f"{name} at {knot}" for name in STEP_COLUMNS] for knot in self.knots)
+        at_knots = chain.from_iterable([f"{name} at {knot}" for name in self.step_columns] for knot in self.knots)
         steps = self.step_columns if len(self.knots) == 1 else tuple(at_knots)
         overflow = tuple(f"{_OVERFLOW} {threshold:.0f}" for threshold in self.thresholds_bytes)
         return steps + overflow + (SEQUENCE_COLUMNS if self.has_sequence_columns else ())

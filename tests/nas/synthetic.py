@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
 from hw_profiles.measurement import MemoryMeasurement, Role
 from hw_profiles.memory import memory_plan
-from hw_profiles.planning import is_of_precision
 from hw_profiles.shapes import Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
@@ -145,7 +144,6 @@ def fill_profile(
     factors: Mapping[Role, float] | None = None,
     scatter: float = 0.0,
     version: str | None = None,
-    mixed: int = 0,
 ) -> None:
     """What `nas profile` with one thread would store if shapes took `shape_ms`, times `factors` of their role.
 
@@ -171,9 +169,8 @@ def fill_profile(
                     * (1.0 if graph.role == "reference" else 1 + scatter * rng.standard_normal()),
                     version,
                 )
-                for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3, mixed=mixed)
+                for graph in plan(space.base, space.block_choices(), anchors=10, heldout=6, repeats=3)
                 for work in workloads
-                if is_of_precision(graph.shape, precision)
             ]
         )
 

@@ -413,3 +413,16 @@ def test_a_prior_without_parts_of_more_bits_is_not_leant_on(fit, sample_shapes, 
     mixed, more_ms = widened(sample_shapes(12, seed=3))
     fitted = LatencyPredictor.fit(mixed, device(mixed) + more_ms, DECODE, "int4", seed=0, priors=[fit(40, 0)])
     assert fitted.prior is None
+
+
+def test_parts_of_more_bits_have_costs_for_every_length_of_prompt(sample_shapes, device) -> None:
+    prompts = [Workload("prefill", tokens) for tokens in (16, 128, 512)]
+    mixed, more_ms = widened(sample_shapes(30, seed=0))
+    works = [prompts[i % 3] for i in range(len(mixed))]
+    tokens = np.array([work.tokens for work in works])
+    measured = (device(mixed, noise=0.0) + 3 * more_ms) * tokens / 16
+    fitted = LatencyPredictor.fit(mixed, measured, works, "int4", seed=0)
+    judged, more_ms = widened(sample_shapes(100, seed=1))
+    for prompt in prompts:
+        wanted_ms = (device(judged, noise=0.0) + 3 * more_ms) * prompt.tokens / 16
+        assert mape(fitted.predict(judged, prompt).value_ms, wanted_ms) < 0.05
