@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def tune_supernet(
         raise ValueError("all subnets together are tuned at random ranks or the largest, got sandwich; leave it out")
     if not subnets:
         raise ValueError("wanted subnets to tune, got none; search first")
-    pool = list(dict.fromkeys(replace(subnet, bits=32) for subnet in subnets))
+    pool = list(dict.fromkeys(subnet.at_bits(32) for subnet in subnets))
     said = json.dumps([asdict(settings), [subnet.id for subnet in pool]], sort_keys=True)
     begin(folder, supernet, windows, "supernet", said)
     if (folder / SHIFT_FILE).exists():

@@ -730,7 +730,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
         assert min(row["full_bytes"].values()) > row["without_model_bytes"] > 10**6
     with Store(str(tmp_path / "llm-nas.db")) as store:
         stored = store.measurements()
-        assert len(stored) == 2 * 2 * 15
+        assert len(stored) == 2 * (15 + 21)
     assert nas("profile", "tiny", "--import", "measured.json", "--json").json == imported.json
     with Store(str(tmp_path / "llm-nas.db")) as store:
         assert store.measurements() == stored
