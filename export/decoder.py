@@ -186,17 +186,16 @@ def decoder_from_model(
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
     def matrix(name: str, bits: int) -> Matrix:
-        if quantized and name in quantized:
-            packed = quantized[name]
+        packed = (quantized or {}).get(name)
+        if packed is None and bits < 16:
+            packed = quantize(weights[name], bits)
+        if packed is not None:
             return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), packed.bits)
         if bits == 32:
             plain: Array = weights[name].contiguous().numpy()
             return plain
-        if bits == 16:
-            half: HalfMatrix = weights[name].bfloat16().contiguous().view(torch.uint16).numpy()
-            return half
-        packed = quantize(weights[name], bits)
-        return PackedMatrix(packed.integers.numpy(), packed.scales.numpy(), bits)
+        half: HalfMatrix = weights[name].bfloat16().contiguous().view(torch.uint16).numpy()
+        return half
 
     def vector(name: str) -> Array:
         # Gemma's norms hold what is added to 1

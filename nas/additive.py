@@ -52,15 +52,15 @@ class AdditiveScores:
         genes = np.array([self.space.encode(subnet)[:-1].reshape(self.space.depth, -1) for subnet in subnets])
         layers = np.arange(self.space.depth)
         parts = self.attention[layers, genes[..., 0]] + self.mlp[layers, genes[..., 1]]
-        rounding = np.array([self._rounding(subnet) for subnet in subnets])
+        rounding = np.array([self.bits[subnet.bits] for subnet in subnets])
+        if self.space.mixed_bits:  # of a thousand subnets at once: evolution asks for them by the generation
+            skippable = [not choices[0] for choices in (self.space.group_choices, self.space.width_choices)]
+            at_narrow = (genes[..., 2:] == 0) & ((genes[..., :2] > 0) | ~np.array(skippable))
+            added = (at_narrow * self._narrowing()).sum(axis=(1, 2))
+            narrow = np.array([subnet.bits == NARROW_BITS for subnet in subnets])
+            rounding = np.where(narrow, self.bits[WIDE_BITS] + added, rounding)
         estimate: Floats = parts.sum(axis=1) + rounding
         return estimate
-
-    def _rounding(self, subnet: Subnet) -> float:
-        if self.narrow is None or subnet.bits != NARROW_BITS:
-            return self.bits[subnet.bits]
-        at_narrow = [[bool(layer.size(p)) and not layer.own_bits(p) for p in PARTS] for layer in subnet.layers]
-        return self.bits[WIDE_BITS] + float(self._narrowing()[np.array(at_narrow)].sum())
 
     def _narrowing(self) -> Floats:
         """What each part adds at 4 bits in place of 8 [layers, 2]: together what the whole model adds."""

@@ -59,9 +59,8 @@ def block_array(shapes: Sequence[ModelShape]) -> npt.NDArray[np.int64]:
     padding = (0,) * len(fields(BlockShape))
     rows = (chain(map(sizes, s.blocks), [padding] * (layers - len(s.blocks))) for s in shapes)
     flat = chain.from_iterable(chain.from_iterable(rows))
-    return np.fromiter(flat, dtype=np.int64, count=len(shapes) * layers * len(padding)).reshape(
-        len(shapes), layers, len(padding)
-    )
+    size = (len(shapes), layers, len(padding))
+    return np.fromiter(flat, dtype=np.int64, count=int(np.prod(size))).reshape(size)
 
 
 def select_columns(names: Sequence[str], X: FloatArray, wanted: Sequence[str]) -> FloatArray:
