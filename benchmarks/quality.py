@@ -91,7 +91,6 @@ def main() -> None:
             "calibration_windows_tokens": CALIBRATION,
             "test_windows_tokens": TEST,
             "evaluations": arguments.evaluations,
-            "dtype": str(fast_dtype()).removeprefix("torch."),
             "rows": [asdict(row) for row in rows],
         }
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")

@@ -65,9 +65,15 @@ class Row:
     instructions: tuple[str, ...]
     date: str
 
-    def recovered(self, text: str) -> float:
-        """Share of the log-perplexity lost that was won back."""
-        lost, left = (math.log(quality[text] / self.full[text]) for quality in (self.before, self.after))
+    @property
+    def is_control(self) -> bool:
+        """Whether nothing was taken from the model: what training alone does to it."""
+        return self.before == self.full
+
+    def recovered(self, text: str, control: Row | None = None) -> float:
+        """Share of the log-perplexity lost that was won back; of `control`, what is left is counted from it."""
+        lost = math.log(self.before[text] / self.full[text])
+        left = math.log(self.after[text] / (control.after if control else self.full)[text])
         return 1 - left / lost
 
 
@@ -106,8 +112,13 @@ def bars(rows: list[Row]) -> list[dict[str, Any]]:
             BAR,
         )
         for row in rows
-        if row.steps
+        if row.steps and not row.is_control
     ]
+    for row, control in itertools.product(rows, rows):
+        alike = (row.seed, row.steps) == (control.seed, control.steps) and control.is_control and not row.is_control
+        if alike and row.method.partition(", ")[2] == control.method.partition(", ")[2]:
+            name = f"{row.method}, seed {row.seed}: the same beside the full model trained alike"
+            found.append(bar(name, row.recovered("wikitext2", control), BAR))
     for losa, uniform in itertools.product(rows, rows):
         alike = (losa.seed, losa.steps) == (uniform.seed, uniform.steps)
         if alike and losa.method == ZEROS.format("LoSA") and uniform.method == ZEROS.format(UNIFORM):
@@ -157,7 +168,7 @@ class Recovery:
             fit_in_sequence(supernet, subnet, self.run.windows, cache_dir=self.folder / "cache", progress=progress)
 
     def methods(self) -> dict[str, Callable[[], Row]]:
-        """A subnet of 80 %, and the full model with 70 % of its weights at zero, judged against Wanda alone."""
+        """A subnet of 80 %, the full model trained on the same text, and with 70 % zeros, judged against Wanda alone."""
 
         def training(learning_rate: float, loss: Loss = "kl") -> TrainingSettings:
             return TrainingSettings(**self.limits, learning_rate=learning_rate, loss=loss, seed=self.run.seed)
@@ -176,7 +187,8 @@ class Recovery:
         }
         of_subnet = {f"{KEPT:.0%} subnet, {n}": partial(self.recovered, "smaller", s) for n, s in adapted.items()}
         of_full = {ZEROS.format(n): partial(self.recovered, "full", s) for n, s in sparse.items()}
-        return {name: partial(make, name) for name, make in (of_subnet | of_full).items()}
+        control = {"full model, lora on text": partial(self.recovered, "full", adapted["lora on text"])}
+        return {name: partial(make, name) for name, make in (of_subnet | control | of_full).items()}
 
     def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
         subnet: Subnet = getattr(self, which)
@@ -219,7 +231,7 @@ def print_table(rows: list[Row]) -> None:
     table = Table("", "seed", "full", "before", "after", "won back", "steps", "minutes", title="WikiText-2 | C4")
     for row in rows:
         perplexities = (" | ".join(f"{q[t]:.2f}" for t in q) for q in (row.full, row.before, row.after))
-        won = " | ".join(f"{row.recovered(text):.0%}" for text in row.full)
+        won = "" if row.is_control else " | ".join(f"{row.recovered(text):.0%}" for text in row.full)
         table.add_row(row.method, str(row.seed), *perplexities, won, str(row.steps), f"{row.minutes:.0f}")
     console.print(table)
 
