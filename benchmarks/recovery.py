@@ -168,7 +168,7 @@ class Recovery:
             fit_in_sequence(supernet, subnet, self.run.windows, cache_dir=self.folder / "cache", progress=progress)
 
     def methods(self) -> dict[str, Callable[[], Row]]:
-        """A subnet of 80 %, its control, and the full model with 70 % of its weights at zero, judged against Wanda alone."""
+        """A subnet of 80 %, its control, and the full model with 70 % zeros, judged against Wanda alone."""
 
         def training(learning_rate: float, loss: Loss = "kl") -> TrainingSettings:
             return TrainingSettings(**self.limits, learning_rate=learning_rate, loss=loss, seed=self.run.seed)
