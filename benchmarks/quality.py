@@ -66,6 +66,8 @@ class Row:
     c4: float
     #: To make the weights, what all methods share (a pass over the calibration text) not counted.
     seconds: float
+    #: That the perplexities and the search were computed in.
+    dtype: str
 
 
 def main() -> None:
@@ -200,7 +202,15 @@ class Run:
         seconds = time.perf_counter() - started
         with self.installed(made) as kept:
             found = self.perplexities()
-        return Row(self.seed, removed, method, kept, **found, seconds=round(seconds, 1))
+        return Row(
+            self.seed,
+            removed,
+            method,
+            kept,
+            **found,
+            seconds=round(seconds, 1),
+            dtype=str(fast_dtype()).removeprefix("torch."),
+        )
 
     @contextmanager
     def installed(self, made: peers.Pruned | Sliced | Subnet) -> Iterator[int]:

@@ -40,6 +40,10 @@ KEPT = 0.8
 SPARSITY = 0.7
 ZEROS = f"{SPARSITY:.0%} zeros, {{}}"
 UNIFORM = "Wanda, LoRA (SparsePEFT)"
+SUBNET = f"{KEPT:.0%} subnet, {{}}"
+#: From which nothing was taken: what training alone does to the model.
+CONTROL = "full model, {}"
+TEXT = "lora on text"
 #: Of the log-perplexity that was lost on WikiText-2, to be won back.
 BAR = 0.5
 TOKENS = 256
@@ -67,8 +71,7 @@ class Row:
 
     @property
     def is_control(self) -> bool:
-        """Whether nothing was taken from the model: what training alone does to it."""
-        return self.before == self.full
+        return self.method == CONTROL.format(TEXT)
 
     def recovered(self, text: str, control: Row | None = None) -> float:
         """Share of the log-perplexity lost that was won back; of `control`, what is left is counted from it."""
@@ -115,8 +118,8 @@ def bars(rows: list[Row]) -> list[dict[str, Any]]:
         if row.steps and not row.is_control
     ]
     for row, control in itertools.product(rows, rows):
-        alike = (row.seed, row.steps) == (control.seed, control.steps) and control.is_control and not row.is_control
-        if alike and row.method.partition(", ")[2] == control.method.partition(", ")[2]:
+        alike = (row.seed, row.steps) == (control.seed, control.steps)
+        if alike and control.is_control and row.method == SUBNET.format(TEXT):
             name = f"{row.method}, seed {row.seed}: the same beside the full model trained alike"
             found.append(bar(name, row.recovered("wikitext2", control), BAR))
     for losa, uniform in itertools.product(rows, rows):
@@ -176,7 +179,7 @@ class Recovery:
         adapted = {
             "lora": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
             # learns the text as well, not the full model alone: perplexity may fall while KL rises
-            "lora on text": TuneSettings("lora", (32,), 64.0, training=training(1e-3, "text")),
+            TEXT: TuneSettings("lora", (32,), 64.0, training=training(1e-3, "text")),
             "full": TuneSettings("full", training=training(1e-4)),
         }
         sparse = {
@@ -185,9 +188,9 @@ class Recovery:
             UNIFORM: TuneSettings("lora", (8,), 16.0, sparsity=SPARSITY, training=training(1e-3)),
             "LoSA": TuneSettings("losa", (), 16.0, sparsity=SPARSITY, training=training(1e-3)),
         }
-        of_subnet = {f"{KEPT:.0%} subnet, {n}": partial(self.recovered, "smaller", s) for n, s in adapted.items()}
+        of_subnet = {SUBNET.format(n): partial(self.recovered, "smaller", s) for n, s in adapted.items()}
         of_full = {ZEROS.format(n): partial(self.recovered, "full", s) for n, s in sparse.items()}
-        control = {"full model, lora on text": partial(self.recovered, "full", adapted["lora on text"])}
+        control = {CONTROL.format(TEXT): partial(self.recovered, "full", adapted[TEXT])}
         return {name: partial(make, name) for name, make in (of_subnet | control | of_full).items()}
 
     def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
