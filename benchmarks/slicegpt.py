@@ -61,8 +61,8 @@ def slicegpt(supernet: Supernet, windows: torch.Tensor, removed: float) -> Slice
     for layer in range(supernet.space.depth):
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
             projections.append(_principal(batches, dimensions))
-            supernet.activate_part(layer, part, supernet.full_size(part), 32)
-            supernet.activate_part(layer, other, 0, 32)
+            supernet.activate_part(layer, part, supernet.full_size(part), "fp32")
+            supernet.activate_part(layer, other, 0, "fp32")
             batches = [batch @ projections[-1] for batch in batches]
             with computing(fast_dtype()):
                 batches = [loaded.run_layer(layer, batch) for batch in batches]

@@ -78,7 +78,7 @@ def install(supernet: Supernet, pruned: Pruned) -> None:
             if weights:
                 supernet.install(layer, part, OwnWeights(weights, dict(weights)))
             else:
-                supernet.activate_part(layer, part, 0, 32)
+                supernet.activate_part(layer, part, 0, "fp32")
 
 
 def restore(supernet: Supernet, pruned: Pruned) -> None:

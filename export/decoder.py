@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.quantize import QuantizedWeight, quantize
+from export.quantize import QuantizedWeight, as_half, quantize
 from hw_profiles.shapes import (
     BLOCK_BITS,
     HEAD_BITS,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
     from transformers import PreTrainedModel
 
 Array = NDArray[np.float32]
-#: bf16 [out, in], which numpy does not know: the upper half of each fp32.
-HalfMatrix = NDArray[np.uint16]
+#: fp16 [out, in], or bf16, which numpy does not know: the upper half of each fp32.
+HalfMatrix = NDArray[np.float16] | NDArray[np.uint16]
 
 #: Beyond those that a shape has learned: timing goes on for some steps behind the longest context.
 _FURTHER_POSITIONS = 128
@@ -194,8 +194,9 @@ def decoder_from_model(
         if bits == 32:
             plain: Array = weights[name].contiguous().numpy()
             return plain
-        half: HalfMatrix = weights[name].bfloat16().contiguous().view(torch.uint16).numpy()
-        return half
+        half = as_half(weights[name], precision).contiguous()
+        rounded: HalfMatrix = (half if precision == "fp16" else half.view(torch.uint16)).numpy()
+        return rounded
 
     def vector(name: str) -> Array:
         # Gemma's norms hold what is added to 1
@@ -239,7 +240,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
     """A decoder of this shape with random weights, for timing: latency does not depend on the numbers."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(2**22, dtype=np.float32) * np.float32(0.02)
-    halves = (values.view(np.uint32) >> 16).astype(np.uint16)
+    halves = values.astype(np.float16) if precision == "fp16" else (values.view(np.uint32) >> 16).astype(np.uint16)
     factors = rng.uniform(0.01, 0.03, 2**18)
     scales = {bits: (factors / 2 ** (bits - 1)).astype(np.float16) for bits in (4, 8)}
     integers = {bits: rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 2**22, dtype=np.int8) for bits in (4, 8)}

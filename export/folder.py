@@ -15,7 +15,7 @@ from export.gguf_tokenizer import tokenizer_metadata
 from export.huggingface import write_huggingface
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
-from export.quantize import QuantizedWeight, dequantize, is_rounded, quantize
+from export.quantize import QuantizedWeight, as_half, dequantize, is_rounded, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 
 
@@ -30,7 +30,7 @@ def export_folder(
     """Write an fp32 `model` in the manifest's format, its weights rounded to the manifest's precision.
 
     `quantized` holds the matrices that were rounded before, by name; others are rounded to the nearest here.
-    The Hugging Face folder holds the rounded weights as fp32, or bf16: the same model, in the form that tools expect.
+    The Hugging Face folder holds the rounded weights as fp32, bf16 or fp16: the same model, as tools expect it.
     `model` itself is rounded for it, in place.
     """
     precision = manifest.precision
@@ -83,7 +83,7 @@ def _rounded(model: PreTrainedModel, precision: Precision, quantized: Mapping[st
             if is_rounded(name, parameter):
                 bits = HEAD_BITS[precision] if id(parameter) in embeddings else BLOCK_BITS[precision]
                 if bits == 16:
-                    parameter.data = parameter.bfloat16()
+                    parameter.data = as_half(parameter, precision)
                 else:
                     parameter.copy_(dequantize(quantized[name] if name in quantized else quantize(parameter, bits)))
     return model

@@ -28,9 +28,11 @@ _WIDTH_OF_NO_MLP = 1
 _FILE_TYPES: dict[Precision, gguf.LlamaFileType] = {
     "fp32": gguf.LlamaFileType.ALL_F32,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "fp16": gguf.LlamaFileType.MOSTLY_F16,
     "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
     "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+_TENSOR_TYPES = {"float32": TensorType.F32, "float16": TensorType.F16, "uint16": TensorType.BF16}
 _HETEROGENEOUS = "deci"
 #: Architectures that rotate pairs of neighbours, where Hugging Face's weights have them half a head apart.
 _ROTATING_NEIGHBOURS = ("llama", _HETEROGENEOUS)
@@ -370,7 +372,7 @@ def _by_rows(values: Matrix, reorder: Callable[[NDArray[Any]], NDArray[Any]]) ->
 def _type(values: Matrix) -> TensorType:
     if isinstance(values, PackedMatrix):
         return TensorType.Q4_0 if values.bits == 4 else TensorType.Q8_0
-    return TensorType.BF16 if values.dtype == np.uint16 else TensorType.F32
+    return _TENSOR_TYPES[values.dtype.name]
 
 
 def _stored_shape(values: Matrix) -> tuple[int, ...]:

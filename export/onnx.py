@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix, stacked
+from export.decoder import Array, AttentionWeights, Decoder, HalfMatrix, Matrix, MlpWeights, Norm, PackedMatrix, stacked
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
@@ -188,9 +188,8 @@ class _Graph:
     def _embedding_rows(self) -> str:
         embedding = self.decoder.embedding
         if not isinstance(embedding, PackedMatrix):
-            return self._node(
-                "Gather", [self._tensor("embed_tokens.weight", embedding), "input_ids"], "hidden_states", axis=0
-            )
+            table = self._tensor("embed_tokens.weight", embedding)
+            return self._widened(self._node("Gather", [table, "input_ids"], "hidden_states", axis=0), embedding)
         weight, scales = self._packed("embed_tokens", embedding)
         rows = self._node(
             "Reshape", [weight, self._int64("embedding_shape", [embedding.shape[0], -1])], "embedding_rows"
@@ -215,7 +214,7 @@ class _Graph:
         if decoder.head is decoder.embedding:
             # onnxruntime folds the transpose away when it loads; the file holds the matrix once
             transposed = self._node("Transpose", ["embed_tokens.weight"], "lm_head.weight", perm=[1, 0])
-            return self._node("MatMul", [last, transposed], output)
+            return self._node("MatMul", [last, self._widened(transposed, decoder.head)], output)
         return self._linear("lm_head", last, decoder.head, output)
 
     def _capped(self, logits: str) -> None:
@@ -330,7 +329,8 @@ class _Graph:
     def _linear(self, name: str, x: str, matrix: Matrix, output: str | None = None) -> str:
         output = output or f"{name}.output"
         if not isinstance(matrix, PackedMatrix):
-            return self._node("MatMul", [x, self._tensor(f"{name}.weight", np.ascontiguousarray(matrix.T))], output)
+            weight = self._tensor(f"{name}.weight", np.ascontiguousarray(matrix.T))
+            return self._node("MatMul", [x, self._widened(weight, matrix)], output)
         weight, scales = self._packed(name, matrix)
         rows, columns = matrix.shape
         return self._node(
@@ -344,6 +344,12 @@ class _Graph:
             block_size=QUANTIZATION_BLOCK_SIZE,
             accuracy_level=ACCURACY_LEVEL,
         )
+
+    def _widened(self, name: str, matrix: Array | HalfMatrix) -> str:
+        """A matrix of fp16 as fp32, which onnxruntime makes of it once, when it loads."""
+        if matrix.dtype != np.float16:
+            return name
+        return self._node("Cast", [name], f"{name}.widened", to=TensorProto.FLOAT)
 
     def _packed(self, name: str, matrix: PackedMatrix) -> tuple[str, str]:
         """Names of the unsigned blocks [out, in / 32, 32 x bits / 8] and fp32 scales; a shared matrix is kept once."""

@@ -278,8 +278,13 @@ def _biased(x: ov.Node, bias: Array | None) -> ov.Node:
 def _constant(matrix: Matrix) -> ov.Node:
     """fp32 [out, in]; a rounded matrix stays compressed, with the decompression that the plugins fuse."""
     if not isinstance(matrix, PackedMatrix):
-        if matrix.dtype != np.uint16:
+        if matrix.dtype == np.float32:
             return ops.constant(matrix, shared_memory=True)
+        if matrix.dtype == np.float16:
+            widened = ops.convert(ops.constant(matrix, shared_memory=True), "f32")
+            # without the mark the CPU plugin widens all of it when it loads, and reads twice the bytes at every token
+            widened.get_rt_info()["decompression_0"] = ""
+            return widened
         halves = ov.Tensor(matrix, ov.Shape(matrix.shape), ov.Type.bf16)
         return ops.convert(ops.constant(halves, shared_memory=True), "f32")
     rows, columns = matrix.shape

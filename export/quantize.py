@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, Precision
 
+#: What matrices of two bytes a weight are.
+HALF_TYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Shrunken scales tried for each 4-bit block; the one with the least squared error is kept.
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
 #: Weights whose scales are found together: with all shrinks they stay in the processor's cache.
@@ -88,11 +90,25 @@ def is_rounded(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2 and "embed_positions" not in name
 
 
-def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """`weight` in its own type as it will be after rounding: to bf16 at 16 bits; 32 leave it as it is."""
-    if bits == 16:
-        return weight.bfloat16().to(weight.dtype)
-    return weight if bits > 16 else dequantize(quantize(weight, bits))
+def fake_quantize(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """A block's matrix in its own type as it will be after rounding to `precision`; at fp32 as it is.
+
+    Raises ValueError at fp16 for what that cannot hold.
+    """
+    if precision in HALF_TYPES:
+        return as_half(weight, precision).to(weight.dtype)
+    return weight if precision == "fp32" else dequantize(quantize(weight, BLOCK_BITS[precision]))
+
+
+def as_half(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """`weight` as bf16 or fp16; ValueError where a finite number is too large for fp16."""
+    half = weight.to(HALF_TYPES[precision])
+    if not half.isfinite().all() and weight.isfinite().all():
+        raise ValueError(
+            f"wanted weights up to {torch.finfo(half.dtype).max:.0f} for {precision}, got "
+            f"{weight.abs().max().item():.0f}; take bf16 or fp32"
+        )
+    return half
 
 
 def _round(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,25 +12,25 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 Phase = Literal["prefill", "decode"]
-Precision = Literal["fp32", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 HiddenAct = Literal["silu", "gelu_pytorch_tanh", "gelu", "relu"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 HIDDEN_ACTS: tuple[HiddenAct, ...] = get_args(HiddenAct)
 #: Of the weights; at bf16 the arithmetic is bf16 as well, at the others fp32 or what the runtime makes of it.
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 #: Weights in quantised matrices share one fp16 scale per this many inputs (the block of GGUF's Q4_0 and Q8_0).
 QUANTIZATION_BLOCK_SIZE = 32
 #: Bits of the decoder blocks' weights at each precision.
-BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 #: Bits of the embedding and the head: never below 8, four bits there cost more quality than they save time.
-HEAD_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 8}
+HEAD_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 8}
 #: Bits at which attention or MLP of some layers of an int4 model may be held.
 WIDE_BITS = 8
 #: Bytes of an activation, and of a cached key or value.
-VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 4, "int4": 4}
+VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 4, "int8": 4, "int4": 4}
 
 
 @dataclass(frozen=True, order=True)

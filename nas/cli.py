@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-#: bf16 has to be asked for: few runtimes and CPUs have it, and no search chooses it.
+#: bf16 and fp16 have to be asked for: few runtimes and CPUs gain by them, and no search chooses them.
 _PROFILED: tuple[Precision, ...] = ("fp32", "int8", "int4")
 
 

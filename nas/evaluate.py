@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from hw_profiles.shapes import Precision
 from nas.distillation import capped
 from nas.families import computing, fast_dtype
 from nas.quality import Quality
@@ -70,14 +71,14 @@ class Evaluator:
             kl, nll = self._compare(self._run(self.supernet.loaded.embed(self.windows), 0))
         return Quality(kl, math.exp(nll), self.windows.numel(), time.perf_counter() - start)
 
-    def block_kl(self, layer: int, part: Part, choice: int, bits: int = 32) -> float:
-        """KL of the full fp32 model with one part of one layer at `choice` and `bits`; runs layers from there on."""
+    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision = "fp32") -> float:
+        """KL of the full fp32 model with one part of one layer at `choice` and `precision`; runs layers from there."""
         supernet = self.supernet
         supernet.activate_full_model()
         with torch.no_grad(), computing(self.dtype):
             if not self._inputs:
                 self._remember_inputs()
-            supernet.activate_part(layer, part, choice, bits)
+            supernet.activate_part(layer, part, choice, precision)
             kl, _ = self._compare(self._run(self._inputs[layer], layer))
         supernet.activate_full_model()
         return kl

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from export.quantize import QuantizedWeight, fake_quantize
+from hw_profiles.shapes import BLOCK_BITS
 from nas.calibration import is_complete, load_layer, save_layer
 from nas.space import Part, Subnet
 
@@ -62,12 +63,13 @@ def _unpack(tensors: dict[str, torch.Tensor], subnet: Subnet, layer: int) -> dic
         if kind:
             continue
         part: Part = "attention" if prefix == "attention" else "mlp"
-        bits = subnet.part_bits(layer, part)
+        precision = subnet.part_precision(layer, part)
         own = parts.setdefault(part, OwnWeights({}, {}))
         own.exact[name] = tensor
         if f"{key}|integers" in tensors:
             integers, scales = tensors[f"{key}|integers"], tensors[f"{key}|scales"]
-            own.rounded[name] = QuantizedWeight(integers, scales, bits)
+            own.rounded[name] = QuantizedWeight(integers, scales, BLOCK_BITS[precision])
         else:
-            own.rounded[name] = fake_quantize(tensor, 16) if tensor.dim() == 2 and bits == 16 else tensor
+            halved = tensor.dim() == 2 and BLOCK_BITS[precision] == 16
+            own.rounded[name] = fake_quantize(tensor, precision) if halved else tensor
     return parts

@@ -9,7 +9,7 @@ from hw_profiles import Store, Target, Workload, runtime
 from hw_profiles.measurement import Role
 from hw_profiles.profile import Progress
 from hw_profiles.runtimes import SCALE_BYTES, engine_of
-from hw_profiles.shapes import BLOCK_BITS, PHASES, Precision
+from hw_profiles.shapes import PHASES, Precision
 from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe, hopeful
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
@@ -89,10 +89,10 @@ def _trials(study: Study) -> list[Trial]:
 def find_subnet(study: Study, name: str, precision: Precision | None) -> Subnet:
     """A trial by its id, or `full`, at its own bits or at those of `precision`."""
     if name == "full":
-        return study.space.full(BLOCK_BITS[precision or "fp32"])
+        return study.space.full().at(precision or "fp32")
     for trial in study.trials():
         if trial.subnet.id == name:
-            return trial.subnet if precision is None else trial.subnet.at_bits(BLOCK_BITS[precision])
+            return trial.subnet if precision is None else trial.subnet.at(precision)
     raise StudyError(f"study {study.name!r} has no subnet {name!r}; take an id from nas query or nas search, or `full`")
 
 

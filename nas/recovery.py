@@ -129,7 +129,8 @@ def _student(supernet: Supernet, subnet: Subnet) -> Any:
     student = supernet.extract(subnet)
     state = student.state_dict()
     if subnet.bits == 16:
-        rounded = {name: fake_quantize(tensor, 16) for name, tensor in state.items() if is_rounded(name, tensor)}
+        matrices = {name: tensor for name, tensor in state.items() if is_rounded(name, tensor)}
+        rounded = {name: fake_quantize(tensor, subnet.precision) for name, tensor in matrices.items()}
     else:
         layers = f"{supernet.loaded.family.layers}."
         rounded = {
@@ -279,7 +280,7 @@ class _Job:
             return exact
         if grid := self.grids.get(path):
             return quantize_to(exact, grid.scales, grid.bits)
-        return fake_quantize(exact, self.subnet.bits)
+        return fake_quantize(exact, self.subnet.precision)
 
     def check_sparsity(self, own: OwnLayers) -> float:
         """The share of zeros shipped; RuntimeError where one that was pruned came back."""

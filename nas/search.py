@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.profile import Progress
+from hw_profiles.shapes import BLOCK_BITS, Precision
 from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scored_choices
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.published_searches import PUBLISHED
 from nas.quality import Quality
-from nas.space import NARROW_BITS, PARTS, Part, SearchSpace, Subnet
+from nas.space import NARROW, NARROW_BITS, PARTS, Part, SearchSpace, Subnet
 from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_TRIALS
@@ -40,7 +41,7 @@ class Evaluates(Protocol):
 
     def evaluate(self, subnet: Subnet) -> Quality: ...
 
-    def block_kl(self, layer: int, part: Part, choice: int, bits: int) -> float: ...
+    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float: ...
 
     def reformation_error(self, layer: int, part: Part, choice: int) -> float: ...
 
@@ -134,19 +135,20 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
     """
     stored = study.scores()
     full = {"attention": space.group_choices[-1], "mlp": space.width_choices[-1]}
+    exact: Precision = "fp32"
     wanted = [
-        (layer, part, choice, bits)
+        (layer, part, choice, precision)
         for layer in range(space.depth)
         for part in PARTS
-        for choice, bits in (
-            *((size, 32) for size in scored_choices(space, part)),
-            *([(full[part], NARROW_BITS)] if space.mixed_bits else []),
+        for choice, precision in (
+            *((size, exact) for size in scored_choices(space, part)),
+            *([(full[part], NARROW)] if space.mixed_bits else []),
         )
     ]
-    for done, (layer, part, choice, bits) in enumerate(wanted):
-        name = _score_name(layer, part, choice, bits)
+    for done, (layer, part, choice, precision) in enumerate(wanted):
+        name = _score_name(layer, part, choice, precision)
         if name not in stored:
-            stored[name] = evaluator.block_kl(layer, part, choice, bits)
+            stored[name] = evaluator.block_kl(layer, part, choice, precision)
             study.add_score(name, stored[name])
         progress(done + 1, len(wanted), f"scoring layer {layer} {part} at {choice}")
 
@@ -160,7 +162,7 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
 
     narrow = None
     if space.mixed_bits:
-        names = [[_score_name(layer, p, full[p], NARROW_BITS) for p in PARTS] for layer in range(space.depth)]
+        names = [[_score_name(layer, p, full[p], NARROW) for p in PARTS] for layer in range(space.depth)]
         narrow = np.maximum([[stored[name] for name in row] for row in names], _LEAST_KL)
     return AdditiveScores(space, table("attention", space.group_choices), table("mlp", space.width_choices), {}, narrow)
 
@@ -303,5 +305,5 @@ def _interleaved(seeds: Sequence[Subnet], bits_choices: Sequence[int]) -> list[S
     return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
 
 
-def _score_name(layer: int, part: Part, choice: int, bits: int = 32) -> str:
-    return f"{layer}.{part}.{choice}" + (f" at {bits} bits" if bits < 32 else "")
+def _score_name(layer: int, part: Part, choice: int, precision: Precision = "fp32") -> str:
+    return f"{layer}.{part}.{choice}" + (f" at {BLOCK_BITS[precision]} bits" if precision != "fp32" else "")

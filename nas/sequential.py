@@ -30,7 +30,7 @@ from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
-from hw_profiles.shapes import HEAD_BITS
+from hw_profiles.shapes import Precision
 from nas.calibration import moments, second_moments, sizes, statistics_key
 from nas.families import computing, fast_dtype
 from nas.importance import normalise
@@ -117,7 +117,7 @@ class _Streams:
         batches = torch.split(windows, max(1, _TOKENS_AT_ONCE // windows.shape[1]))
         supernet.activate_full_model()
         self.full = [supernet.loaded.embed(batch) for batch in batches]
-        supernet.activate_ends(HEAD_BITS[subnet.precision])
+        supernet.activate_ends(subnet.precision)
         self.own = [supernet.loaded.embed(batch) for batch in batches]
         #: What the part reads: the stream before it, or before its layer where attention and MLP read the same.
         self._full_read, self._own_read = self.full, self.own
@@ -149,7 +149,7 @@ class _Streams:
 
     def _begin(self, layer: int, part: Part) -> None:
         """With the whole part in the model."""
-        self.supernet.activate_part(layer, part, self.supernet.full_size(part), 32)
+        self.supernet.activate_part(layer, part, self.supernet.full_size(part), "fp32")
         if part == "attention" or not self.supernet.space.base.parallel_residual:
             self._full_read, self._own_read = list(self.full), list(self.own)
 
@@ -213,14 +213,14 @@ class _Streams:
 
     def _run(self, layer: int, part: Part, read: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """The stream `batch` with what the part adds when it reads `read`."""
-        self.supernet.activate_part(layer, "mlp" if part == "attention" else "attention", 0, 32)
+        self.supernet.activate_part(layer, "mlp" if part == "attention" else "attention", 0, "fp32")
         with computing(fast_dtype()):
             behind = self.supernet.loaded.run_layer(layer, read)
         return behind if read is batch else batch + (behind - read)
 
 
 def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping: float) -> OwnWeights:
-    supernet, bits = streams.supernet, streams.subnet.part_bits(layer, part)
+    supernet, precision = streams.supernet, streams.subnet.part_precision(layer, part)
     if whole.H is None:
         exact = supernet.part_weights(layer, part, supernet.full_size(part))
     else:
@@ -229,10 +229,10 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
     inputs = {n: t + t @ whole.correction for n, t in exact.items() if t.dim() == 2 and n != output}
     exact |= inputs
     rounded: RoundedWeights = dict(exact)
-    if bits == 4:
-        rounded |= round_inputs(inputs, whole.H_in, bits, supernet.rounded_to_nearest)
+    if precision == "int4":
+        rounded |= round_inputs(inputs, whole.H_in, 4, supernet.rounded_to_nearest)
     else:
-        rounded |= {name: _nearest(tensor, bits) for name, tensor in inputs.items()}
+        rounded |= {name: _nearest(tensor, precision) for name, tensor in inputs.items()}
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
     before = exact[output]
@@ -241,15 +241,15 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
         X = streams.counted(layer, part, x, before)
         H, G = H + second_moments(X), G + moments(X, streams.asked(layer, part, _rows(target - batch)))
     exact[output] = before + _step(H, G, damping)
-    now = round_with_feedback(exact[output], H, bits) if bits == 4 else _nearest(exact[output], bits)
+    now = round_with_feedback(exact[output], H, 4) if precision == "int4" else _nearest(exact[output], precision)
     rounded[output] = now
     change = (dequantize(now) if isinstance(now, QuantizedWeight) else now) - before
     streams.mend(layer, part, heard, before, change)
     return OwnWeights(exact, rounded)
 
 
-def _nearest(weight: torch.Tensor, bits: int) -> QuantizedWeight | torch.Tensor:
-    return quantize(weight, bits) if bits == 8 else fake_quantize(weight, bits)
+def _nearest(weight: torch.Tensor, precision: Precision) -> QuantizedWeight | torch.Tensor:
+    return quantize(weight, 8) if precision == "int8" else fake_quantize(weight, precision)
 
 
 def _step(H: torch.Tensor, G: torch.Tensor, damping: float) -> torch.Tensor:

@@ -21,8 +21,9 @@ Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 #: Bits of a subnet of which some parts may have WIDE_BITS.
-NARROW_BITS = BLOCK_BITS["int4"]
-_PRECISION_OF_BITS: dict[int, Precision] = {bits: precision for precision, bits in BLOCK_BITS.items()}
+NARROW: Precision = "int4"
+NARROW_BITS = BLOCK_BITS[NARROW]
+_PRECISION_OF_BITS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
 #: Thin widths stand beside 0: skipping an MLP is often dear where keeping a sixteenth of it is cheap.
 WIDTH_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 GROUP_FRACTIONS = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
@@ -55,11 +56,12 @@ SKIPPED = LayerChoice(0, 0)
 class Subnet:
     """One choice per layer and the bits of the blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too.
 
-    At 4 bits parts may have 8 of their own.
+    At 4 bits parts may have 8 of their own; 16 are bf16 or fp16.
     """
 
     layers: tuple[LayerChoice, ...]
     bits: int
+    half: Precision = "bf16"
 
     @classmethod
     def of_parts(cls, layers: Sequence[LayerChoice], bits: int) -> Subnet:
@@ -76,7 +78,7 @@ class Subnet:
 
     @property
     def precision(self) -> Precision:
-        return _PRECISION_OF_BITS[self.bits]
+        return self.half if self.bits == 16 else _PRECISION_OF_BITS[self.bits]
 
     @property
     def is_mixed(self) -> bool:
@@ -97,22 +99,31 @@ class Subnet:
             return self
         return Subnet(tuple(replace(layer, attention_bits=0, mlp_bits=0) for layer in self.layers), bits)
 
-    def part_bits(self, layer: int, part: Part) -> int:
-        return self.layers[layer].own_bits(part) or self.bits
+    def at(self, precision: Precision) -> Subnet:
+        """The same sizes at that precision; at its own it stays as it is."""
+        if precision == self.precision:
+            return self
+        found = self.at_bits(BLOCK_BITS[precision])
+        return replace(found, half=precision) if found.bits == 16 else found
+
+    def part_precision(self, layer: int, part: Part) -> Precision:
+        own = self.layers[layer].own_bits(part)
+        return _PRECISION_OF_BITS[own] if own else self.precision
 
     def to_json(self) -> str:
-        """A layer's own bits are said only where it has some, so that ids of earlier versions stay."""
+        """A layer's own bits are said only where it has some, and fp16 alone of halves, so that older ids stay."""
         layers = [
             [layer.num_key_value_heads, layer.intermediate_size]
             + ([layer.attention_bits, layer.mlp_bits] if layer.attention_bits or layer.mlp_bits else [])
             for layer in self.layers
         ]
-        return json.dumps({"bits": self.bits, "layers": layers}, separators=(",", ":"))
+        half = {"half": self.half} if self.precision == "fp16" else {}
+        return json.dumps({"bits": self.bits, **half, "layers": layers}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Subnet:
         fields = json.loads(text)
-        return cls(tuple(LayerChoice(*layer) for layer in fields["layers"]), fields["bits"])
+        return cls(tuple(LayerChoice(*layer) for layer in fields["layers"]), fields["bits"], fields.get("half", "bf16"))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import nn
 
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
-from hw_profiles.shapes import HEAD_BITS
+from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 from nas.calibration import LayerStatistics, Statistics, collect, is_complete, load_layer, save_layer
 from nas.families import LoadedModel
 from nas.importance import DAMPING, keep_order
@@ -91,11 +91,11 @@ class Supernet:
         self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
         self._own: dict[Subnet, OwnLayers] = {}
         #: None where the part is as it was loaded.
-        self._active: dict[tuple[int, Part], tuple[int, int] | OwnWeights | None] = {
+        self._active: dict[tuple[int, Part], tuple[int, Precision] | OwnWeights | None] = {
             (i, p): None for i in range(space.depth) for p in PARTS
         }
-        self._head_bits = 32
-        self._quantized_ends: dict[int, dict[nn.Module, torch.Tensor]] = {}
+        self._ends_precision: Precision = "fp32"
+        self._quantized_ends: dict[Precision, dict[nn.Module, torch.Tensor]] = {}
 
     def prepare(self, windows: torch.Tensor, *, reform: bool = True, cache_dir: Path | None = None) -> None:
         """Orders and least-squares weights of every choice from token windows [N, T], or what `cache_dir` has of them.
@@ -166,10 +166,10 @@ class Supernet:
         for index, layer in enumerate(subnet.layers):
             for part in PARTS:
                 if (own := self._own_weights(subnet, index, part)) is None:
-                    self.activate_part(index, part, layer.size(part), subnet.part_bits(index, part))
+                    self.activate_part(index, part, layer.size(part), subnet.part_precision(index, part))
                 else:
                     self.install(index, part, own)
-        self.activate_ends(HEAD_BITS[subnet.precision])
+        self.activate_ends(subnet.precision)
 
     def activate_full_model(self) -> None:
         """The model as it was loaded, even where the full subnet has weights of its own, or was shifted."""
@@ -179,7 +179,7 @@ class Supernet:
                     prefix = f"{self.part_name(part)}."
                     self._put(index, part, {name: t for name, t in loaded.items() if name.startswith(prefix)})
                     self._active[index, part] = None
-        self.activate_ends(32)
+        self.activate_ends("fp32")
 
     def shift(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> None:
         """Add fp32 deltas to the full maps, by layer and name within it; what a subnet keeps of a map is shifted alike.
@@ -228,16 +228,16 @@ class Supernet:
         self._quantized_inputs.clear()
         self._own.clear()
 
-    def activate_part(self, layer: int, part: Part, choice: int, bits: int) -> None:
+    def activate_part(self, layer: int, part: Part, choice: int, precision: Precision) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
-        if self._active[layer, part] == (choice, bits):
+        if self._active[layer, part] == (choice, precision):
             return
         if choice == 0:
             skipped = SkippedAttention() if part == "attention" else SkippedMlp()
             setattr(self._layers[layer], self.part_name(part), skipped)
         else:
-            self._put(layer, part, self._rounded(layer, part, choice, bits))
-        self._active[layer, part] = (choice, bits)
+            self._put(layer, part, self._rounded(layer, part, choice, precision))
+        self._active[layer, part] = (choice, precision)
 
     def install(self, layer: int, part: Part, own: OwnWeights) -> None:
         """The same with weights of no size of the supernet's: those of `own`, as rounded."""
@@ -258,23 +258,24 @@ class Supernet:
         for name, tensor in weights.items():
             _set(self._layers[layer], name, tensor)
 
-    def activate_ends(self, bits: int) -> None:
-        """Round embedding and head to 8 or 16 bits, or take them as they are with 32."""
-        if bits == self._head_bits:
+    def activate_ends(self, precision: Precision) -> None:
+        """Round embedding and head as a model of that precision has them, or take them as they are at fp32."""
+        own: Precision = "int8" if HEAD_BITS[precision] == 8 else precision
+        if own == self._ends_precision:
             return
-        if bits == 32:
+        if own == "fp32":
             ends = self._ends
         else:
-            if bits not in self._quantized_ends:
+            if own not in self._quantized_ends:
                 modules = list(self._ends)
-                rounded = {modules[0]: fake_quantize(self._ends[modules[0]], bits)}
-                rounded[modules[1]] = rounded[modules[0]] if self._tied else fake_quantize(self._ends[modules[1]], bits)
-                self._quantized_ends[bits] = rounded
-            ends = self._quantized_ends[bits]
+                rounded = {modules[0]: fake_quantize(self._ends[modules[0]], own)}
+                rounded[modules[1]] = rounded[modules[0]] if self._tied else fake_quantize(self._ends[modules[1]], own)
+                self._quantized_ends[own] = rounded
+            ends = self._quantized_ends[own]
         parameters = {id(t): nn.Parameter(t, requires_grad=False) for t in ends.values()}
         for module, tensor in ends.items():
             module.weight = parameters[id(tensor)]
-        self._head_bits = bits
+        self._ends_precision = own
 
     def layer_weights(self, subnet: Subnet, layer: int) -> dict[str, torch.Tensor]:
         """Reformed slices of one layer in fp32, not yet rounded, by name within the layer; skipped parts are absent."""
@@ -323,11 +324,12 @@ class Supernet:
             return {index: f"{self.loaded.family.layers}.{number}" for number, index in enumerate(kept)}
         return {index: f"{self.loaded.family.layers}.{index}" for index in kept}
 
-    def _rounded(self, layer: int, part: Part, choice: int, bits: int) -> dict[str, torch.Tensor]:
+    def _rounded(self, layer: int, part: Part, choice: int, precision: Precision) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
+        bits = BLOCK_BITS[precision]
         if bits >= 16:
             weights = self.part_weights(layer, part, choice)
-            return {name: fake_quantize(t, bits) if t.dim() == 2 else t for name, t in weights.items()}
+            return {name: fake_quantize(t, precision) if t.dim() == 2 else t for name, t in weights.items()}
         key = (layer, part, choice, bits)
         if key not in self._quantized:
             self._quantized[key] = self._quantize_part(layer, part, choice, bits)
@@ -372,7 +374,7 @@ class Supernet:
         for index, path in self.extracted_layers(subnet).items():
             for part in PARTS:
                 own = self._own_weights(subnet, index, part)
-                key = (index, part, subnet.layers[index].size(part), subnet.part_bits(index, part))
+                key = (index, part, subnet.layers[index].size(part), BLOCK_BITS[subnet.part_precision(index, part)])
                 shared = self._quantized.get(key, {})
                 for name, tensor in (shared if own is None else own.rounded).items():
                     if isinstance(tensor, QuantizedWeight):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hw_profiles.profile import Progress
+from hw_profiles.shapes import Precision
 from nas.distillation import capped
 from nas.families import LoadedModel, computing, fast_dtype
 from nas.quality import Quality
@@ -190,8 +191,8 @@ class TaskEvaluator:
         tokens, seconds = found.tokens + self.loss.tokens, time.perf_counter() - start
         return replace(found, task_loss=loss, tokens=tokens, seconds=seconds)
 
-    def block_kl(self, layer: int, part: Part, choice: int, bits: int) -> float:
-        return self.evaluator.block_kl(layer, part, choice, bits)
+    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float:
+        return self.evaluator.block_kl(layer, part, choice, precision)
 
     def reformation_error(self, layer: int, part: Part, choice: int) -> float:
         return self.evaluator.reformation_error(layer, part, choice)

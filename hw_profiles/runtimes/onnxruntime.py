@@ -44,7 +44,7 @@ _HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention"}
 
 class OnnxRuntime:
     #: Its CPU provider has no kernels that multiply bf16 matrices, and the writer writes no such files.
-    precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 
     def __init__(self, device: str = CPU) -> None:
         self.name = name_on("onnxruntime", device)

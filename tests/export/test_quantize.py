@@ -7,8 +7,10 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from export import QuantizedWeight, dequantize, fake_quantize, quantize
+from hw_profiles.shapes import Precision
 
 BLOCK = 32
+PRECISION_OF: dict[int, Precision] = {8: "int8", 4: "int4"}
 
 
 def _weights(kind: str) -> torch.Tensor:
@@ -56,7 +58,7 @@ def test_no_block_of_4_bits_is_worse_than_plain_rounding(kind: str) -> None:
     weight = _weights(kind)
     blocks = weight.reshape(-1, BLOCK)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    errors = _block_errors(weight, fake_quantize(weight, 4))
+    errors = _block_errors(weight, fake_quantize(weight, "int4"))
     plain = _block_errors(weight, _rounded_with(weight, extreme / -8, -8, 7))
     assert (errors <= plain * (1 + 1e-6)).all()
     symmetric = _block_errors(weight, _rounded_with(weight, extreme.abs() / 7, -7, 7))
@@ -71,7 +73,8 @@ def test_no_block_of_4_bits_is_worse_than_plain_rounding(kind: str) -> None:
 def test_error_against_ggufs_own_quantiser(kind: str, bits: int, reference: GGMLQuantizationType) -> None:
     weight = _weights(kind)
     theirs = torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), reference), reference))
-    ratio = float(_block_errors(weight, fake_quantize(weight, bits)).sum() / _block_errors(weight, theirs).sum())
+    ours = _block_errors(weight, fake_quantize(weight, PRECISION_OF[bits]))
+    ratio = float(ours.sum() / _block_errors(weight, theirs).sum())
     assert (0.5 < ratio < 0.98) if bits == 4 else (0.95 < ratio < 1.05)
 
 
@@ -103,8 +106,8 @@ def test_8_bits_miss_by_half_a_step_at_most(kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_on_the_grid_come_back_as_they_are(bits: int) -> None:
-    once = fake_quantize(_weights("normal"), bits)
-    again = fake_quantize(once, bits)
+    once = fake_quantize(_weights("normal"), PRECISION_OF[bits])
+    again = fake_quantize(once, PRECISION_OF[bits])
     # the extreme may have been shrunk off the grid's end, and then the block is not its own best grid at the start
     exact = (once == again).reshape(-1, BLOCK).all(-1)
     assert exact.all()
@@ -128,7 +131,7 @@ def test_zero_blocks(bits: int) -> None:
     weight = _weights("normal")
     weight[3, 32:64] = 0
     weight[7] = 0
-    rounded = fake_quantize(weight, bits)
+    rounded = fake_quantize(weight, PRECISION_OF[bits])
     assert torch.isfinite(rounded).all()
     assert not rounded[3, 32:64].any()
     assert not rounded[7].any()
@@ -137,24 +140,34 @@ def test_zero_blocks(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_too_small_for_an_fp16_scale_become_zero(bits: int) -> None:
-    assert not fake_quantize(torch.full((2, 64), 1e-9), bits).any()
+    assert not fake_quantize(torch.full((2, 64), 1e-9), PRECISION_OF[bits]).any()
 
 
 def test_half_precision_and_non_contiguous_weights() -> None:
     weight = _weights("normal").half()
-    assert torch.equal(fake_quantize(weight, 4), fake_quantize(weight.float(), 4))
+    assert torch.equal(fake_quantize(weight, "int4"), fake_quantize(weight.float(), "int4"))
     transposed = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).T
-    assert torch.equal(fake_quantize(transposed, 8), fake_quantize(transposed.contiguous(), 8))
+    assert torch.equal(fake_quantize(transposed, "int8"), fake_quantize(transposed.contiguous(), "int8"))
 
 
-def test_16_bits_are_bf16_and_32_leave_weights_alone() -> None:
+def test_halves_are_the_nearest_numbers_and_fp32_leaves_weights_alone() -> None:
     weight = _weights("normal")
     kept = (weight.view(torch.int32) & -(2**16)).view(torch.float32)  # the upper half: rounded towards 0
     away = ((weight.view(torch.int32) & -(2**16)) + 2**16).view(torch.float32)
     nearest = torch.where((weight - kept).abs() < (away - weight).abs(), kept, away)
-    assert torch.equal(fake_quantize(weight, 16), nearest)
+    assert torch.equal(fake_quantize(weight, "bf16"), nearest)
     assert not torch.equal(nearest, weight)
-    assert torch.equal(fake_quantize(weight, 32), weight)
+    steps = 2.0 ** (weight.abs().log2().floor().clamp(min=-14) - 10)  # between fp16's numbers, the least being 2^-24
+    assert torch.equal(fake_quantize(weight, "fp16"), (weight / steps).round() * steps)
+    assert torch.equal(fake_quantize(weight, "fp32"), weight)
+
+
+def test_fp16_refuses_what_it_cannot_hold() -> None:
+    weight = _weights("normal")
+    weight[2, 3] = 1e5
+    with pytest.raises(ValueError, match="wanted weights up to 65504 for fp16, got 100000; take bf16 or fp32"):
+        fake_quantize(weight, "fp16")
+    assert fake_quantize(weight, "bf16")[2, 3] == pytest.approx(1e5, rel=2**-8)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 48])

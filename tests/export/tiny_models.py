@@ -14,7 +14,7 @@ from export import fake_quantize, heterogeneous_model
 from export.gpt import gpt_config
 from export.quantize import is_rounded
 from hw_profiles.runtimes import Session
-from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, BlockShape, ModelShape, Precision
+from hw_profiles.shapes import BlockShape, ModelShape, Precision
 
 VOCAB_SIZE, HIDDEN_SIZE, HEAD_DIM, MAX_POSITIONS, EOS = 272, 64, 16, 64, 256
 #: Two KV groups, no attention, one KV group and no MLP, nothing at all, three KV groups.
@@ -129,8 +129,8 @@ def rounded(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_rounded(name, parameter):
-                bits = (HEAD_BITS if "embed_tokens" in name or "lm_head" in name else BLOCK_BITS)[precision]
-                parameter.copy_(fake_quantize(parameter, bits))
+                end = "embed_tokens" in name or "lm_head" in name
+                parameter.copy_(fake_quantize(parameter, "int8" if end and precision == "int4" else precision))
     return model
 
 

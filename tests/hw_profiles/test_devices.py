@@ -55,7 +55,7 @@ def test_id_tells_machines_apart_but_not_kernels() -> None:
 def test_target_key_and_checks() -> None:
     assert Target("d", "openvino", "int8", 2).key == "openvino/int8/2 threads"
     assert Target("d", "openvino", "fp32", 1).key == "openvino/fp32/1 thread"
-    with pytest.raises(ValueError, match=r"fp32, bf16, int8, int4, got 'fp8'"):
+    with pytest.raises(ValueError, match=r"fp32, bf16, fp16, int8, int4, got 'fp8'"):
         Target("d", "openvino", "fp8", 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 or more"):
         Target("d", "openvino", "int8", 0)

@@ -133,7 +133,7 @@ CHANGES = {
     "positions": (set_("shapes", 0, "learned_positions", to=-1), "learned_positions must be a whole number from 0 to"),
     "windows": (set_("shapes", 0, "windows", to=[6]), "windows must be a list of 2 entries, or empty"),
     "a window": (set_("shapes", 0, "windows", to=[6, -1]), "windows must be whole numbers from 0 to 1048576"),
-    "precision": (set_(*ROW, "precision", to="int3"), "precision must be one of fp32, bf16, int8, int4"),
+    "precision": (set_(*ROW, "precision", to="int3"), "precision must be one of fp32, bf16, fp16, int8, int4"),
     "role": (set_(*ROW, "role", to="winner"), "role must be one of reference, table"),
     "runtime": (set_(*ROW, "runtime", to="tvm"), "runtime must be one of onnxruntime, openvino, llamacpp"),
     "device of the runtime": (

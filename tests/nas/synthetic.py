@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hw_profiles import BlockShape, Device, Measurement, ModelShape, Store, Target, Workload, plan
 from hw_profiles.measurement import MemoryMeasurement, Role
 from hw_profiles.memory import memory_plan
-from hw_profiles.shapes import Precision
+from hw_profiles.shapes import BLOCK_BITS, Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
 from nas.space import LayerChoice, Part, SearchSpace, Subnet
@@ -43,7 +43,7 @@ def _one_latency_ms(subnet: Subnet) -> float:
 
 
 def _pace(subnet: Subnet, layer: int, part: Part) -> float:
-    return 0.7 if subnet.part_bits(layer, part) == 4 else 1.0
+    return 0.7 if subnet.part_precision(layer, part) == "int4" else 1.0
 
 
 def lost(layer: LayerChoice, part: str) -> float:
@@ -72,14 +72,14 @@ class SyntheticEvaluator:
         kl = self.kl(subnet)
         return Quality(kl, float(np.exp(2 + kl)), 512, 0.25)
 
-    def block_kl(self, layer: int, part: str, choice: int, bits: int) -> float:
-        assert (bits, choice) == (4, 128 if part == "mlp" else 2) or bits == 32
+    def block_kl(self, layer: int, part: str, choice: int, precision: Precision) -> float:
+        assert (precision, choice) == ("int4", 128 if part == "mlp" else 2) or precision == "fp32"
         if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
             raise RuntimeError("stop here")
         self.scored.append((layer, part, choice))
         full = self.space.full(32).layers
         changed = LayerChoice(choice, 128) if part == "attention" else LayerChoice(2, choice)
-        rounding = ROUNDING[4] * (1 + layer) / 100 if bits == 4 else 0.0
+        rounding = ROUNDING[4] * (1 + layer) / 100 if precision == "int4" else 0.0
         return rounding + self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
 
     def reformation_error(self, layer: int, part: str, choice: int) -> float:
@@ -94,7 +94,8 @@ class SyntheticEvaluator:
                 for i, layer in enumerate(subnet.layers)
             ]
         )
-        of_parts = [ROUNDING[subnet.part_bits(i, part)] for i in range(depth) for part in PART_WEIGHTS]
+        bits = [BLOCK_BITS[subnet.part_precision(i, part)] for i in range(depth) for part in PART_WEIGHTS]
+        of_parts = [ROUNDING[own] for own in bits]
         return float(np.mean(of_parts) + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
 
     @staticmethod

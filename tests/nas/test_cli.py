@@ -120,7 +120,7 @@ MISTAKES = {
     ("profile", "bloom", "--runtime", "tpu"): "runtime must be one of onnxruntime, openvino, llamacpp, got 'tpu'",
     ("profile", "bloom", "--runtime", "openvino:XPU"): "lists here (openvino, ",
     ("profile", "bloom", "--cpus", "0-99999"): "such as 0-3,8, got '0-99999'",
-    ("profile", "bloom", "--precision", "int3"): "precision must be one of fp32, bf16, int8, int4, got 'int3'",
+    ("profile", "bloom", "--precision", "int3"): "precision must be one of fp32, bf16, fp16, int8, int4, got 'int3'",
     ("profile",): "wanted a MODEL to profile, or --import with a file of measurements, got neither",
     (
         "profile",
@@ -552,6 +552,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     assert all(trial["id"] in html for trial in trials)
 
     check_bf16(nas, on_device)
+    check_fp16(nas, on_device)
     check_damaged_folders(nas, tmp_path, on_device)
 
 
@@ -658,9 +659,8 @@ def test_other_devices_and_bf16_are_profiled_alike(nas: Nas, tmp_path: Path, mon
     assert "--runtime openvino, openvino:AUTO" in nas("devices").out
     refused = nas(*profile, "--precision", "bf16")  # by default with onnxruntime first
     assert refused.code == 2
-    assert (
-        "onnxruntime has kernels for on this device (fp32, int8, int4), got bf16; take one of these" in refused.sentence
-    )
+    wanted = "onnxruntime has kernels for on this device (fp32, fp16, int8, int4), got bf16; take one of these"
+    assert wanted in refused.sentence
 
 
 @pytest.fixture
@@ -857,6 +857,17 @@ def check_bf16(nas: Nas, on_device: tuple[str, ...]) -> None:
     refused = nas(*export, "none", "--format", "onnx", *on_device)
     assert refused.code == 2
     assert "got bf16; take another or openvino" in refused.json["error"]
+
+
+def check_fp16(nas: Nas, on_device: tuple[str, ...]) -> None:
+    """Every format holds the full model's weights as fp16, and the same numbers."""
+    formats = [word for name in ("openvino", "onnx", "gguf", "huggingface") for word in ("--format", name)]
+    export = ("export", "--study", "s", "--subnet", "full", "--precision", "fp16", "--output", "fp16")
+    assert nas(*export, *formats, *on_device).code == 0
+    folders = [f"fp16/{name}" for name in formats[1::2]]
+    verified = nas("verify", *folders, "--rounds", "1", *on_device)
+    assert verified.code == 0
+    assert [row["precision"] for row in verified.json["folders"]] == ["fp16"] * 4
 
 
 def check_damaged_folders(nas: Nas, tmp_path: Path, on_device: tuple[str, ...]) -> None:

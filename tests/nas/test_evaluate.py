@@ -70,8 +70,8 @@ def test_one_part_replaced_is_the_subnet_that_differs_in_it(supernet, held_out):
         layers = tuple(other if i == layer else kept for i, kept in enumerate(full.layers))
         wanted = evaluator.evaluate(Subnet(layers, 32)).kl
         assert evaluator.block_kl(layer, part, choice) == pytest.approx(wanted, rel=1e-4)
-    assert evaluator.block_kl(1, "mlp", 128, 32) == 0
-    assert evaluator.block_kl(1, "mlp", 128, 4) > 0
+    assert evaluator.block_kl(1, "mlp", 128, "fp32") == 0
+    assert evaluator.block_kl(1, "mlp", 128, "int4") > 0
 
 
 def test_same_subnet_same_floats(supernet, held_out):

@@ -110,6 +110,12 @@ def test_ends_of_the_space(space):
     assert space.full(32) not in space
     assert space.full(8) in space
     assert space.full(32).precision == "fp32"
+    halves = [space.full().at(half) for half in ("bf16", "fp16")]
+    assert [half.precision for half in halves] == ["bf16", "fp16"]
+    assert halves[0] == space.full(16)  # whose id is as old as bf16 is
+    assert halves[0].id != halves[1].id
+    assert [Subnet.from_json(half.to_json()) for half in halves] == halves
+    assert halves[1].at("int4") == halves[0].at("int4").at("int4") == space.full(4)
     assert space.smallest.precision == "int4"
     assert space.model_shape(space.smallest).attention_blocks == ()
 
@@ -162,7 +168,8 @@ def test_parts_of_a_mixed_space_have_their_own_bits(space):
         assert mixed.decode(genes) == Subnet.from_json(subnet.to_json()) == subnet
         shape = mixed.model_shape(subnet)
         for i, block in enumerate(shape.blocks):
-            assert block.attention_bits == (8 if subnet.bits == 4 and subnet.part_bits(i, "attention") == 8 else 0)
+            wide = subnet.bits == 4 and subnet.part_precision(i, "attention") == "int8"
+            assert block.attention_bits == (8 if wide else 0)
         assert (subnet in space) == (not subnet.is_mixed)
         assert not subnet.at_bits(8).is_mixed
         assert subnet.at_bits(subnet.bits) == subnet

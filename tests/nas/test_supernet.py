@@ -119,18 +119,20 @@ def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits, model_
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_active_weights_at_16_bits_are_bf16(tiny, windows, tied):
+def test_active_weights_at_16_bits_are_halves(tiny, windows, tied, half):
     supernet = _supernet(tiny(tied=tied), windows)
-    subnet = Subnet(SUBNET.layers, 16)
+    subnet = SUBNET.at(half)
+    supernet.activate(SUBNET.at("bf16"))  # which leaves nothing of the other behind
     model = supernet.extract(subnet)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.copy_(parameter.bfloat16())
+            parameter.copy_(parameter.bfloat16() if half == "bf16" else parameter.half())
     with torch.no_grad():
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(_logits(supernet, windows, SUBNET), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(_logits(supernet, windows, SUBNET), wanted)
     assert supernet.quantized(subnet) == {}
 
 
