@@ -178,6 +178,17 @@ def test_tokenizer_models_tokenize_alike(tokenizer: PreTrainedTokenizerFast, tmp
         assert converted.decode(ids) == text
 
 
+def test_fp16_matrices_stay_compressed(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+    """Of all constants these alone are marked, as the plugins want it."""
+    decoder = decoder_from_model(models[True], "fp16")
+    model = ov.Core().read_model(write_openvino(decoder, tmp_path))
+    marked = sum("decompression_0" in node.get_rt_info() for node in model.get_ops())
+    parts = [part for layer in decoder.layers for part in (layer.attention, layer.mlp)]
+    assert marked == 1 + sum(4 if isinstance(part, AttentionWeights) else 3 for part in parts if part is not None)
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    assert marked == sum(node.get_element_type() == ov.Type.f16 for node in constants)
+
+
 def test_bf16_files_ask_for_bf16_arithmetic(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
     """The numbers in the file are exact (the contract), and what the arithmetic adds is little."""
     if not detect().has_bf16:
