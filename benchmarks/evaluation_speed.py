@@ -32,8 +32,9 @@ from rich.table import Table
 
 from hw_profiles import Store, detect
 from nas.additive import optimum
+from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
-from nas.families import fast_dtype, load_model
+from nas.families import load_model
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
 from nas.search import score_parts
 from nas.space import SearchSpace, Subnet

@@ -46,7 +46,9 @@ from nas.space import SearchSpace
 
 PEERS = ["torch==2.13.0", "optimum-intel==2.2.0", "transformers==5.5.4", "openvino==2026.4.1", "nncf==3.4.0",
          "openvino-tokenizers==2026.4.1.0", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx_ir"]  # fmt: skip
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+#: onnxruntime-genai's builder writes fp16 for GPUs alone.
+WITHOUT_PEER = (("onnxruntime", "fp16"),)
 WORKLOADS = [Workload("prefill", 128), Workload("decode", 128)]
 SHARES = (0.8, 0.6)
 LEAST_SPEED, LEAST_SPEED_UP, MOST_EXPORT_S = 0.97, 0.9, 30.0
@@ -78,6 +80,8 @@ def main() -> None:
             ours[name], seconds = write_ours(loaded, name, precision, folder / "ours")
             export_s[f"{name}/{precision}"] = seconds
         for name, path in ours.items():
+            if (name, precision) in WITHOUT_PEER:
+                continue
             theirs, options = write_theirs(
                 name, precision, peers_python, huggingface, head_dim, ours[name], folder / "theirs"
             )
@@ -161,7 +165,7 @@ def name_head_dim(file: Path, head_dim: int) -> None:
 
 
 def quantized_by_llamacpp(source: Path, precision: Precision, directory: Path) -> tuple[Path, str]:
-    names = {"fp32": "ALL_F32", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
+    names = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / source.name
     if not target.exists():

@@ -32,8 +32,9 @@ from slicegpt import Sliced, slicegpt
 
 from hw_profiles import Store
 from nas.additive import AdditiveScores, optimum
+from nas.arithmetic import computing, fast_dtype
 from nas.evaluate import Evaluator
-from nas.families import LoadedModel, computing, fast_dtype, load_model
+from nas.families import LoadedModel, load_model
 from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.search import SearchSettings, score_parts, search
 from nas.sequential import MENDED, fit_in_sequence

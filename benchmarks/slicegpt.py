@@ -16,8 +16,8 @@ import torch
 from structured_peers import kept_parameters
 from torch import nn
 
+from nas.arithmetic import computing, fast_dtype
 from nas.calibration import moments
-from nas.families import computing, fast_dtype
 from nas.space import PARTS
 from nas.supernet import Supernet
 

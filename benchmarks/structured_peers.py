@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas.arithmetic import computing, fast_dtype
 from nas.calibration import Statistics, collect
-from nas.families import computing, fast_dtype
 from nas.importance import keep_order
 from nas.own_weights import OwnWeights
 from nas.reformation import reform

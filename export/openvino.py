@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nas.families import LoadedModel, computing, fast_dtype
+from nas.arithmetic import computing, fast_dtype
+from nas.families import LoadedModel
 
 #: Part of every cache key: raise it when what is stored changes its meaning.
 _VERSION = 2

@@ -12,8 +12,8 @@ import time
 import torch
 
 from hw_profiles.shapes import Precision
+from nas.arithmetic import computing, fast_dtype
 from nas.distillation import capped
-from nas.families import computing, fast_dtype
 from nas.quality import Quality
 from nas.space import Part, Subnet
 from nas.supernet import Supernet

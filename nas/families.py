@@ -198,22 +198,6 @@ class LoadedModel:
         return normed
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies matrices of it (AMX, Arm BF16), float32 elsewhere.
-
-    oneDNN also accepts bfloat16 on processors that only emulate it, or that have dot products of it (AVX512-BF16):
-    there it took twice as long as float32 (2,048 x 576 by 576 x 1,536: 22 ms against 12).
-    """
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name, False) for name in ("amx_bf16", "bf16", "sve_bf16"))
-    return torch.bfloat16 if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def computing(dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`; weights, norms and the residual stream stay fp32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, window: int | None = None) -> LoadedModel:
     """A Hugging Face model that is already in memory as a LoadedModel.
 

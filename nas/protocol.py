@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hw_profiles.profile import Progress
+from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
-from nas.families import LoadedModel, fast_dtype, load_model
+from nas.families import LoadedModel, load_model
 from nas.sequential import fit_in_sequence
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError

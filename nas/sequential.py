@@ -31,8 +31,8 @@ from torch import nn
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import Precision
+from nas.arithmetic import computing, fast_dtype
 from nas.calibration import moments, second_moments, sizes, statistics_key
-from nas.families import computing, fast_dtype
 from nas.importance import normalise
 from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights, has_own, load_own, save_own
 from nas.rounding import round_inputs, round_with_feedback

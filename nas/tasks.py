@@ -18,8 +18,9 @@ import torch
 
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import Precision
+from nas.arithmetic import computing, fast_dtype
 from nas.distillation import capped
-from nas.families import LoadedModel, computing, fast_dtype
+from nas.families import LoadedModel
 from nas.quality import Quality
 from nas.search import Evaluates
 from nas.space import Part, Subnet

@@ -20,8 +20,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from hw_profiles.profile import Progress
 from nas.adapters.elastic import Sampling
+from nas.arithmetic import fast_dtype
 from nas.distillation import kl_to_teacher, next_token_loss
-from nas.families import LoadedModel, fast_dtype
+from nas.families import LoadedModel
 
 #: kl: to the full model's distribution of the next token. text: the likelihood of the text itself.
 Loss = Literal["kl", "text"]

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from hw_profiles.profile import Progress
+from nas.arithmetic import computing, fast_dtype
 from nas.calibration import second_moments
-from nas.families import Family, LoadedModel, computing, fast_dtype
+from nas.families import Family, LoadedModel
 from nas.sparsity.masks import Pattern, check_sparsity, sparsegpt, wanda
 
 PruningMethod = Literal["wanda", "sparsegpt"]

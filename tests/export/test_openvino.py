@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from export.decoder import Decoder, decoder_from_model
+from export.decoder import AttentionWeights, Decoder, decoder_from_model
 from export.openvino import MODEL_FILE, openvino_model, write_openvino, write_openvino_tokenizer
 from hw_profiles.devices import detect
 from hw_profiles.runtimes import Session, runtime

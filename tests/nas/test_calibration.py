@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from nas import calibration
+from nas.arithmetic import fast_dtype
 from nas.calibration import collect, load_layer
-from nas.families import LoadedModel, fast_dtype
+from nas.families import LoadedModel
 
 
 @pytest.fixture(autouse=True)

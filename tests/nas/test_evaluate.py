@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from nas import calibration, evaluate
+from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
-from nas.families import fast_dtype
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 
