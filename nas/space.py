@@ -162,8 +162,8 @@ class SearchSpace:
                 f"wanted group_choices in multiples of {unit}, whose heads together have a multiple of "
                 f"{QUANTIZATION_BLOCK_SIZE} dimensions, got {ragged}"
             )
-        if not self.bits_choices or not set(self.bits_choices) <= set(_PRECISION_OF_BITS):
-            raise ValueError(f"wanted bits_choices out of {sorted(_PRECISION_OF_BITS)}, got {self.bits_choices}")
+        if not self.bits_choices or not set(self.bits_choices) <= set(BLOCK_BITS.values()):
+            raise ValueError(f"wanted bits_choices out of {sorted(set(BLOCK_BITS.values()))}, got {self.bits_choices}")
         if self.mixed_bits and (self.homogeneous or not {NARROW_BITS, WIDE_BITS} <= set(self.bits_choices)):
             raise ValueError(
                 f"wanted mixed_bits with {NARROW_BITS} and {WIDE_BITS} in bits_choices and layers that may differ, got "

@@ -210,6 +210,7 @@ def test_products_in_bf16_train_alike(
         supernet, evaluator = make()
         return tune(supernet, _subnet(4), windows, evaluator, SPARSE["lora"], folder)
 
+    monkeypatch.setattr("nas.training._dtype", lambda: torch.float32)
     exact = run(tmp_path / "exact")
     monkeypatch.setattr("nas.training._dtype", lambda: torch.bfloat16)
     rough = run(tmp_path / "rough")
@@ -308,8 +309,9 @@ def test_sparsity_survives_the_merge_exactly(
 
 @pytest.mark.parametrize("bits", [32, 4])
 def test_a_separate_adapter_leaves_the_base_sparse(
-    make: Make, windows: torch.Tensor, tmp_path: Path, bits: int
+    make: Make, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
+    monkeypatch.setattr("nas.evaluate.fast_dtype", lambda: torch.float32)  # as stock PEFT computes
     supernet, evaluator = make()
     subnet = _subnet(bits)
     tuned = tune(supernet, subnet, windows, evaluator, replace(SPARSE["nls"], separate=True), tmp_path)
