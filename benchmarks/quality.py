@@ -36,6 +36,7 @@ from nas.arithmetic import computing, fast_dtype
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, load_model
 from nas.protocol import EvaluationProtocol, open_evaluator
+from nas.refinement import refine
 from nas.search import SearchSettings, score_parts, search
 from nas.sequential import MENDED, fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
@@ -47,6 +48,8 @@ from nas.text import CALIBRATION_FILES, DATA_FOLDER, TEST_FILES, file_windows
 #: Weights are not rounded: what is compared is what was removed, and how.
 BITS = 32
 SHARES = (0.1, 0.2, 0.3, 0.5)
+#: Of exchanges between the parts of the subnet that the search found.
+ROUNDS = 2
 #: Finer than the default, whose widths are those that devices run fast.
 WIDTH_FRACTIONS = tuple(i / 16 for i in range(17))
 CALIBRATION = (128, 512)
@@ -193,6 +196,7 @@ class Run:
             "additive solver, our fit": lambda: self.fitted(self.additive(removed)),
             "ours, least squares": lambda: self.searched(removed),
             "ours": lambda: self.fitted(self.searched(removed)),
+            "ours, refined": lambda: self.refined(self.searched(removed)),
         }
 
     def row(self, removed: float, method: str, make: Callable[[], peers.Pruned | Sliced | Subnet]) -> Row:
@@ -266,6 +270,10 @@ class Run:
         with progress_bar("fit") as progress:
             fit_in_sequence(self.supernet, subnet, self.windows, mended=mended, progress=progress)
         return subnet
+
+    def refined(self, subnet: Subnet) -> Subnet:
+        with progress_bar("refine") as progress:
+            return refine(self.evaluator, subnet, self.millions, self.fitted, rounds=ROUNDS, progress=progress).subnet
 
     def search_llm(self, removed: float) -> peers.Pruned:
         """On the text that our search evaluates on, as often."""

@@ -35,6 +35,7 @@ from export_speed import (
     timed,
     write_theirs,
 )
+from onnx import TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from rich.console import Console
 from rich.table import Table
@@ -235,6 +236,7 @@ class Quantisers:
         quantize_dynamic(
             self.plain(write_onnx) / "model.onnx", folder / "model.onnx", op_types_to_quantize=["MatMul"],
             per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True,
+            extra_options={"DefaultTensorType": TensorProto.FLOAT},
         )  # fmt: skip
 
     def llamacpp(self, folder: Path, precision: Precision) -> None:

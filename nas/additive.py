@@ -29,7 +29,7 @@ Option = tuple[int, int]
 #: Widths, as shares of the full one, whose replacement is evaluated; the reformation error fills in those between.
 SCORED_WIDTHS = (0.0, 1 / 8, 1 / 2)
 _KL_FLOOR = 1e-6
-_MULTIPLIERS = np.logspace(-5, 2, 160)
+MULTIPLIERS = np.logspace(-5, 2, 160)
 #: A size that is predicted to cost nothing, or less, is taken for next to nothing.
 _LEAST_MS = 1e-6
 
@@ -144,7 +144,7 @@ def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]
     kl = {part: scores.of_options(part, options[part], bits) for part in PARTS}
     costs_ms = dict(zip(PARTS, part_costs(space, latency, bits), strict=True))
     solutions: dict[Subnet, None] = {}
-    for multiplier in _MULTIPLIERS:
+    for multiplier in MULTIPLIERS:
         best = {part: (kl[part] + multiplier * costs_ms[part]).argmin(axis=1) for part in PARTS}
         layers = [
             _layer(options["attention"][a], options["mlp"][m])

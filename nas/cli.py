@@ -15,7 +15,7 @@ from hw_profiles import Device, Store, Workload, detect, runtime
 from hw_profiles.runtimes import installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
-from nas import subnet_commands, tables
+from nas import improve_commands, subnet_commands, tables
 from nas.options import (
     CACHE,
     DATABASE,
@@ -36,6 +36,7 @@ from nas.options import (
     Threads,
     TpotLimit,
     TtftLimit,
+    device_and_threads,
     one_of_precisions,
 )
 from nas.study import Algorithm
@@ -241,7 +242,7 @@ def search(
     settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms, algorithm=algorithm)
     started = time.perf_counter()
     with Store(database) as store:
-        device_id, threads = _device_and_threads(store, device, threads)
+        device_id, threads = device_and_threads(store, device, threads)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         mixed_bits = not (homogeneous or uniform_bits)
         space = SearchSpace.from_config(loaded.config, homogeneous=homogeneous, mixed_bits=mixed_bits)
@@ -323,7 +324,7 @@ def query(
     )
     with Store(database) as store, progress_bar("query") as progress:
         study = Study.load(store, study_name)
-        device_id, threads = _device_and_threads(store, device, threads)
+        device_id, threads = device_and_threads(store, device, threads)
         if measure and device_id != detect().id:
             raise ValueError(f"--measure times on this device, {detect().id}, got --device {device_id}; leave one out")
         try:
@@ -336,7 +337,13 @@ def query(
     emit(tables.answer_fields(answer), as_json, tables.answer(answer))
 
 
-for command in (subnet_commands.tune, subnet_commands.evaluate, subnet_commands.export, subnet_commands.verify):
+for command in (
+    improve_commands.refine,
+    improve_commands.tune,
+    subnet_commands.evaluate,
+    subnet_commands.export,
+    subnet_commands.verify,
+):
     app.command()(command)
 
 
@@ -360,20 +367,10 @@ def report(
 
     with Store(database) as store:
         study = Study.load(store, study_name)
-        device_id, threads = _device_and_threads(store, device, threads)
+        device_id, threads = device_and_threads(store, device, threads)
         data = report_data(store, study, tpot_ms, device_id, runtime_name, threads, context_tokens)
     write_report(data, output)
     emit({"report": str(output)}, as_json, f"{output}: {len(data.trials)} trials")
-
-
-def _device_and_threads(store: Store, device_id: str | None, threads: int | None) -> tuple[str, int]:
-    """This device and all cores of the device by default; ValueError for one that the store does not know."""
-    here = detect()
-    known = {device.id: device for device in [*store.devices(), here]}
-    device = known.get(device_id or here.id)
-    if device is None:
-        raise ValueError(f"no device {device_id!r} in {store.where} (there: {', '.join(known)}); see nas devices")
-    return device.id, threads or device.cores
 
 
 def main() -> None:

@@ -77,21 +77,33 @@ class Evaluator:
         supernet.activate_full_model()
         with torch.no_grad(), computing(self.dtype):
             if not self._inputs:
-                self._remember_inputs()
+                self._inputs = self._entering(self.windows[: self.score_windows])
             supernet.activate_part(layer, part, choice, precision)
             kl, _ = self._compare(self._run(self._inputs[layer], layer))
         supernet.activate_full_model()
         return kl
 
+    def entering(self, subnet: Subnet) -> list[torch.Tensor]:
+        """The residual stream [N, T, D] before each layer of `subnet`, which is left active."""
+        self.supernet.activate(subnet)
+        with torch.no_grad(), computing(self.dtype):
+            return self._entering(self.windows)
+
+    def kl_from(self, layer: int, hidden: torch.Tensor) -> float:
+        """KL of what is active, from the residual stream before a layer on."""
+        with torch.no_grad(), computing(self.dtype):
+            return self._compare(self._run(hidden, layer))[0]
+
     def reformation_error(self, layer: int, part: Part, choice: int) -> float:
         """Share of the part's output energy that `choice`, short of full, loses on the calibration text."""
         return self.supernet.plan(layer, part).errors[choice] if choice else 1.0
 
-    def _remember_inputs(self) -> None:
-        hidden = self.supernet.loaded.embed(self.windows[: self.score_windows])
+    def _entering(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        entering, hidden = [], self.supernet.loaded.embed(windows)
         for layer in range(self.supernet.space.depth):
-            self._inputs.append(hidden)
+            entering.append(hidden)
             hidden = self._run(hidden, layer, layer + 1)
+        return entering
 
     def _run(self, hidden: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
         """Hidden states [N, T, D] through layers start..stop, layer by layer, so that each weight is cast once."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hw_profiles import RUNTIMES
+from hw_profiles import RUNTIMES, Store, detect
 from hw_profiles.devices import pin
 from hw_profiles.shapes import PRECISIONS, Precision
 
@@ -17,8 +17,8 @@ def _pin(cpus: str | None) -> None:
         pin(cpus)
 
 
-Database = Annotated[str, typer.Option(envvar="NASDATABASE", help="SQLite file or SQLAlchemy URL.")]
-Cache = Annotated[Path, typer.Option(envvar="NASCACHE", help="Folder for calibration statistics and weights.")]
+Database = Annotated[str, typer.Option(envvar="NAS_DATABASE", help="SQLite file or SQLAlchemy URL.")]
+Cache = Annotated[Path, typer.Option(envvar="NAS_CACHE", help="Folder for calibration statistics and weights.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study in the database.")]
 RUNTIME_NAMES = f"{', '.join(RUNTIMES)}, which may carry a device that nas devices lists, as in openvino:GPU."
@@ -70,3 +70,13 @@ def one_of_precisions(value: str) -> Precision:
         if value == precision:
             return precision
     raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
+
+
+def device_and_threads(store: Store, device_id: str | None, threads: int | None) -> tuple[str, int]:
+    """This device and all cores of the device by default; ValueError for one that the store does not know."""
+    here = detect()
+    known = {device.id: device for device in [*store.devices(), here]}
+    device = known.get(device_id or here.id)
+    if device is None:
+        raise ValueError(f"no device {device_id!r} in {store.where} (there: {', '.join(known)}); see nas devices")
+    return device.id, threads or device.cores

@@ -57,7 +57,13 @@ PAPER, INK, MUTED, GRID = (LIGHT_COLOURS[name] for name in ("paper", "ink", "mut
 #: What subnets are called of whose parts some have 8 bits and some 4.
 MIXED = "mixed"
 #: Marker and area by role; a precision has a colour, so hollow and filled tell seeds from searched subnets.
-ROLES: dict[str, tuple[str, float]] = {"search": ("o", 26), "seed": ("o", 26), "baseline": ("^", 38), "full": ("D", 44)}
+ROLES: dict[str, tuple[str, float]] = {
+    "search": ("o", 26),
+    "seed": ("o", 26),
+    "refined": ("*", 60),
+    "baseline": ("^", 38),
+    "full": ("D", 44),
+}
 OTHER_ROLE = ("s", 26)
 HOLLOW_ROLES = ("seed",)
 

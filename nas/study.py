@@ -22,7 +22,7 @@ from nas.quality import Quality
 from nas.space import SearchSpace, Subnet
 
 #: full: all layers kept; seed: an additive solution; search: proposed by evolution on the predictors.
-TrialRole = Literal["full", "seed", "search"]
+TrialRole = Literal["full", "seed", "search", "refined"]
 #: What chooses them: nas.search's own, its additive seeds alone, or a search of nas.published_searches.
 Algorithm = Literal["seeded", "additive", "random", "nsga2", "linas"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)

@@ -1,4 +1,4 @@
-"""The commands about one subnet: trained further, judged, written and proven."""
+"""The commands about one subnet as it is: judged, written and proven."""
 
 from __future__ import annotations
 
@@ -39,119 +39,6 @@ if TYPE_CHECKING:  # they bring torch
     from nas.study import Study
     from nas.supernet import Supernet
 
-#: In place of a subnet's id, to `nas tune`.
-ALL_SUBNETS = "all"
-
-
-def tune(
-    study_name: StudyName,
-    subnet: Annotated[str, typer.Option(help="Id of a trial, `full`, or `all`: what all subnets of the study share.")],
-    output: Annotated[
-        Path, typer.Option(help="Folder for the tuned weights: nas export takes it with --tuned, of `all` --supernet.")
-    ],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="lora; nls: ranks drawn at each step, then searched; losa: pruned and tuned by turns; full: the "
-            "projections themselves; prune: no training."
-        ),
-    ] = "lora",
-    sparsity: Annotated[float, typer.Option(help="Share of the projections' weights set to 0, and kept there.")] = 0.0,
-    pattern: Annotated[str, typer.Option(help="Where: unstructured, or N:M as in 2:4.")] = "unstructured",
-    pruning: Annotated[str, typer.Option(help="By wanda or sparsegpt.")] = "wanda",
-    separate: Annotated[
-        bool, typer.Option(help="Leave the adapter beside the weights, a folder that stock PEFT loads.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="losa: turns.")] = 5,
-    rank: Annotated[
-        list[int] | None, typer.Option(help="Of the adapter, 32 by default; of nls 32, 24 and 16; losa finds its own.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
-    loss: Annotated[str, typer.Option(help="kl: to the full model; text: likelihood of the text itself.")] = "kl",
-    sandwich: Annotated[
-        bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
-    ] = False,
-    rank_evaluations: Annotated[int, typer.Option(help="nls: choices of ranks evaluated in the end.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 400,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop then, if that is sooner.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows at once.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Such batches a step.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Its largest; 0.001 for adapters and 0.0001 for full by default.")
-    ] = None,
-    text: Annotated[
-        list[Path],
-        typer.Option(help="Text to tune on, as of nas search; ours, or what calibrated the study, by default."),
-    ] = [],  # noqa: B006
-    precision: PrecisionName = None,
-    fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
-    supernet_folder: SupernetFolder = None,
-    seed: int = 0,
-    model: ModelMoved = None,
-    trust_remote_code: bool = False,
-    database: Database = DATABASE,
-    cache: Cache = CACHE,
-    as_json: Json = False,
-) -> None:
-    """Win back quality: train a subnet against the full model. Run again after an interruption to go on."""
-    from nas.protocol import open_evaluator
-    from nas.queries import find_subnet
-    from nas.recovery import tune as run_tune
-    from nas.study import Study
-    from nas.text import all_windows
-    from nas.text_sets import as_files
-    from nas.training import TrainingSettings
-    from nas.tuned import TuneSettings, one_of_methods
-
-    method = one_of_methods(method)
-    ranks = tuple(rank or {"nls": (32, 24, 16), "losa": (16,)}.get(method, (32,)))
-    settings = TuneSettings(
-        method=method,
-        ranks=ranks,
-        alpha=alpha or 2.0 * max(ranks),
-        dropout=dropout,
-        rank_evaluations=rank_evaluations,
-        sparsity=sparsity,
-        pattern=pattern,
-        pruning=pruning,  # type: ignore[arg-type]  # checked by it
-        separate=separate,
-        rounds=rounds,
-        training=TrainingSettings(
-            steps=steps,
-            max_minutes=max_minutes,
-            batch=batch,
-            accumulation=accumulation,
-            learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
-            loss=loss,  # type: ignore[arg-type]  # checked by it
-            sampling="sandwich" if sandwich else "random" if method == "nls" else "active",
-            seed=seed,
-        ),
-    )
-    with Store(database) as store:
-        study = Study.load(store, study_name)
-        together = subnet == ALL_SUBNETS
-        asked = None if precision is None else one_of_precisions(precision)
-        chosen = find_subnet(study, "full" if together else subnet, asked)
-        subnets = [trial.subnet for trial in study.trials()] if together else []
-    supernet, protocol, _ = _open_subnet(
-        study, chosen, model, cache, None, supernet_folder, fit and not together, trust_remote_code
-    )
-    tokenizer = supernet.loaded.tokenizer
-    windows = all_windows(tokenizer, as_files(text, cache), tokens) if text else protocol.tuning(tokenizer, tokens)
-    if together:
-        from nas.supernet_tuning import tune_supernet
-
-        with progress_bar("tune") as progress:
-            evaluator = open_evaluator(supernet, protocol)
-            shifted = tune_supernet(supernet, subnets, windows, evaluator, settings, output, progress)
-        emit(tables.tuned_supernet_fields(shifted, output), as_json, tables.tuned_supernet(shifted, output))
-        return
-    with progress_bar("tune") as progress:
-        tuned = run_tune(supernet, chosen, windows, open_evaluator(supernet, protocol), settings, output, progress)
-    emit(tables.tuned_fields(tuned, output), as_json, tables.tuned(tuned, output))
-
 
 def evaluate(
     study_name: StudyName,
@@ -182,7 +69,7 @@ def evaluate(
     with Store(database) as store:
         study = Study.load(store, study_name)
         chosen = find_subnet(study, subnet, None if precision is None else one_of_precisions(precision))
-    supernet, _, _ = _open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
+    supernet, _, _ = open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     quality = text_quality(supernet, chosen, unseen_windows(supernet.loaded.tokenizer, 4, 512))
     scores = {}
     if task:
@@ -238,7 +125,7 @@ def export(
             name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
             for name in formats
         }
-    supernet, _, tuning = _open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
+    supernet, _, tuning = open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
@@ -318,7 +205,7 @@ def verify(
         raise typer.Exit(EXIT_UNMET)
 
 
-def _open_subnet(
+def open_subnet(
     study: Study,
     chosen: Subnet,
     model: str | None,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # they bring torch
     from nas.budget import Answer
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
+    from nas.refinement import Refinement
     from nas.space import SearchSpace, Subnet
     from nas.study import Trial
     from nas.supernet_tuning import TunedSupernet
@@ -155,6 +156,28 @@ def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
     table = Table(*heads, title=f"Study {study_name}")
     for row in best:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+def refined_fields(subnet: Subnet, found: Refinement, before_ms: float, after_ms: float) -> Fields:
+    """What `nas refine` made of a subnet; both qualities are of fitted weights, on the search text."""
+    return {
+        "subnet": found.subnet.id,
+        "from": subnet.id,
+        "precision": found.subnet.description,
+        "rounds": found.rounds,
+        "kl": {"before": found.before.kl, "after": found.after.kl},
+        "perplexity": {"before": found.before.perplexity, "after": found.after.perplexity},
+        "value_ms": {"before": float(before_ms), "after": float(after_ms)},
+    }
+
+
+def refined(fields: Fields) -> Table:
+    same = fields["subnet"] == fields["from"]
+    title = f"Subnet {fields['from']}: nothing better" if same else f"Subnet {fields['subnet']}, {fields['precision']}"
+    table = Table("fitted", fields["from"], fields["subnet"], title=title)
+    for name in ("kl", "perplexity", "value_ms"):
+        table.add_row(name, *(f"{fields[name][when]:.4g}" for when in ("before", "after")))
     return table
 
 

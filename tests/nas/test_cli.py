@@ -551,9 +551,26 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     html = (tmp_path / "report.html").read_text()
     assert all(trial["id"] in html for trial in trials)
 
+    check_refining(nas, trials, on_device)
     check_bf16(nas, on_device)
     check_fp16(nas, on_device)
     check_damaged_folders(nas, tmp_path, on_device)
+
+
+def check_refining(nas: Nas, trials: list[dict[str, Any]], on_device: tuple[str, ...]) -> None:
+    """Sizes are exchanged at no more latency; what comes out is a trial that can be exported."""
+    worst = max(trials, key=lambda trial: float(trial["kl"]))["id"]
+    refine = ("refine", "--study", "s", "--subnet", worst, "--runtime", "onnxruntime")
+    refined = nas(*refine, *on_device)
+    assert refined.code == 0
+    assert refined.json["kl"]["after"] <= refined.json["kl"]["before"]
+    assert refined.json["value_ms"]["after"] <= refined.json["value_ms"]["before"]
+    assert nas(*refine, *on_device).json["subnet"] == refined.json["subnet"]
+    export = ("export", "--study", "s", "--subnet", refined.json["subnet"], "--output", "refined", "--format", "onnx")
+    assert nas(*export, *on_device).code == 0
+    unknown = nas(*refine, *on_device, "--objective", "memory")
+    assert unknown.code == 2
+    assert "--objective must be one of tpot_ms, ttft_ms, got memory" in unknown.sentence
 
 
 def check_tuning(nas: Nas, subnet: str, on_device: tuple[str, ...]) -> None:
