@@ -400,6 +400,15 @@ def _single_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def test_the_environment_names_database_and_cache(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAS_DATABASE", str(tmp_path / "elsewhere.db"))
+    monkeypatch.setenv("NAS_CACHE", str(tmp_path / "kept"))
+    assert nas("devices", "--json").code == 0
+    assert (tmp_path / "elsewhere.db").exists()
+    assert not (tmp_path / "llm-nas.db").exists()
+    assert "NAS_CACHE" in nas("search", "--help").out
+
+
 def test_a_profile_leans_on_that_of_another_device(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
     save_tiny_llama(tmp_path / "tiny")
