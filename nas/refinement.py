@@ -16,7 +16,7 @@ from nas.additive import MULTIPLIERS, Latency, Option, part_costs, part_options
 from nas.evaluate import Evaluator
 from nas.evolution import keeps_attention
 from nas.quality import Quality
-from nas.space import PARTS, LayerChoice, Part, Subnet
+from nas.space import PARTS, LayerChoice, Part, SearchSpace, Subnet
 
 #: A part of a layer.
 Place = tuple[int, Part]
@@ -54,7 +54,8 @@ def refine(
     `fit` gives a subnet its own weights in the evaluator's supernet. KLs go to `store` by names that `stored` has them
     by when the same is asked again. Raises ValueError where all layers of the space are alike.
     """
-    if evaluator.supernet.space.homogeneous:
+    space = evaluator.supernet.space
+    if space.homogeneous:
         raise ValueError(
             "wanted a space whose layers may differ, to exchange sizes between them, got a homogeneous one"
         )
@@ -66,7 +67,7 @@ def refine(
     done = 0
     while done < rounds:
         changes = score_neighbours(evaluator, subnet, stored or {}, store, progress)
-        other = exchanged(evaluator, subnet, changes, latency, limit_ms)
+        other = exchanged(space, subnet, changes, latency, limit_ms)
         if other == subnet:
             break
         done += 1
@@ -113,9 +114,8 @@ def score_neighbours(
     return changes
 
 
-def exchanged(evaluator: Evaluator, subnet: Subnet, changes: Costs, latency: Latency, limit_ms: float) -> Subnet:
+def exchanged(space: SearchSpace, subnet: Subnet, changes: Costs, latency: Latency, limit_ms: float) -> Subnet:
     """The subnet of least KL by those changes, within `limit_ms` by `latency` and by the sum of its parts' costs."""
-    space = evaluator.supernet.space
     of_parts = {
         part: dict(zip(part_options(space, part, subnet.bits), costs_ms, strict=True))
         for part, costs_ms in zip(PARTS, part_costs(space, latency, subnet.bits), strict=True)
