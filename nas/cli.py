@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from safetensors import SafetensorError
 
-from hw_profiles import Device, Store, Workload, detect, runtime
+from hw_profiles import Device, Store, detect, runtime
 from hw_profiles.runtimes import installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
@@ -37,6 +37,7 @@ from nas.options import (
     TpotLimit,
     TtftLimit,
     device_and_threads,
+    objectives,
     one_of_precisions,
 )
 from nas.study import Algorithm
@@ -231,10 +232,7 @@ def search(
     if task:  # before anything takes long
         from nas.tasks import ChoiceLoss, TaskEvaluator
 
-    workloads = {
-        "tpot_ms": Workload("decode", context_tokens, batch_size),
-        "ttft_ms": Workload("prefill", prompt_tokens, batch_size),
-    }
+    workloads = objectives(prompt_tokens, context_tokens, batch_size)
     if task_items < 1:
         raise ValueError(f"--task-items must be at least 1, got {task_items}")
     if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hw_profiles import Store, Workload
+from hw_profiles import Store
 from nas import tables
 from nas.options import (
     CACHE,
@@ -28,6 +28,7 @@ from nas.options import (
     SupernetFolder,
     Threads,
     device_and_threads,
+    objectives,
     one_of_precisions,
 )
 from nas.subnet_commands import open_subnet
@@ -71,10 +72,7 @@ def refine(
     from nas.refinement import refine as run_refine
     from nas.study import Study, Trial
 
-    workloads = {
-        "tpot_ms": Workload("decode", context_tokens, batch_size),
-        "ttft_ms": Workload("prefill", prompt_tokens, batch_size),
-    }
+    workloads = objectives(prompt_tokens, context_tokens, batch_size)
     if objective not in workloads:
         raise ValueError(f"--objective must be one of {', '.join(workloads)}, got {objective}")
     with Store(database) as store:

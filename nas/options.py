@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hw_profiles import RUNTIMES, Store, detect
+from hw_profiles import RUNTIMES, Store, Workload, detect
 from hw_profiles.devices import pin
 from hw_profiles.shapes import PRECISIONS, Precision
 
@@ -70,6 +70,14 @@ def one_of_precisions(value: str) -> Precision:
         if value == precision:
             return precision
     raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
+
+
+def objectives(prompt_tokens: int, context_tokens: int, batch_size: int) -> dict[str, Workload]:
+    """What a search or an exchange may be for, by the names that --objective takes."""
+    return {
+        "tpot_ms": Workload("decode", context_tokens, batch_size),
+        "ttft_ms": Workload("prefill", prompt_tokens, batch_size),
+    }
 
 
 def device_and_threads(store: Store, device_id: str | None, threads: int | None) -> tuple[str, int]:
