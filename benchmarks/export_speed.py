@@ -40,7 +40,7 @@ from export.onnx import write_onnx
 from export.openvino import write_openvino
 from hw_profiles import ModelShape, Workload, detect, runtime
 from hw_profiles.shapes import Precision
-from hw_profiles.timing import Timing, measure
+from hw_profiles.timing import Timing, measure, pooled
 from nas.families import LoadedModel, load_model
 from nas.space import SearchSpace
 
@@ -61,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/export_speed"))
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--loads", type=int, default=4, help="of each file: the pages it lands on are noise, too")
+    parser.add_argument("--rounds", type=int, default=5, help="of each load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -185,12 +186,15 @@ def run(command: list[str]) -> None:
 def timed(
     name: str, paths: dict[str, Path], reference: str, loaded: LoadedModel, arguments: argparse.Namespace
 ) -> dict[tuple[str, Workload], Timing]:
-    engine, threads = runtime(name), detect().cores
-    sessions = {label: engine.load(path, threads, MAX_TOKENS) for label, path in paths.items()}
-    vocab_size = loaded.model.config.vocab_size
-    return measure(
-        sessions, [reference], WORKLOADS, vocab_size=vocab_size, rounds=arguments.rounds, seed=arguments.seed
-    )
+    engine, threads, vocab_size = runtime(name), detect().cores, loaded.model.config.vocab_size
+    loads = []
+    for load in range(arguments.loads):
+        sessions = {label: engine.load(path, threads, MAX_TOKENS) for label, path in paths.items()}
+        seed = arguments.seed + load
+        loads.append(
+            measure(sessions, [reference], WORKLOADS, vocab_size=vocab_size, rounds=arguments.rounds, seed=seed)
+        )
+    return {key: pooled([timings[key] for timings in loads]) for key in loads[0]}
 
 
 def full_rows(
@@ -293,6 +297,7 @@ def write_result(
         "device": {"name": device.name, "cores": device.cores},
         "versions": {"python": platform.python_version(), **{n: runtime(n).version() for n in FORMAT_OF_RUNTIME}},
         "peers": PEERS,
+        "loads": arguments.loads,
         "rounds": arguments.rounds,
         "seed": arguments.seed,
         "full": full,

@@ -133,6 +133,9 @@ def tune(
     alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
     loss: Annotated[str, typer.Option(help="kl: to the full model; text: likelihood of the text itself.")] = "kl",
+    block_weight: Annotated[
+        float, typer.Option(help="Of the distance from the full model behind each layer, in the loss beside kl.")
+    ] = 0.0,
     sandwich: Annotated[
         bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
     ] = False,
@@ -189,6 +192,7 @@ def tune(
             accumulation=accumulation,
             learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
             loss=loss,  # type: ignore[arg-type]  # checked by it
+            block_weight=block_weight,
             sampling="sandwich" if sandwich else "random" if method == "nls" else "active",
             seed=seed,
         ),

@@ -182,13 +182,16 @@ class _Job:
         if settings.method == "prune":
             return None, TrainingResult(0, 0.0)
         teacher, checkpoints = self.supernet.loaded, folder / CHECKPOINTS
+        layers = list(self.supernet.extracted_layers(self.subnet))
         if settings.method == "full":
             for path in self.paths:
                 linear = self.student.get_submodule(path)
                 if path in self.grids:
                     self.student.set_submodule(path, linear := GridLinear(linear, self.grids[path]))
                 linear.weight.requires_grad_(True)
-            return None, train(self.student, teacher, windows, settings.training, checkpoints, progress=progress)
+            return None, train(
+                self.student, teacher, windows, settings.training, checkpoints, layers=layers, progress=progress
+            )
         if settings.separate:
             self._freeze_base()
         dense = copy.deepcopy(self.student) if settings.method == "losa" else None
@@ -203,8 +206,9 @@ class _Job:
         )
         if dense is None:
             result = train(
-                self.student, teacher, windows, settings.training, checkpoints, adapter=adapter, progress=progress
-            )
+                self.student, teacher, windows, settings.training, checkpoints,
+                layers=layers, adapter=adapter, progress=progress,
+            )  # fmt: skip
             return adapter, result
         rounds = tune_in_rounds(
             adapter,
@@ -217,6 +221,7 @@ class _Job:
             settings.pruning,
             settings.training,
             checkpoints,
+            layers,
             progress,
         )
         self.masks = rounds.masks

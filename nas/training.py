@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -45,7 +46,9 @@ class Elastic(Protocol):
 class TrainingSettings:
     """A step takes `batch` windows, `accumulation` times. It ends after `steps`, or `max_minutes` if that is sooner.
 
-    The learning rate rises over the first 5 % of that and falls along a cosine to 0.
+    The learning rate rises over the first 5 % of that and falls along a cosine to 0. Beside `kl`, `block_weight` times
+    the mean of 1 - cos between what student and full model hold behind each layer is part of the loss, as in Puzzle
+    (arXiv 2411.19146).
     """
 
     steps: int = 400
@@ -54,6 +57,7 @@ class TrainingSettings:
     accumulation: int = 1
     learning_rate: float = 1e-3
     loss: Loss = "kl"
+    block_weight: float = 0.0
     sampling: Sampling = "active"
     seed: int = 0
     #: Seconds between checkpoints.
@@ -67,6 +71,11 @@ class TrainingSettings:
         for value, known in ((self.loss, get_args(Loss)), (self.sampling, get_args(Sampling))):
             if value not in known:
                 raise ValueError(f"wanted one of {', '.join(known)}, got {value}")
+        if not 0 <= self.block_weight < math.inf or (self.block_weight and self.loss != "kl"):
+            raise ValueError(
+                f"wanted a block weight of 0 or more, and 0 where the loss is not kl, got {self.block_weight:g} with "
+                f"{self.loss}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,13 +93,15 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     *,
+    layers: Sequence[int] | None = None,
     adapter: Elastic | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> TrainingResult:
     """Train what of `student` requires gradients, in place; with `adapter`, `student` is the model under it.
 
-    Checkpoints go to `folder`, and a run that finds one there goes on from it. `teacher.model` must compute the full
-    model. On return both are on the CPU.
+    `layers` are the teacher's for each of the student's, where it has not all of them. Checkpoints go to `folder`, and
+    a run that finds one there goes on from it. `teacher.model` must compute the full model. On return both are on the
+    CPU.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -111,7 +122,8 @@ def train(
     )
     clock = _Clock(settings, progress)
     trained = student if adapter is None else adapter.model
-    trainer = _Distillation(trained, student, teacher, windows, settings, clock, adapter, arguments)
+    pairs = _layer_pairs(student, teacher, layers)
+    trainer = _Distillation(trained, student, teacher, windows, settings, clock, adapter, pairs, arguments)
     teacher.model.to(trainer.args.device)
     try:
         checkpoint = last_checkpoint(folder)
@@ -126,6 +138,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest that was written whole: the Trainer writes its own state last."""
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _layer_pairs(student: Any, teacher: LoadedModel, layers: Sequence[int] | None) -> list[tuple[nn.Module, nn.Module]]:
+    """Layers of the student, each with the teacher's after which the residual stream should be the same."""
+    own, whole = list(student.get_submodule(teacher.family.layers)), teacher.layers
+    return [(layer, whole[index]) for layer, index in zip(own, layers or range(len(own)), strict=True)]
 
 
 def _dtype() -> torch.dtype:
@@ -189,6 +207,7 @@ class _Distillation(Trainer):
         settings: TrainingSettings,
         clock: _Clock,
         adapter: Elastic | None,
+        layers: Sequence[tuple[nn.Module, nn.Module]],
         arguments: TrainingArguments,
     ) -> None:
         # a Dataset is anything with a length and items
@@ -198,6 +217,8 @@ class _Distillation(Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         self.student, self.teacher, self.settings, self.clock, self.adapter = student, teacher, settings, clock, adapter
         self._decoder = teacher.family.layers.rpartition(".")[0]
+        # behind the last the head reads, which is compared as it is
+        self._own_layers, self._whole_layers = zip(*layers[:-1], strict=True) if settings.block_weight else ((), ())
         self._calls = 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -209,20 +230,24 @@ class _Distillation(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = inputs["input_ids"]
         target, target_head = None, self.teacher.head.weight
-        if self.settings.loss == "kl":
-            with torch.no_grad():
-                target = self._read(self.teacher.model, tokens)
-        losses = []
+        with _heard(self._whole_layers) as wanted:
+            if self.settings.loss == "kl":
+                with torch.no_grad():
+                    target = self._read(self.teacher.model, tokens)
+        losses, distances = [], []
         for activate in (passes := self._passes()):
             activate()
-            hidden = self._read(self.student, tokens)
+            with _heard(self._own_layers) as found:
+                hidden = self._read(self.student, tokens)
             losses.append(self._loss(hidden, tokens, target, target_head))
+            if found:
+                distances.append(_mean_distance(found, wanted))
             if target is None:  # the others learn from the first: distillation in place
                 target, target_head = hidden.detach(), self._head
         passes[0]()  # a checkpoint holds what is active
         loss = torch.stack(losses).mean()
         self.clock.loss = float(loss.detach())
-        return loss
+        return loss + self.settings.block_weight * torch.stack(distances).mean() if distances else loss
 
     def _passes(self) -> list[Callable[[], None]]:
         """Of this step: a function of the seed and the step alone, so that a resumed run draws the same."""
@@ -254,3 +279,28 @@ class _Distillation(Trainer):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=_dtype() == torch.bfloat16):
             hidden: torch.Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
+
+
+@contextmanager
+def _heard(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """What each of `layers` gives within, [N, T, D], in the order in which they run."""
+    heard: list[torch.Tensor] = []
+
+    def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+        heard.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(listen) for layer in layers]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mean_distance(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of residual streams [N, T, D]: the mean of 1 - cos over layers and tokens."""
+    distances = [
+        1 - nn.functional.cosine_similarity(ours.float(), theirs.float(), dim=-1).mean()
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(distances).mean()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ def tune_in_rounds(
     method: PruningMethod,
     settings: TrainingSettings,
     folder: Path,
+    layers: Sequence[int] | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> RoundsResult:
     """Prune the model under `adapter` to `sparsity` and tune it, in place; steps and minutes are those of all rounds.
 
     `adapter` is of rank LARGEST_RANK over a copy of `dense`, which is left alone. Token windows [N, T]: `windows` to
-    train on, `calibration` to prune by. Finished rounds are kept in `folder`, and a run that finds some goes on.
+    train on, `calibration` to prune by; `layers` as in `train`. Finished rounds are kept in `folder`, and a run that
+    finds some goes on.
     """
     if adapter.choices[0] < LARGEST_RANK:
         raise ValueError(f"wanted an adapter of rank {LARGEST_RANK}, got {adapter.choices[0]}; smaller ones saturate")
@@ -90,7 +92,9 @@ def tune_in_rounds(
             ranks = reconstruction_ranks(losses, MEAN_RANKS[0] + share * (MEAN_RANKS[1] - MEAN_RANKS[0]))
             _constrain(adapter, family, masks, ranks, {path: merged.get_submodule(path).weight for path in masks})
             checkpoints = folder / f"round-{number}"
-            result = train(student, teacher, windows, of_round, checkpoints, adapter=adapter, progress=tell)
+            result = train(
+                student, teacher, windows, of_round, checkpoints, layers=layers, adapter=adapter, progress=tell
+            )
             _save(adapter, kept, masks, given, ranks, result)
             shutil.rmtree(checkpoints, ignore_errors=True)
         results.append(result)

@@ -13,7 +13,7 @@ from nas.families import LoadedModel
 from nas.own_weights import load_own
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 from nas.training import TrainingSettings, last_checkpoint
 from nas.tuned import TUNED_FILE, Tuned, TuneSettings, adopt_tuned
@@ -124,6 +124,25 @@ def test_the_adapter_fits_the_untuned_model_in_stock_peft(make: Make, windows: t
         found = stock(input_ids=windows).logits
     assert (found - _logits(supernet, subnet, windows)).abs().max() < 1e-4
     assert set(tuned.ranks.values()) <= {8, 4, 2}
+
+
+def test_the_loss_may_look_behind_each_layer(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    """Where layers are skipped whole the student has fewer: its first is followed by what the model's second gives."""
+    subnet = Subnet((SKIPPED, LayerChoice(2, 64), LayerChoice(2, 64)), 32)
+    distances = {}
+    for weight in (0.0, 20.0):
+        supernet, evaluator = make()
+        settings = TuneSettings("full", training=replace(TRAINING, block_weight=weight, steps=40))
+        tune(supernet, subnet, windows, evaluator, settings, tmp_path / str(weight))
+        with torch.no_grad():
+            found = supernet.extract(subnet)(windows, output_hidden_states=True).hidden_states[1]
+            supernet.activate_full_model()
+            states = supernet.model(windows, output_hidden_states=True).hidden_states[1:3]
+        cosines = [torch.nn.functional.cosine_similarity(found, wanted, dim=-1).mean() for wanted in states]
+        distances[weight] = [1 - float(cosine) for cosine in cosines]
+    assert distances[20.0][1] < min(0.8 * distances[0.0][1], distances[20.0][0])
+    with pytest.raises(ValueError, match="block weight"):
+        replace(TRAINING, block_weight=1.0, loss="text")
 
 
 def test_the_full_model_may_be_tuned_beside_itself(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
