@@ -218,7 +218,9 @@ class _Distillation(Trainer):
         self.student, self.teacher, self.settings, self.clock, self.adapter = student, teacher, settings, clock, adapter
         self._decoder = teacher.family.layers.rpartition(".")[0]
         # behind the last the head reads, which is compared as it is
-        self._own_layers, self._whole_layers = zip(*layers[:-1], strict=True) if settings.block_weight else ((), ())
+        compared = layers[:-1] if settings.block_weight else ()
+        self._own_layers = [own for own, _ in compared]
+        self._whole_layers = [whole for _, whole in compared]
         self._calls = 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
