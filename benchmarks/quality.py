@@ -2,7 +2,7 @@
 
 Every row of a ratio removes the same share of the blocks' parameters, is calibrated on the same text (half WikiText-2,
 half C4) and judged on text of both that neither calibration nor search saw. What is done is kept beside the database:
-stopped, it goes on where it was.
+stopped, it goes on where it was, and rows that the file of --json has already are not run again.
 
     python benchmarks/quality.py --json benchmarks/results/quality.json
 """
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import structured_peers as peers
@@ -78,7 +79,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kept = arguments.folder / "rows.jsonl"
-    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = [Row(**fields) for fields in known_rows(kept, arguments.json, ("seed", "removed", "method"))]
     for seed in range(arguments.seeds):
         run = Run(arguments.model, seed, arguments.evaluations, arguments.folder)
         for removed in (0.0, *arguments.removed):
@@ -100,6 +101,13 @@ def main() -> None:
             "rows": [asdict(row) for row in rows],
         }
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def known_rows(kept: Path, result: Path | None, key: Sequence[str]) -> list[dict[str, Any]]:
+    """Fields of the rows in `result` and, where both have one of the same `key`, of those made here, in `kept`."""
+    rows = json.loads(result.read_text())["rows"] if result and result.exists() else []
+    rows += [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    return list({tuple(row[name] for name in key): row for row in rows}.values())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,7 +1,8 @@
 """What tuning wins back: perplexity of a compressed SmolLM2 before and after, each method in the same time or steps.
 
 Every row removes or zeroes as much, trains on the same text (half WikiText-2, half C4) and is judged on text of both
-that neither calibration nor training saw. What is done is kept in --folder: stopped, it goes on where it was.
+that neither calibration nor training saw. What is done is kept in --folder: stopped, it goes on where it was, and rows
+that the file of --json has already are not run again.
 
     python benchmarks/recovery.py --json benchmarks/results/recovery.json
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import BITS, Run, parsed
+from quality import BITS, Run, known_rows, parsed
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +85,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kept = arguments.folder / "rows.jsonl"
-    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = [Row(**fields) for fields in known_rows(kept, arguments.json, ("method", "seed"))]
     for seed in range(arguments.seeds):
         recovery = Recovery(arguments.model, seed, arguments.folder, arguments.minutes, arguments.steps)
         for method, make in recovery.methods().items():

@@ -31,7 +31,7 @@ def export_folder(
 
     `quantized` holds the matrices that were rounded before, by name; others are rounded to the nearest here.
     The Hugging Face folder holds the rounded weights as fp32, bf16 or fp16: the same model, as tools expect it.
-    `model` itself is rounded for it, in place.
+    `model` itself is given the rounded weights for it; those that it had stay as they are.
     """
     precision = manifest.precision
     with whole_or_absent(directory, manifest) as unfinished:
@@ -85,5 +85,5 @@ def _rounded(model: PreTrainedModel, precision: Precision, quantized: Mapping[st
                 if bits == 16:
                     parameter.data = as_half(parameter, precision)
                 else:
-                    parameter.copy_(dequantize(quantized[name] if name in quantized else quantize(parameter, bits)))
+                    parameter.data = dequantize(quantized[name] if name in quantized else quantize(parameter, bits))
     return model

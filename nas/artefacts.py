@@ -48,7 +48,7 @@ def export_subnet(
         tuning=tuning,
         versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
     )
-    model = supernet.extract(subnet)
+    model = supernet.extract(subnet, shared=True)
     evidence = parity(supernet, subnet, windows)
     export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, supernet.quantized(subnet))
     write_card(directory)
@@ -62,11 +62,11 @@ def text_quality(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> T
     return TextQuality(found.kl, found.perplexity, full.perplexity, windows.numel())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def parity(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> Parity:
     """fp32 logits of the active subnet on `windows` [N, T]."""
     tokens = windows[:, : _PARITY_POSITIONS[-1] + 1]
     positions = torch.tensor(list(_PARITY_POSITIONS))
     supernet.activate(subnet)
-    logits = torch.stack([supernet.model(input_ids=window[None]).logits[0, positions] for window in tokens])
-    return Parity(tokens.clone(), positions, logits.float())
+    logits = torch.stack([supernet.loaded.logits(window[None])[0, positions] for window in tokens])
+    return Parity(tokens.clone(), positions, logits)

@@ -74,7 +74,8 @@ def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Stat
             for name, (path, normed) in _inputs(loaded).items()
         ]
         with computing(dtype):
-            batches = [loaded.run_layer(index, batch) for batch in batches]
+            for number, batch in enumerate(batches):  # one by one, so that no two layers' streams are there at once
+                batches[number] = loaded.run_layer(index, batch)
         for hook in hooks:
             hook.remove()
         save_layer(statistics.folder, index, asdict(LayerStatistics(**sums)))
@@ -99,8 +100,9 @@ def _summing(
         x = inputs[0].flatten(0, -2)
         if normed:
             x = x / sizes(output.flatten(0, -2))
-        H = second_moments(x)
-        sums[name] = sums[name] + H if name in sums else H
+        if name not in sums:
+            sums[name] = torch.zeros(x.shape[1], x.shape[1])
+        add_second_moments(sums[name], x)
 
     return hook
 
@@ -112,13 +114,17 @@ def sizes(rows: torch.Tensor) -> torch.Tensor:
 
 def second_moments(x: torch.Tensor) -> torch.Tensor:
     """`moments(x, x)` in two thirds of the time: what lies below the diagonal is copied."""
-    size = x.shape[1]
-    H = torch.empty(size, size)
-    for start in range(0, size, _COLUMNS_AT_ONCE):
-        stop = start + _COLUMNS_AT_ONCE
-        H[start:stop, start:] = moments(x[:, start:stop], x[:, start:])
-        H[stop:, start:stop] = H[start:stop, stop:].T
+    H = torch.zeros(x.shape[1], x.shape[1])
+    add_second_moments(H, x)
     return H
+
+
+def add_second_moments(H: torch.Tensor, x: torch.Tensor) -> None:
+    """Add them to H in place: the sums of a wide map alone may take half a gigabyte."""
+    for start in range(0, len(H), _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        H[start:stop, start:] += moments(x[:, start:stop], x[:, start:])
+        H[stop:, start:stop] = H[start:stop, stop:].T
 
 
 def moments(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hw_profiles.shapes import HIDDEN_ACTS, ModelShape
+from hw_profiles.devices import detect
+from hw_profiles.shapes import HIDDEN_ACTS, VALUE_BYTES, ModelShape
+from nas.distillation import capped
 from nas.fused import unfused, unfused_config
 from nas.gguf_model import gguf_config, load_gguf
 from nas.space import Part, model_shape
@@ -106,13 +108,19 @@ FAMILIES: dict[str, Family] = {
 #: As which the others are computed.
 _FORMS = FAMILIES | {"heterogeneous_gpt": Family("heterogeneous_gpt", gate="", positions="model.embed_positions")}
 
+#: Of the memory there is, the share that a model in fp32 may take.
+_ROOMY = 1 / 3
 #: Rotary embeddings that are the same whatever the number of positions.
 _ROPE_OF_ANY_LENGTH = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder in fp32 with its tokenizer; `fingerprint` is equal for equal configs and weights."""
+    """A decoder with its tokenizer; `fingerprint` is equal for equal configs and weights.
+
+    In fp32, or where that would fill the memory in the type that it is stored in: then a layer computes only within a
+    `nas.supernet.Supernet`, which gives it fp32 weights while it runs.
+    """
 
     model: Any
     tokenizer: Any
@@ -146,7 +154,7 @@ class LoadedModel:
 
         ValueError for texts longer than the positions that were learned.
         """
-        hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens)
+        hidden: torch.Tensor = self.model.get_submodule(self.family.embedding)(tokens).float()
         if self.has_learned_positions:
             if tokens.shape[1] > (most := self.config.max_position_embeddings):
                 raise ValueError(
@@ -197,6 +205,13 @@ class LoadedModel:
         normed: torch.Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
         return normed
 
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of token ids [N, T], as layers are now: fp32 [N, T, V]."""
+        hidden = self.embed(tokens)
+        for index in range(len(self.layers)):
+            hidden = self.run_layer(index, hidden)
+        return capped(nn.functional.linear(self.final_norm(hidden), self.head.weight.float()), self.logit_cap)
+
 
 def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, window: int | None = None) -> LoadedModel:
     """A Hugging Face model that is already in memory as a LoadedModel.
@@ -215,7 +230,7 @@ def wrap(model: Any, tokenizer: Any, name: str, licence: str | None = None, wind
 
 
 def load_model(model: str, *, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a Hugging Face id, a local folder or a .gguf file in fp32, ready for evaluation.
+    """Load a Hugging Face id, a local folder or a .gguf file, ready for evaluation.
 
     Raises ValueError where there is nothing of that name, the file is no sound GGUF, or the family is not supported.
     """
@@ -242,6 +257,17 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     config = _rewritten_config(config, _family(config))
     _check_activation(config)
     return config
+
+
+def fills_memory(shape: ModelShape) -> bool:
+    """Whether a model of that shape in fp32 leaves no room for subnets beside it."""
+    return VALUE_BYTES["fp32"] * shape.parameters > _ROOMY * detect().memory_bytes
+
+
+def _kept_as_stored(config: Any) -> bool:
+    """Where memory is short; not of families that are rewritten in fp32, or whose embedding half precision rounds."""
+    row = _family(config)
+    return not row.computed_as and not (shape := model_shape(config)).scaled_embedding and fills_memory(shape)
 
 
 def _rewritten(model: Any, row: Family) -> Any:
@@ -347,7 +373,8 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
     options = {"trust_remote_code": trust_remote_code}
     try:
         config, window = within_window(AutoConfig.from_pretrained(source, **options))
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32, **options)
+        dtype = "auto" if _kept_as_stored(config) else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise _not_there(source, error) from error

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from export.quantize import QuantizedWeight, fake_quantize
+from export.quantize import fake_quantize
 from hw_profiles.shapes import BLOCK_BITS
 from nas.calibration import is_complete, load_layer, save_layer
-from nas.space import Part, Subnet
-
-#: Of one part, by name within its layer; below 16 bits matrices are integers, biases stay as they are.
-RoundedWeights = dict[str, QuantizedWeight | torch.Tensor]
+from nas.rounded_parts import RoundedWeights, pack_rounded, unpack_rounded
+from nas.space import PARTS, Part, Subnet
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,45 +29,42 @@ OwnLayers = list[dict[Part, OwnWeights]]
 
 def save_own(folder: Path, layers: Sequence[dict[Part, OwnWeights]]) -> None:
     for index, parts in enumerate(layers):
-        save_layer(folder, index, _pack(parts))
+        save_own_layer(folder, index, parts)
+
+
+def save_own_layer(folder: Path, index: int, parts: dict[Part, OwnWeights]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for part, own in parts.items():
+        tensors |= {f"{part}|{name}": tensor.contiguous() for name, tensor in own.exact.items()}
+        # what is no integer is made anew from the exact weights
+        integers = {key: tensor for key, tensor in pack_rounded(own.rounded).items() if key not in own.exact}
+        tensors |= {f"{part}|{key}": tensor for key, tensor in integers.items()}
+    save_layer(folder, index, tensors)
 
 
 def has_own(folder: Path, depth: int) -> bool:
-    """Whether `save_own` wrote all layers there."""
+    """Whether all layers of a subnet were written there."""
     return is_complete(folder, depth, set())
 
 
 def load_own(folder: Path, subnet: Subnet) -> OwnLayers:
-    """What `save_own` wrote of that subnet; ValueError where a file is missing or damaged."""
-    return [_unpack(load_layer(folder, index, set()), subnet, index) for index in range(len(subnet.layers))]
+    """What was written of that subnet; ValueError where a file is missing or damaged."""
+    return [load_own_layer(folder, index, subnet) for index in range(len(subnet.layers))]
 
 
-def _pack(parts: dict[Part, OwnWeights]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for part, own in parts.items():
-        for name, tensor in own.exact.items():
-            tensors[f"{part}|{name}"] = tensor.contiguous()
-            rounded = own.rounded[name]
-            if isinstance(rounded, QuantizedWeight):
-                tensors[f"{part}|{name}|integers"] = rounded.integers.contiguous()
-                tensors[f"{part}|{name}|scales"] = rounded.scales.contiguous()
-    return tensors
-
-
-def _unpack(tensors: dict[str, torch.Tensor], subnet: Subnet, layer: int) -> dict[Part, OwnWeights]:
+def load_own_layer(folder: Path, index: int, subnet: Subnet) -> dict[Part, OwnWeights]:
+    tensors = load_layer(folder, index, set())
     parts: dict[Part, OwnWeights] = {}
-    for key, tensor in tensors.items():
-        prefix, name, *kind = key.split("|")
-        if kind:
-            continue
-        part: Part = "attention" if prefix == "attention" else "mlp"
-        precision = subnet.part_precision(layer, part)
-        own = parts.setdefault(part, OwnWeights({}, {}))
-        own.exact[name] = tensor
-        if f"{key}|integers" in tensors:
-            integers, scales = tensors[f"{key}|integers"], tensors[f"{key}|scales"]
-            own.rounded[name] = QuantizedWeight(integers, scales, BLOCK_BITS[precision])
-        else:
-            halved = tensor.dim() == 2 and BLOCK_BITS[precision] == 16
-            own.rounded[name] = fake_quantize(tensor, precision) if halved else tensor
+    for part in PARTS:
+        stored = {key.removeprefix(f"{part}|"): t for key, t in tensors.items() if key.startswith(f"{part}|")}
+        if stored:
+            precision = subnet.part_precision(index, part)
+            exact = {key: tensor for key, tensor in stored.items() if "|" not in key}
+            halved = BLOCK_BITS[precision] == 16
+            rounded: RoundedWeights = {
+                name: fake_quantize(tensor, precision) if halved and tensor.dim() == 2 else tensor
+                for name, tensor in exact.items()
+            }
+            integers = {key: tensor for key, tensor in stored.items() if key not in exact}
+            parts[part] = OwnWeights(exact, rounded | unpack_rounded(integers, BLOCK_BITS[precision]))
     return parts

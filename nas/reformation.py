@@ -30,9 +30,9 @@ def reform(
     W: torch.Tensor, H: torch.Tensor, order: torch.Tensor, widths: Sequence[int], *, damping: float = DAMPING
 ) -> dict[int, Reformed]:
     """The best weights for each of `widths` inputs kept; all of them gives W's own numbers back, in keep-order."""
-    C, scale = normalise(H, damping)
-    scale = scale[order]
-    L = torch.linalg.cholesky(C[order][:, order])
+    C, scale = normalise(H[order][:, order], damping)
+    L = torch.linalg.cholesky(C)
+    del C
     Y = L.T @ (W[:, order].double() * scale).T  # [in, out]
     energy = Y.square().sum(1)
     reformed = {}

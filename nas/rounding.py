@@ -25,9 +25,10 @@ DAMPING = 0.01
 def round_with_feedback(W: torch.Tensor, H: torch.Tensor, bits: int) -> QuantizedWeight:
     """Quantise W so that W x, not W, changes little. Scales are chosen block by block, on the weights as updated."""
     W, H = W.float(), H.float()
-    ridge = DAMPING * H.diagonal().mean()
-    damped = H.double() + ridge * torch.eye(len(H), dtype=torch.float64)
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
+    damped = H.flip(0, 1).double()
+    damped.diagonal().add_(DAMPING * H.diagonal().mean())
+    R = torch.linalg.cholesky(damped).float().flip(0, 1)
+    del damped
     D = torch.empty_like(W)
     blocks: list[QuantizedWeight] = []
     for start in range(0, W.shape[1], QUANTIZATION_BLOCK_SIZE):

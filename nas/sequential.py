@@ -21,6 +21,7 @@ that the stream lacks of the full model's asks for what the part cannot know.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,10 @@ from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import Precision
 from nas.arithmetic import computing, fast_dtype
-from nas.calibration import moments, second_moments, sizes, statistics_key
+from nas.calibration import add_second_moments, moments, sizes, statistics_key
 from nas.importance import normalise
-from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights, has_own, load_own, save_own
+from nas.own_weights import OwnLayers, OwnWeights, has_own, load_own, load_own_layer, save_own_layer
+from nas.rounded_parts import RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, Part, Subnet
 from nas.supernet import Supernet
@@ -86,8 +88,12 @@ def fit_in_sequence(
                 own[index][part] = _fit_part(streams, index, part, whole, damping)
             else:
                 streams.skip(index, part)
-    if folder is not None:
-        save_own(folder, own)
+        if folder is not None:
+            save_own_layer(folder, index, own[index])
+        if folder is not None and supernet.lean:  # mapped from its file, which takes no memory
+            own[index] = load_own_layer(folder, index, subnet)
+            for part, weights in own[index].items():
+                supernet.install(index, part, weights)
     supernet.adopt(subnet, own)
 
 
@@ -116,9 +122,9 @@ class _Streams:
         self.supernet, self.subnet = supernet, subnet
         batches = torch.split(windows, max(1, _TOKENS_AT_ONCE // windows.shape[1]))
         supernet.activate_full_model()
-        self.full = [supernet.loaded.embed(batch) for batch in batches]
+        self.full = [self._kept(supernet.loaded.embed(batch)) for batch in batches]
         supernet.activate_ends(subnet.precision)
-        self.own = [supernet.loaded.embed(batch) for batch in batches]
+        self.own = [self._kept(supernet.loaded.embed(batch)) for batch in batches]
         #: What the part reads: the stream before it, or before its layer where attention and MLP read the same.
         self._full_read, self._own_read = self.full, self.own
 
@@ -126,26 +132,26 @@ class _Streams:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""
         self._begin(layer, part)
         shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
-        H, H_in, G_in = torch.zeros(()), torch.zeros(()), torch.zeros(())
         whole = self.supernet.full_maps(layer)[f"{self.supernet.output_name(part)}.weight"]
+        H = torch.zeros(whole.shape[1], whole.shape[1]) if shrinks else None
+        H_in, G_in = torch.zeros(2, whole.shape[0], whole.shape[0])
         wanted: list[torch.Tensor] = []
         for index, (full, own) in enumerate(zip(self._full_read, self._own_read, strict=True)):
             normed = self.normed(layer, part, own)
-            H_in = H_in + second_moments(normed)
-            G_in = G_in + moments(normed, self.normed(layer, part, full) - normed)
-            self.full[index] = self._run(layer, part, full, self.full[index])
+            add_second_moments(H_in, normed)
+            G_in += moments(normed, self.normed(layer, part, full) - normed)
+            self.full[index] = self._kept(self._run(layer, part, full, self.full[index]))
             behind, heard = self._listen(layer, part, own, self.own[index])
-            if shrinks:
-                H = H + second_moments(self.counted(layer, part, heard, whole))
-            wanted.append(mended * self.full[index] + (1 - mended) * behind)
-        return _Whole(wanted, mended * _step(H_in, G_in, damping), H_in, H if shrinks else None)
+            if H is not None:
+                add_second_moments(H, self.counted(layer, part, heard, whole))
+            wanted.append(self._kept(mended * self.full[index] + (1 - mended) * behind))
+        return _Whole(wanted, mended * _step(H_in, G_in, damping), H_in, H)
 
     def skip(self, layer: int, part: Part) -> None:
         """Move the full model's stream on alone."""
         self._begin(layer, part)
-        self.full = [
-            self._run(layer, part, read, batch) for read, batch in zip(self._full_read, self.full, strict=True)
-        ]
+        for index, read in enumerate(self._full_read):
+            self.full[index] = self._kept(self._run(layer, part, read, self.full[index]))
 
     def _begin(self, layer: int, part: Part) -> None:
         """With the whole part in the model."""
@@ -160,8 +166,11 @@ class _Streams:
 
     def step(self, layer: int, part: Part) -> list[torch.Tensor]:
         """Move the subnet's stream on; returns what the output map read, [tokens, in] for each batch."""
-        streams = zip(self._own_read, self.own, strict=True)
-        self.own, heard = map(list, zip(*(self._listen(layer, part, read, own) for read, own in streams), strict=True))
+        heard = []
+        for index, read in enumerate(self._own_read):
+            behind, read_by_output = self._listen(layer, part, read, self.own[index])
+            self.own[index] = self._kept(behind)
+            heard.append(self._kept(read_by_output))
         return heard
 
     def mend(
@@ -169,12 +178,13 @@ class _Streams:
     ) -> None:
         """After the output map `before` [out, in], which read `heard`, was changed by `change`."""
         norm = self.post_norm(layer, part)
-        with computing(fast_dtype()):
-            changes = [nn.functional.linear(x, change) for x in heard]
-            if norm is not None:
-                given = [nn.functional.linear(x, before) for x in heard]
-                changes = [norm(y + added) - norm(y) for y, added in zip(given, changes, strict=True)]
-        self.own = [batch + added.view_as(batch) for batch, added in zip(self.own, changes, strict=True)]
+        for index, x in enumerate(heard):
+            with computing(fast_dtype()):
+                added = nn.functional.linear(x, change)
+                if norm is not None:
+                    given = nn.functional.linear(x, before)
+                    added = norm(given + added) - norm(given)
+            self.own[index] = self._kept(self.own[index] + added.view_as(self.own[index]))
 
     def post_norm(self, layer: int, part: Part) -> nn.Module | None:
         """Of what the part adds to the stream."""
@@ -198,6 +208,10 @@ class _Streams:
         gain = norm(torch.ones_like(lacking[:1]))
         audible = gain.abs() > _AUDIBLE * gain.abs().mean()
         return torch.where(audible, lacking / gain.where(audible, torch.ones(())), 0.0)
+
+    def _kept(self, batch: torch.Tensor) -> torch.Tensor:
+        """To be read again: all batches of a large model's calibration text take gigabytes."""
+        return _mapped(batch, self.supernet.cache_dir) if self.supernet.lean else batch
 
     def _listen(
         self, layer: int, part: Part, read: torch.Tensor, batch: torch.Tensor
@@ -236,10 +250,11 @@ def _fit_part(streams: _Streams, layer: int, part: Part, whole: _Whole, damping:
     supernet.install(layer, part, OwnWeights(exact, rounded))
     heard = streams.step(layer, part)
     before = exact[output]
-    H, G = torch.zeros(()), torch.zeros(())
+    H, G = torch.zeros(before.shape[1], before.shape[1]), torch.zeros(before.shape[1], before.shape[0])
     for x, target, batch in zip(heard, whole.wanted, streams.own, strict=True):
         X = streams.counted(layer, part, x, before)
-        H, G = H + second_moments(X), G + moments(X, streams.asked(layer, part, _rows(target - batch)))
+        add_second_moments(H, X)
+        G += moments(X, streams.asked(layer, part, _rows(target - batch)))
     exact[output] = before + _step(H, G, damping)
     now = round_with_feedback(exact[output], H, 4) if precision == "int4" else _nearest(exact[output], precision)
     rounded[output] = now
@@ -257,6 +272,14 @@ def _step(H: torch.Tensor, G: torch.Tensor, damping: float) -> torch.Tensor:
     C, scale = normalise(H, damping)
     D = torch.cholesky_solve(G.double() / scale.unsqueeze(1), torch.linalg.cholesky(C)) / scale.unsqueeze(1)
     return D.T.float()
+
+
+def _mapped(tensor: torch.Tensor, folder: Path | None) -> torch.Tensor:
+    """A copy in a file that no name leads to: the system may write it out, and it goes when the tensor goes."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(tensor.nbytes)
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _rows(batch: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,12 @@ Nothing is masked and nothing is trained. RoPE frequencies, the attention scale 
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,26 @@ from torch import nn
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
-from nas.calibration import LayerStatistics, Statistics, collect, is_complete, load_layer, save_layer
-from nas.families import LoadedModel
-from nas.importance import DAMPING, keep_order
-from nas.own_weights import OwnLayers, OwnWeights, RoundedWeights
-from nas.reformation import Reformed, reform
+from nas.calibration import Statistics, collect
+from nas.families import LoadedModel, fills_memory
+from nas.own_weights import OwnLayers, OwnWeights
+from nas.part_plans import (
+    PartPlan,
+    cache_folder,
+    grouped_rows,
+    load_plans,
+    part_order,
+    part_outputs,
+    read_by_output,
+)
+from nas.rounded_parts import RoundedParts, RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, SKIPPED, Part, SearchSpace, Subnet
 
-#: Channels dropped at a step of the elimination.
-_CHUNK = 32
+#: Of what is rounded, in files: raise it when they change their meaning.
+_ROUNDING_VERSION = 1
+#: What computes one part of one layer: a size and a precision, weights of a subnet's own, or None, the loaded ones.
+_Active = tuple[int, Precision] | OwnWeights | None
 
 
 class SkippedAttention(nn.Module):
@@ -46,26 +55,17 @@ class SkippedMlp(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-@dataclass(frozen=True)
-class PartPlan:
-    """Keep-order of one part's KV groups or channels, and per size short of full the reformed output weights.
-
-    `outputs[k]` is fp32 [hidden, inputs of k]: o_proj or down_proj over the first k of `order`; `errors[k]` the share
-    of the output's energy that it loses on the calibration text.
-    """
-
-    order: torch.Tensor
-    outputs: dict[int, torch.Tensor]
-    errors: dict[int, float]
-
-
 class Supernet:
     """Wraps `loaded.model`, whose weights `activate` swaps: `model(input_ids)` gives the active subnet's logits.
 
     Feed whole sequences: generating with a KV cache is for extracted models. Sizes short of full need `prepare`.
+
+    A model that would fill the memory is run `lean`: a layer has the active subnet's weights, and those that were
+    stored in half precision as fp32, only while it runs, and what was rounded is kept in files. Beside the loaded
+    weights one layer is then in memory.
     """
 
-    def __init__(self, loaded: LoadedModel, space: SearchSpace) -> None:
+    def __init__(self, loaded: LoadedModel, space: SearchSpace, *, lean: bool | None = None) -> None:
         if space.base != loaded.shape:
             raise ValueError(f"wanted a space made from {loaded.name}'s config, got one for another model; rebuild it")
         if decoder_shape(loaded.model) != space.base:
@@ -87,15 +87,18 @@ class Supernet:
         self._statistics: Statistics | None = None
         #: Names model, text and kind of the weights that `prepare` made.
         self.prepared_from = ""
-        self._quantized: dict[tuple[int, Part, int, int], RoundedWeights] = {}
-        self._quantized_inputs: dict[tuple[int, Part, int], dict[str, QuantizedWeight]] = {}
+        #: What is made is kept there, in a folder of its own that goes with it where `prepare` is given none.
+        self.cache_dir: Path | None = None
+        self._rounded_parts = RoundedParts()
         self._own: dict[Subnet, OwnLayers] = {}
-        #: None where the part is as it was loaded.
-        self._active: dict[tuple[int, Part], tuple[int, Precision] | OwnWeights | None] = {
-            (i, p): None for i in range(space.depth) for p in PARTS
-        }
+        self._active: dict[tuple[int, Part], _Active] = {(i, p): None for i in range(space.depth) for p in PARTS}
         self._ends_precision: Precision = "fp32"
         self._quantized_ends: dict[Precision, dict[nn.Module, torch.Tensor]] = {}
+        self._halved = any(tensor.dtype != torch.float32 for tensor in self.model.parameters())
+        self.lean = self._halved or (fills_memory(space.base) if lean is None else lean)
+        if self.lean:
+            for index, layer in enumerate(self._layers):
+                _run_with(layer, weakref.ref(self), index)
 
     def prepare(self, windows: torch.Tensor, *, reform: bool = True, cache_dir: Path | None = None) -> None:
         """Orders and least-squares weights of every choice from token windows [N, T], or what `cache_dir` has of them.
@@ -105,52 +108,14 @@ class Supernet:
         self.activate_full_model()
         self._original = self._loaded
         self._reform = reform
-        self._forget()
         if cache_dir is None:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
+        self.cache_dir = cache_dir
         self._statistics = collect(self.loaded, windows, cache_dir)
         self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
-        self._plans = self._load_plans(self._statistics, cache_dir)
-
-    def _load_plans(self, statistics: Statistics, cache_dir: Path) -> list[dict[Part, PartPlan]]:
-        """Orders and weights are kept apart: a space with other sizes needs other weights, and orders take longer."""
-        choices = {p: self._short_of_full(p) for p in PARTS}
-        of_orders = f"{statistics.key} {DAMPING} {_CHUNK}"
-        orders = _folder(cache_dir, "orders", of_orders)
-        weights = _folder(cache_dir, "supernet", f"{of_orders} {choices}")
-        orders_known = is_complete(orders, self.space.depth, set(PARTS))
-        names = {f"{p}.errors" for p in PARTS} | {f"{p}.{k}" for p in PARTS for k in choices[p]}
-        weights_known = is_complete(weights, self.space.depth, names)
-        plans: list[dict[Part, PartPlan]] = []
-        for index in range(self.space.depth):
-            moments = None if orders_known and weights_known else statistics.layer(index)
-            if moments is not None and not orders_known:
-                save_layer(orders, index, {p: self._order(index, p, _read_by_output(moments, p)) for p in PARTS})
-            order = load_layer(orders, index, set(PARTS))
-            if moments is not None and not weights_known:
-                made = {p: self._plan(index, p, _read_by_output(moments, p), order[p]) for p in PARTS}
-                save_layer(weights, index, {f"{p}.{k}": t for p, plan in made.items() for k, t in _pack(plan).items()})
-            tensors = load_layer(weights, index, names)
-            plans.append({p: _unpack(tensors, p, order[p], choices[p]) for p in PARTS})
-        return plans
-
-    def _order(self, index: int, part: Part, H: torch.Tensor) -> torch.Tensor:
-        weight = self._original[index][f"{self.output_name(part)}.weight"]
-        group = weight.shape[1] // self.full_size(part)
-        return keep_order(weight, H, group=group, chunk=1 if part == "attention" else _CHUNK)
-
-    def _plan(self, index: int, part: Part, H: torch.Tensor, order: torch.Tensor) -> PartPlan:
-        reformed = self._reformed(index, part, H, order, self._short_of_full(part))
-        return PartPlan(order, {k: r.weight for k, r in reformed.items()}, {k: r.error for k, r in reformed.items()})
-
-    def _reformed(
-        self, index: int, part: Part, H: torch.Tensor, order: torch.Tensor, choices: Sequence[int]
-    ) -> dict[int, Reformed]:
-        weight = self._original[index][f"{self.output_name(part)}.weight"]
-        group = weight.shape[1] // self.full_size(part)
-        reformed = reform(weight, H, _rows(order, group), [k * group for k in choices])
-        return {k: reformed[k * group] for k in choices}
+        self._forget()
+        self._plans = load_plans(self._statistics, cache_dir, self.space.depth, self._sizes, self._output_weight)
 
     def plan(self, layer: int, part: Part) -> PartPlan:
         """What `prepare` made for one part; ValueError before it ran."""
@@ -173,12 +138,9 @@ class Supernet:
 
     def activate_full_model(self) -> None:
         """The model as it was loaded, even where the full subnet has weights of its own, or was shifted."""
-        for index, loaded in enumerate(self._loaded):
-            for part in PARTS:
-                if self._active[index, part] is not None:
-                    prefix = f"{self.part_name(part)}."
-                    self._put(index, part, {name: t for name, t in loaded.items() if name.startswith(prefix)})
-                    self._active[index, part] = None
+        for (layer, part), active in self._active.items():
+            if active is not None:
+                self._activate(layer, part, None)
         self.activate_ends("fp32")
 
     def shift(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> None:
@@ -199,8 +161,8 @@ class Supernet:
                     for k, weight in plan.outputs.items()
                 }
                 plans[part] = replace(plan, outputs=outputs)
-        self._forget()
         self.prepared_from += f" shifted by {name}"
+        self._forget()
 
     @contextmanager
     def shifted(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> Iterator[None]:
@@ -216,35 +178,30 @@ class Supernet:
 
     def over(self, model: Any) -> Supernet:
         """The same over a copy of the model as it was loaded; what was prepared is shared."""
-        other = Supernet(replace(self.loaded, model=model), self.space)
+        other = Supernet(replace(self.loaded, model=model), self.space, lean=False)  # training holds on to weights
         other._original, other._reform, other._statistics = self._original, self._reform, self._statistics
         other._plans = [dict(plans) for plans in self._plans]
-        other.prepared_from = self.prepared_from
+        other.prepared_from, other.cache_dir = self.prepared_from, self.cache_dir
+        other._forget()
         return other
 
     def _forget(self) -> None:
         """What was made from weights that are others now."""
-        self._quantized.clear()
-        self._quantized_inputs.clear()
+        folder = None
+        if self.lean and self.cache_dir is not None:
+            folder = cache_folder(self.cache_dir, "rounded", f"{_ROUNDING_VERSION} {self.prepared_from}")
+        self._rounded_parts = RoundedParts(folder)
         self._own.clear()
 
     def activate_part(self, layer: int, part: Part, choice: int, precision: Precision) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
-        if self._active[layer, part] == (choice, precision):
-            return
-        if choice == 0:
-            skipped = SkippedAttention() if part == "attention" else SkippedMlp()
-            setattr(self._layers[layer], self.part_name(part), skipped)
-        else:
-            self._put(layer, part, self._rounded(layer, part, choice, precision))
-        self._active[layer, part] = (choice, precision)
+        if self._active[layer, part] != (choice, precision):
+            self._activate(layer, part, (choice, precision))
 
     def install(self, layer: int, part: Part, own: OwnWeights) -> None:
         """The same with weights of no size of the supernet's: those of `own`, as rounded."""
-        if self._active[layer, part] is own:
-            return
-        self._put(layer, part, _dequantized(own.rounded))
-        self._active[layer, part] = own
+        if self._active[layer, part] is not own:
+            self._activate(layer, part, own)
 
     def adopt(self, subnet: Subnet, own: OwnLayers) -> None:
         """From now on `subnet` has these weights of its own."""
@@ -253,10 +210,44 @@ class Supernet:
     def _own_weights(self, subnet: Subnet, layer: int, part: Part) -> OwnWeights | None:
         return self._own[subnet][layer].get(part) if subnet in self._own else None
 
-    def _put(self, layer: int, part: Part, weights: dict[str, torch.Tensor]) -> None:
+    def _activate(self, layer: int, part: Part, active: _Active) -> None:
+        if not self.lean:
+            self._put(layer, part, active)
+        self._active[layer, part] = active
+
+    def before_layer(self, layer: int) -> None:
+        """Where it is `lean`, put what is active into a layer that is about to run."""
+        for part in PARTS:
+            if self._halved or self._active[layer, part] is not None:
+                self._put(layer, part, self._active[layer, part])
+
+    def after_layer(self, layer: int) -> None:
+        """Give the layer its loaded weights back."""
+        for part in PARTS:
+            if self._halved or self._active[layer, part] is not None:
+                self._compute_with(layer, part, self._of_part(self._loaded[layer], part))
+
+    def _put(self, layer: int, part: Part, active: _Active) -> None:
+        """Let the model compute a part so, in fp32."""
+        if active is None:
+            weights = {name: tensor.float() for name, tensor in self._of_part(self._loaded[layer], part).items()}
+        elif isinstance(active, OwnWeights):
+            weights = _dequantized(active.rounded)
+        elif active[0]:
+            weights = self._rounded(layer, part, *active)
+        else:
+            skipped = SkippedAttention() if part == "attention" else SkippedMlp()
+            setattr(self._layers[layer], self.part_name(part), skipped)
+            return
+        self._compute_with(layer, part, weights)
+
+    def _compute_with(self, layer: int, part: Part, weights: Mapping[str, torch.Tensor]) -> None:
         setattr(self._layers[layer], self.part_name(part), self._modules[layer][part])
         for name, tensor in weights.items():
             _set(self._layers[layer], name, tensor)
+
+    def _of_part(self, layer: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in layer.items() if name.startswith(f"{self.part_name(part)}.")}
 
     def activate_ends(self, precision: Precision) -> None:
         """Round embedding and head as a model of that precision has them, or take them as they are at fp32."""
@@ -268,9 +259,9 @@ class Supernet:
         else:
             if own not in self._quantized_ends:
                 modules = list(self._ends)
-                rounded = {modules[0]: fake_quantize(self._ends[modules[0]], own)}
-                rounded[modules[1]] = rounded[modules[0]] if self._tied else fake_quantize(self._ends[modules[1]], own)
-                self._quantized_ends[own] = rounded
+                embedding = fake_quantize(self._ends[modules[0]].float(), own)
+                head = embedding if self._tied else fake_quantize(self._ends[modules[1]].float(), own)
+                self._quantized_ends[own] = dict(zip(modules, (embedding, head), strict=True))
             ends = self._quantized_ends[own]
         parameters = {id(t): nn.Parameter(t, requires_grad=False) for t in ends.values()}
         for module, tensor in ends.items():
@@ -286,11 +277,12 @@ class Supernet:
                 own = self._own_weights(subnet, layer, part)
                 weights |= self.part_weights(layer, part, kept) if own is None else own.exact
                 for norm in self.loaded.family.norms(part):
-                    weights |= {n: t for n, t in self._original[layer].items() if n.startswith(f"{norm}.")}
+                    weights |= {n: t.float() for n, t in self._original[layer].items() if n.startswith(f"{norm}.")}
         return weights
 
-    def extract(self, subnet: Subnet) -> Any:
-        """A standalone Hugging Face model with `subnet`'s weights in fp32, not yet rounded.
+    def extract(self, subnet: Subnet, *, shared: bool = False) -> Any:
+        """A Hugging Face model with `subnet`'s weights in fp32, not yet rounded; standing alone, or with `shared` made
+        of the supernet's own tensors, which nobody may then change in place.
 
         Of the family's own architecture where that can say it, with the layers kept renumbered; else heterogeneous.
         """
@@ -305,11 +297,12 @@ class Supernet:
             for index, path in self.extracted_layers(subnet).items()
             for name, tensor in self.layer_weights(subnet, index).items()
         }
-        embedding, head = self._ends.values()
+        embedding, head = (tensor.float() for tensor in self._ends.values())
         for path in (family.final_norm, *([family.positions] if self.loaded.has_learned_positions else [])):
-            state |= {f"{path}.{name}": t for name, t in self.model.get_submodule(path).state_dict().items()}
-        state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
-        model.load_state_dict(state, strict=True)
+            state |= {f"{path}.{name}": t.float() for name, t in self.model.get_submodule(path).state_dict().items()}
+        state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": embedding if self._tied else head}
+        model.load_state_dict(state, strict=True, assign=shared)
+        model.tie_weights()
         model.generation_config = copy.deepcopy(self.model.generation_config)
         model.requires_grad_(False).eval()
         return model
@@ -330,10 +323,12 @@ class Supernet:
         if bits >= 16:
             weights = self.part_weights(layer, part, choice)
             return {name: fake_quantize(t, precision) if t.dim() == 2 else t for name, t in weights.items()}
-        key = (layer, part, choice, bits)
-        if key not in self._quantized:
-            self._quantized[key] = self._quantize_part(layer, part, choice, bits)
-        return _dequantized(self._quantized[key])
+        return _dequantized(self._quantized(layer, part, choice, bits))
+
+    def _quantized(self, layer: int, part: Part, choice: int, bits: int) -> RoundedWeights:
+        """With integers for matrices."""
+        name = f"{layer}-{part}-{choice}"
+        return self._rounded_parts.get(name, bits, lambda: self._quantize_part(layer, part, choice, bits))
 
     def _quantize_part(self, layer: int, part: Part, choice: int, bits: int) -> RoundedWeights:
         """To the nearest at 8 bits, and before `prepare`; with error feedback at 4."""
@@ -343,15 +338,18 @@ class Supernet:
             return {name: quantize(t, bits) if name in matrices else t for name, t in weights.items()}
         moments = self._statistics.layer(layer)
         H_in = moments.attention_input if part == "attention" else moments.mlp_input
-        H_out = _read_by_output(moments, part)
+        H_out = read_by_output(moments, part)
         output = f"{self.output_name(part)}.weight"
-        if (layer, part, bits) not in self._quantized_inputs:
+
+        def of_full_part() -> RoundedWeights:
             full = self.part_weights(layer, part, self.full_size(part))
             inputs = {name: full[name] for name in sorted(matrices - {output})}
-            self._quantized_inputs[layer, part, bits] = round_inputs(inputs, H_in, bits, self.rounded_to_nearest)
+            return dict(round_inputs(inputs, H_in, bits, self.rounded_to_nearest))
+
         # rows do not depend on each other, so a subnet's are those of the full part
         rounded: RoundedWeights = dict(weights)
-        for name, quantized in self._quantized_inputs[layer, part, bits].items():
+        for name, quantized in self._rounded_parts.get(f"{layer}-{part}-inputs", bits, of_full_part).items():
+            assert isinstance(quantized, QuantizedWeight)
             rows = self.kept_indices(layer, part, choice, quantized.shape[0])
             rounded[name] = QuantizedWeight(quantized.integers[rows], quantized.scales[rows], bits)
         columns = self.kept_indices(layer, part, choice, H_out.shape[0])
@@ -362,21 +360,21 @@ class Supernet:
         """Indices of what a choice keeps of a dimension of the full part: all in order, or in keep-order."""
         if choice == self.full_size(part):
             return torch.arange(size)
-        return _rows(self.plan(layer, part).order[:choice], size // self.full_size(part))
+        return grouped_rows(self.plan(layer, part).order[:choice], size // self.full_size(part))
 
     def quantized(self, subnet: Subnet) -> dict[str, QuantizedWeight]:
         """The integers and scales of every matrix that `subnet` rounds, by name in `extract(subnet)`'s state dict."""
         family, bits = self.loaded.family, HEAD_BITS[subnet.precision]
         if subnet.bits >= 16:
             return {}
-        self.activate(subnet)
         quantized: dict[str, QuantizedWeight] = {}
         for index, path in self.extracted_layers(subnet).items():
             for part in PARTS:
-                own = self._own_weights(subnet, index, part)
-                key = (index, part, subnet.layers[index].size(part), BLOCK_BITS[subnet.part_precision(index, part)])
-                shared = self._quantized.get(key, {})
-                for name, tensor in (shared if own is None else own.rounded).items():
+                if not (size := subnet.layers[index].size(part)):
+                    continue
+                own, part_bits = self._own_weights(subnet, index, part), BLOCK_BITS[subnet.part_precision(index, part)]
+                rounded = self._quantized(index, part, size, part_bits) if own is None else own.rounded
+                for name, tensor in rounded.items():
                     if isinstance(tensor, QuantizedWeight):
                         quantized[f"{path}.{name}"] = tensor
         embedding, head = self._ends.values()
@@ -388,14 +386,15 @@ class Supernet:
     def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""
         if choice == self.full_size(part):
-            return {n: t for n, t in self._original[layer].items() if n.startswith(f"{self.part_name(part)}.")}
+            return {name: tensor.float() for name, tensor in self._of_part(self._original[layer], part).items()}
         plan = self.plan(layer, part)
         return self._sliced(layer, part, plan.order[:choice], plan.outputs[choice])
 
     def part_weights_for(self, layer: int, part: Part, choice: int, H: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same for a choice short of full where the whole part's output map reads inputs of moments H [in, in]."""
-        order = self._order(layer, part, H)
-        return self._sliced(layer, part, order[:choice], self._reformed(layer, part, H, order, [choice])[choice].weight)
+        weight = self._output_weight(layer, part)
+        order = part_order(part, weight, H, self.full_size(part))
+        return self._sliced(layer, part, order[:choice], part_outputs(weight, H, order, [choice])[choice].weight)
 
     def _sliced(self, layer: int, part: Part, kept: torch.Tensor, reformed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The part with the groups or channels `kept` alone."""
@@ -404,9 +403,9 @@ class Supernet:
         for name, tensor in self.part_weights(layer, part, self.full_size(part)).items():
             if name == f"{output}.weight":
                 group = tensor.shape[1] // self.full_size(part)
-                weights[name] = reformed if self._reform else tensor[:, _rows(kept, group)]
+                weights[name] = reformed if self._reform else tensor[:, grouped_rows(kept, group)]
             elif name.rpartition(".")[0] in self._input_names(part):
-                weights[name] = tensor[_rows(kept, tensor.shape[0] // self.full_size(part))]
+                weights[name] = tensor[grouped_rows(kept, tensor.shape[0] // self.full_size(part))]
             else:  # the output's bias, and norms over each head, serve whatever is kept
                 weights[name] = tensor
         return weights
@@ -414,7 +413,7 @@ class Supernet:
     def full_maps(self, layer: int) -> dict[str, torch.Tensor]:
         """Weights of all projections of the full layer, by name within it."""
         names = [f"{name}.weight" for part in PARTS for name in self.projections(part)]
-        return {name: self._original[layer][name] for name in names}
+        return {name: self._original[layer][name].float() for name in names}
 
     def projections(self, part: Part) -> tuple[str, ...]:
         """Within a layer; the last writes to the residual stream."""
@@ -433,9 +432,17 @@ class Supernet:
     def full_size(self, part: Part) -> int:
         return (self.space.group_choices if part == "attention" else self.space.width_choices)[-1]
 
-    def _short_of_full(self, part: Part) -> tuple[int, ...]:
-        choices = self.space.group_choices if part == "attention" else self.space.width_choices
-        return tuple(k for k in choices[:-1] if k)
+    @property
+    def _sizes(self) -> dict[Part, tuple[int, ...]]:
+        """Those at which a part is there, the full one last."""
+        return {
+            "attention": tuple(k for k in self.space.group_choices if k),
+            "mlp": tuple(k for k in self.space.width_choices if k),
+        }
+
+    def _output_weight(self, layer: int, part: Part) -> torch.Tensor:
+        weight: torch.Tensor = self._original[layer][f"{self.output_name(part)}.weight"].float()
+        return weight
 
     def part_name(self, part: Part) -> str:
         """Of the module within its layer."""
@@ -446,9 +453,19 @@ class Supernet:
         return self.loaded.family.output if part == "attention" else self.loaded.family.down
 
 
-def _rows(order: torch.Tensor, group: int) -> torch.Tensor:
-    """Indices of the rows (or columns) of groups of `group` consecutive ones."""
-    return (order.unsqueeze(1) * group + torch.arange(group)).flatten()
+def _run_with(layer: nn.Module, supernet: weakref.ref[Supernet], index: int) -> None:
+    """Let the layer have the active weights while it runs, for as long as there is the supernet."""
+
+    def before(*_: Any) -> None:
+        if (there := supernet()) is not None:
+            there.before_layer(index)
+
+    def after(*_: Any) -> None:
+        if (there := supernet()) is not None:
+            there.after_layer(index)
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after, always_call=True)
 
 
 def _dequantized(weights: RoundedWeights) -> dict[str, torch.Tensor]:
@@ -463,22 +480,3 @@ def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(linear, attribute, nn.Parameter(tensor.to(weight.device), requires_grad=False))
     if isinstance(linear, nn.Linear) and attribute == "weight":
         linear.out_features, linear.in_features = tensor.shape
-
-
-def _read_by_output(moments: LayerStatistics, part: Part) -> torch.Tensor:
-    """H of what o_proj or down_proj reads."""
-    return moments.attention_output if part == "attention" else moments.mlp_output
-
-
-def _folder(cache_dir: Path, kind: str, protocol: str) -> Path:
-    return cache_dir / f"{kind}-{hashlib.sha256(protocol.encode()).hexdigest()[:16]}"
-
-
-def _pack(plan: PartPlan) -> dict[str, torch.Tensor]:
-    errors = torch.tensor(list(plan.errors.values()), dtype=torch.float64)
-    return {"errors": errors, **{str(k): weight for k, weight in plan.outputs.items()}}
-
-
-def _unpack(tensors: dict[str, torch.Tensor], part: Part, order: torch.Tensor, choices: tuple[int, ...]) -> PartPlan:
-    errors = dict(zip(choices, tensors[f"{part}.errors"].tolist(), strict=True))
-    return PartPlan(order, {k: tensors[f"{part}.{k}"] for k in choices}, errors)

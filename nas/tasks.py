@@ -80,7 +80,7 @@ class LoadedModelScorer(HFLM):
             self.progress(done, len(order), "scoring answers")
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, batch: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Of (tokens fed, continuation), the longest first; causal, so that padding on the right changes nothing."""
         tokens = torch.zeros(len(batch), max(1, len(batch[0][0])), dtype=torch.int64)

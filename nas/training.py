@@ -124,7 +124,7 @@ def train(
     trained = student if adapter is None else adapter.model
     pairs = _layer_pairs(student, teacher, layers)
     trainer = _Distillation(trained, student, teacher, windows, settings, clock, adapter, pairs, arguments)
-    teacher.model.to(trainer.args.device)
+    teacher.model.to(trainer.args.device, torch.float32)  # large ones come as they were stored
     try:
         checkpoint = last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from hw_profiles import Workload
+from nas import families
 from nas.distillation import capped
 from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
 from nas.profiling import workloads_of
@@ -232,6 +235,17 @@ def test_fingerprint_sees_one_changed_weight(tiny):
     assert before == fingerprint(tiny().model)
     model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-4
     assert fingerprint(model) != before
+
+
+def test_a_model_that_would_fill_the_memory_stays_as_it_is_stored(tiny, tmp_path, monkeypatch):
+    tiny(vocabulary=len(_tokens()[0])).model.bfloat16().save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    roomy = load_model(str(tmp_path))
+    little = replace(families.detect(), memory_bytes=2**20)
+    monkeypatch.setattr(families, "detect", lambda: little)
+    short = load_model(str(tmp_path))
+    assert (roomy.model.dtype, short.model.dtype) == (torch.float32, torch.bfloat16)
+    assert short.fingerprint == roomy.fingerprint
 
 
 def test_refusals_say_what_is_wanted(tiny, tmp_path):

@@ -57,6 +57,21 @@ def _streams(supernet, windows, subnet, module):
     return *run(subnet), full
 
 
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_a_large_model_is_fitted_alike_and_its_weights_are_mapped_from_files(supernet, tiny, windows, tmp_path, bits):
+    lean = Supernet(tiny(bias=True), supernet.space, lean=True)
+    lean.prepare(windows, cache_dir=tmp_path)
+    subnet = Subnet(LAYERS, bits)
+    fit_in_sequence(supernet, subnet, windows)
+    fit_in_sequence(lean, subnet, windows, cache_dir=tmp_path)
+    wanted = _logits(supernet, windows, subnet)
+    assert torch.equal(_logits(lean, windows, subnet), wanted)
+    again = Supernet(tiny(bias=True), supernet.space)
+    again.prepare(windows, cache_dir=tmp_path)
+    fit_in_sequence(again, subnet, windows, cache_dir=tmp_path)
+    assert torch.equal(_logits(again, windows, subnet), wanted)
+
+
 def test_the_last_map_of_a_layer_is_the_least_squares_solution(supernet, windows):
     """Against lstsq on the activations; the attention before it is the full model's, so only the MLP is fitted."""
     subnet = Subnet((LayerChoice(3, 64), *LAYERS[1:]), 32)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from export.quantize import dequantize, is_rounded
-from nas import calibration
+from nas import calibration, families
 from nas.calibration import collect
-from nas.families import FAMILIES, LoadedModel
+from nas.families import FAMILIES, LoadedModel, wrap
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 
@@ -20,9 +20,9 @@ def _in_fp32(monkeypatch):
     monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
 
 
-def _supernet(loaded, windows, **options):
+def _supernet(loaded, windows, lean=False, **options):
     space = SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1))
-    supernet = Supernet(loaded, space)
+    supernet = Supernet(loaded, space, lean=lean)
     supernet.prepare(windows, **options)
     return supernet
 
@@ -56,6 +56,68 @@ def test_a_subnet_is_the_same_whatever_was_active_before(tiny, windows):
     first = [_logits(supernet, windows, subnet) for subnet in subnets]
     for subnet, wanted in zip(subnets[::-1], first[::-1], strict=True):
         assert torch.equal(_logits(supernet, windows, subnet), wanted)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_large_model_is_put_together_layer_by_layer(tiny, windows, tmp_path, model_type):
+    """The same logits and integers; between passes the model holds the loaded weights and nothing besides."""
+    roomy = _supernet(tiny(model_type), windows)
+    lean = _supernet(tiny(model_type), windows, lean=True, cache_dir=tmp_path)
+    loaded = _places(lean)
+    for bits in (32, 8, 4):
+        subnet = Subnet(SUBNET.layers, bits)
+        wanted = _logits(roomy, windows, subnet)
+        assert torch.equal(_logits(lean, windows, subnet), wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(lean.loaded.logits(windows), wanted)
+        lean.activate_ends("fp32")
+        assert _places(lean) == loaded
+        for name, quantized in roomy.quantized(subnet).items():
+            assert torch.equal(quantized.integers, lean.quantized(subnet)[name].integers)
+    assert list(tmp_path.glob("rounded-*/*.safetensors"))
+    assert torch.equal(_logits(lean, windows, lean.space.full(32)), _logits(roomy, windows, roomy.space.full(32)))
+
+
+def _places(supernet):
+    """In memory, of every tensor of the model."""
+    return {name: tensor.data_ptr() for name, tensor in supernet.model.state_dict().items()}
+
+
+def test_a_layer_that_fails_has_its_loaded_weights_back(tiny, windows):
+    lean = _supernet(tiny(), windows, lean=True)
+    lean.activate(SUBNET)
+    wanted = lean.loaded.layers[0].mlp.down_proj.weight.data_ptr()
+    with pytest.raises(RuntimeError):
+        lean.loaded.run_layer(0, torch.zeros(1, 4, 7))
+    assert lean.loaded.layers[0].mlp.down_proj.weight.data_ptr() == wanted
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_weights_in_half_precision_are_computed_with_in_fp32(tiny_model, windows, tmp_path, model_type):
+    model = tiny_model(model_type, tied=model_type == "llama")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    whole = copy.deepcopy(model).float()
+    halved, exact = (_supernet(wrap(m, None, "tiny"), windows, cache_dir=tmp_path) for m in (model, whole))
+    assert halved.loaded.fingerprint == exact.loaded.fingerprint
+    assert (halved.lean, exact.lean) == (True, False)
+    for subnet in (halved.space.full(32), *(Subnet(SUBNET.layers, bits) for bits in (32, 8, 4))):
+        wanted = _logits(exact, windows, subnet)
+        halved.activate(subnet)
+        with torch.no_grad():
+            torch.testing.assert_close(halved.loaded.logits(windows), wanted)
+        extracted, theirs = halved.extract(subnet, shared=True), exact.extract(subnet)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(extracted.state_dict()[name], tensor)
+    halved.activate_ends("fp32")
+    assert {tensor.dtype for tensor in halved.model.parameters()} == {torch.bfloat16}
+
+
+def test_models_that_fill_the_memory_are_lean(tiny, monkeypatch):
+    assert not Supernet(tiny(), SearchSpace.from_config(tiny().config)).lean
+    little = replace(families.detect(), memory_bytes=2**20)
+    monkeypatch.setattr(families, "detect", lambda: little)
+    assert Supernet(tiny(), SearchSpace.from_config(tiny().config)).lean
 
 
 @pytest.mark.parametrize("variant", [{}, {"tied": False}, *OTHER_FAMILIES])
