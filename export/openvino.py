@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as ops
 from openvino.op import util as op_util
 
-from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix
+from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix, stacked
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
@@ -27,6 +27,10 @@ MODEL_FILE = "openvino_model.xml"
 #: Defaults that the file carries, so that a runtime computes with the numbers that were searched and verified:
 #: OpenVINO's own would round the KV cache and the activations to 8 bits (mean KL 7e-3 at int8 weights instead of 1e-8).
 RUNTIME_OPTIONS = {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+#: Weights up to which matrices on the same input are multiplied as one. A product costs the plugin some 15 microseconds
+#: whatever its size, a seventh of those of SmolLM2; of larger ones it is nothing, and stacking them takes memory.
+_STACKED_WEIGHTS = 2**22
 
 
 def openvino_model(decoder: Decoder) -> ov.Model:
@@ -173,7 +177,7 @@ class _Graph:
     ) -> ov.Node:
         head_dim = self.decoder.shape.head_dim
         heads, groups = weights.q.shape[0] // head_dim, weights.k.shape[0] // head_dim
-        query, key, value = (_linear(x, _constant(matrix)) for matrix in (weights.q, weights.k, weights.v))
+        query, key, value = _products(x, weights.q, weights.k, weights.v)
         if weights.biases:
             query, key, value = map(_biased, (query, key, value), weights.biases)
         query, key, value = self._heads(query, heads), self._heads(key, groups), self._heads(value, groups)
@@ -237,12 +241,11 @@ class _Graph:
 
     def _mlp(self, x: ov.Node, weights: MlpWeights) -> ov.Node:
         *into, down = weights.biases or (None, None, None)
-        up = _biased(_linear(x, _constant(weights.up)), into[-1])
         if weights.gate is None:
-            product = self._activated(up)
+            product = self._activated(_biased(_linear(x, _constant(weights.up)), into[-1]))
         else:
-            gate = _biased(_linear(x, _constant(weights.gate)), into[0])
-            product = ops.multiply(self._activated(gate), up)
+            gate, up = _products(x, weights.gate, weights.up)
+            product = ops.multiply(self._activated(_biased(gate, into[0])), _biased(up, into[-1]))
         return _biased(_linear(product, _constant(weights.down)), down)
 
     def _activated(self, x: ov.Node) -> ov.Node:
@@ -284,6 +287,15 @@ def _linear(x: ov.Node, weight: ov.Node) -> ov.Node:
     return ops.matmul(x, weight, False, True)
 
 
+def _products(x: ov.Node, *matrices: Matrix) -> list[ov.Node]:
+    """x multiplied by each of the matrices [out, in]."""
+    rows = [matrix.shape[0] for matrix in matrices]
+    if sum(rows) * matrices[0].shape[1] > _STACKED_WEIGHTS:
+        return [_linear(x, _constant(matrix)) for matrix in matrices]
+    together = _linear(x, _constant(stacked(*matrices), shared=False))
+    return list(ops.variadic_split(together, _i64(2), _i64(rows)).outputs())
+
+
 def _capped(x: ov.Node, cap: float) -> ov.Node:
     limit = ops.constant(np.float32(cap))
     return ops.multiply(ops.tanh(ops.divide(x, limit)), limit) if cap else x
@@ -293,15 +305,18 @@ def _biased(x: ov.Node, bias: Array | None) -> ov.Node:
     return x if bias is None else ops.add(x, ops.constant(bias.reshape(1, 1, -1)))
 
 
-def _constant(matrix: Matrix) -> ov.Node:
-    """fp32 [out, in]; a rounded matrix stays compressed, with the decompression that the plugins fuse."""
+def _constant(matrix: Matrix, shared: bool = True) -> ov.Node:
+    """fp32 [out, in]; a rounded matrix stays compressed, with the decompression that the plugins fuse.
+
+    `shared` memory has to outlive the graph.
+    """
     if not isinstance(matrix, PackedMatrix):
         if matrix.dtype == np.float32:
-            return ops.constant(matrix, shared_memory=True)
+            return ops.constant(matrix, shared_memory=shared)
         halves = matrix
         if matrix.dtype == np.uint16:
             halves = ov.Tensor(matrix, ov.Shape(matrix.shape), ov.Type.bf16)
-        return ops.convert(ops.constant(halves, shared_memory=True), "f32")
+        return ops.convert(ops.constant(halves, shared_memory=shared), "f32")
     rows, columns = matrix.shape
     blocks = columns // QUANTIZATION_BLOCK_SIZE
     shape = [rows, blocks, QUANTIZATION_BLOCK_SIZE]
@@ -310,8 +325,8 @@ def _constant(matrix: Matrix) -> ov.Node:
         packed = nibbles[0::2] | (nibbles[1::2] << 4)
         integers = ops.constant(ov.Tensor(packed, ov.Shape(shape), ov.Type.i4), shared_memory=False)
     else:
-        integers = ops.constant(matrix.integers.reshape(shape), shared_memory=True)
-    scales = ops.constant(matrix.scales.reshape(rows, blocks, 1), shared_memory=True)
+        integers = ops.constant(matrix.integers.reshape(shape), shared_memory=shared)
+    scales = ops.constant(matrix.scales.reshape(rows, blocks, 1), shared_memory=shared)
     scaled = ops.multiply(ops.convert(integers, "f16"), scales)
     return ops.convert(ops.reshape(scaled, _i64([rows, columns]), False), "f32")
 

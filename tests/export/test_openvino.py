@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from export import openvino
 from export.decoder import AttentionWeights, Decoder, decoder_from_model
 from export.openvino import MODEL_FILE, openvino_model, write_openvino, write_openvino_tokenizer
 from hw_profiles.devices import detect
 from hw_profiles.runtimes import Session, runtime
-from hw_profiles.runtimes.openvino import arithmetic, compile_properties
+from hw_profiles.runtimes.openvino import OpenVinoSession, arithmetic, compile_properties
 from hw_profiles.shapes import PRECISIONS, BlockShape, Precision
 
 from . import tiny_models
@@ -178,15 +179,40 @@ def test_tokenizer_models_tokenize_alike(tokenizer: PreTrainedTokenizerFast, tmp
         assert converted.decode(ids) == text
 
 
-def test_fp16_matrices_stay_compressed(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("largest_stacked", "of_attention", "of_mlp"), [(0, 4, 3), (2**22, 2, 2)])
+def test_fp16_matrices_stay_compressed(
+    models: dict[bool, PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    largest_stacked: int,
+    of_attention: int,
+    of_mlp: int,
+) -> None:
     """Of all constants these alone are marked, as the plugins want it."""
+    monkeypatch.setattr(openvino, "_STACKED_WEIGHTS", largest_stacked)
     decoder = decoder_from_model(models[True], "fp16")
     model = ov.Core().read_model(write_openvino(decoder, tmp_path))
     marked = sum("decompression_0" in node.get_rt_info() for node in model.get_ops())
     parts = [part for layer in decoder.layers for part in (layer.attention, layer.mlp)]
-    assert marked == 1 + sum(4 if isinstance(part, AttentionWeights) else 3 for part in parts if part is not None)
+    matrices = [of_attention if isinstance(part, AttentionWeights) else of_mlp for part in parts if part is not None]
+    assert marked == 1 + sum(matrices)
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     assert marked == sum(node.get_element_type() == ov.Type.f16 for node in constants)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_of_stacked_matrices_are_those_of_each(
+    models: dict[bool, PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    found = []
+    for largest in (0, 2**22):
+        monkeypatch.setattr(openvino, "_STACKED_WEIGHTS", largest)
+        (folder := tmp_path / str(largest)).mkdir()
+        write_openvino(decoder_from_model(models[False], precision), folder)
+        compiled = ov.Core().compile_model(folder / MODEL_FILE, "CPU", compile_properties(1))
+        session = OpenVinoSession(compiled, tiny_models.MAX_POSITIONS)
+        found.append(tiny_models.session_logits(session, tiny_models.tokens(FED), PROMPT))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 def test_bf16_files_ask_for_bf16_arithmetic(models: dict[bool, PreTrainedModel], tmp_path: Path) -> None:
