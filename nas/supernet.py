@@ -115,7 +115,7 @@ class Supernet:
         self._statistics = collect(self.loaded, windows, cache_dir)
         self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
         self._forget()
-        self._plans = load_plans(self._statistics, cache_dir, self.space.depth, self._sizes, self._output_weight)
+        self._plans = load_plans(self._statistics, cache_dir, self.space.depth, self._sizes, self.output_weight)
 
     def plan(self, layer: int, part: Part) -> PartPlan:
         """What `prepare` made for one part; ValueError before it ran."""
@@ -169,6 +169,7 @@ class Supernet:
         """Within, shifted as by `shift`; what subnets have of their own is gone afterwards all the same."""
         before = (self._original, [dict(plans) for plans in self._plans], self.prepared_from)
         self.shift(deltas, name)
+        self._rounded_parts = RoundedParts()  # not in files, where another trial may have the same name
         try:
             yield
         finally:
@@ -215,13 +216,13 @@ class Supernet:
             self._put(layer, part, active)
         self._active[layer, part] = active
 
-    def before_layer(self, layer: int) -> None:
+    def _before_layer(self, layer: int) -> None:
         """Where it is `lean`, put what is active into a layer that is about to run."""
         for part in PARTS:
             if self._halved or self._active[layer, part] is not None:
                 self._put(layer, part, self._active[layer, part])
 
-    def after_layer(self, layer: int) -> None:
+    def _after_layer(self, layer: int) -> None:
         """Give the layer its loaded weights back."""
         for part in PARTS:
             if self._halved or self._active[layer, part] is not None:
@@ -392,7 +393,7 @@ class Supernet:
 
     def part_weights_for(self, layer: int, part: Part, choice: int, H: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same for a choice short of full where the whole part's output map reads inputs of moments H [in, in]."""
-        weight = self._output_weight(layer, part)
+        weight = self.output_weight(layer, part)
         order = part_order(part, weight, H, self.full_size(part))
         return self._sliced(layer, part, order[:choice], part_outputs(weight, H, order, [choice])[choice].weight)
 
@@ -440,7 +441,8 @@ class Supernet:
             "mlp": tuple(k for k in self.space.width_choices if k),
         }
 
-    def _output_weight(self, layer: int, part: Part) -> torch.Tensor:
+    def output_weight(self, layer: int, part: Part) -> torch.Tensor:
+        """Of the whole part, [hidden, inputs]."""
         weight: torch.Tensor = self._original[layer][f"{self.output_name(part)}.weight"].float()
         return weight
 
@@ -458,11 +460,11 @@ def _run_with(layer: nn.Module, supernet: weakref.ref[Supernet], index: int) -> 
 
     def before(*_: Any) -> None:
         if (there := supernet()) is not None:
-            there.before_layer(index)
+            there._before_layer(index)
 
     def after(*_: Any) -> None:
         if (there := supernet()) is not None:
-            there.after_layer(index)
+            there._after_layer(index)
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after, always_call=True)
