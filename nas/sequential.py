@@ -90,10 +90,10 @@ def fit_in_sequence(
                 streams.skip(index, part)
         if folder is not None:
             save_own_layer(folder, index, own[index])
-        if folder is not None and supernet.lean:  # mapped from its file, which takes no memory
-            own[index] = load_own_layer(folder, index, subnet)
-            for part, weights in own[index].items():
-                supernet.install(index, part, weights)
+            if supernet.lean:  # mapped from its file, which takes no memory
+                own[index] = load_own_layer(folder, index, subnet)
+                for part, weights in own[index].items():
+                    supernet.install(index, part, weights)
     supernet.adopt(subnet, own)
 
 
