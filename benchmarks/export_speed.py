@@ -247,8 +247,8 @@ def subnet_shape(space: SearchSpace, share: float, seed: int) -> ModelShape:
 
 
 def bytes_read(shape: ModelShape, precision: Precision, work: Workload) -> float:
-    """For a token: all weights, the tied embedding as the head, and the cache."""
-    return shape.weight_bytes(precision) + shape.kv_cache_bytes(work.tokens)
+    """For a token: all weights, the embedding alone where it is the head, and the cache."""
+    return shape.read_weight_bytes(precision) + shape.kv_cache_bytes(work.tokens)
 
 
 def size_bytes(path: Path) -> int:

@@ -269,9 +269,9 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         matrix=lambda name, rows, columns, bits: matrix(rows, columns, bits),
         embedding=embedding,
         positions=fill(values, next(starts), positions + _FURTHER_POSITIONS, shape.hidden_size) if positions else None,
-        head=embedding
-        if shape.tie_word_embeddings
-        else matrix(shape.vocab_size, shape.hidden_size, HEAD_BITS[precision]),
+        head=matrix(shape.vocab_size, shape.hidden_size, shape.head_bits or HEAD_BITS[precision])
+        if shape.has_own_head
+        else embedding,
         rope_theta=10_000.0,
         inverse_frequencies=frequencies,
         local_inverse_frequencies=frequencies,

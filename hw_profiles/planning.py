@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hw_profiles.measurement import FINALIST_ROLES, Role
 from hw_profiles.references import reference_shapes
-from hw_profiles.shapes import PHASES, WIDE_BITS, BlockShape, ModelShape, Precision, Workload
+from hw_profiles.shapes import NARROW_HEAD_BITS, PHASES, WIDE_BITS, BlockShape, ModelShape, Precision, Workload
 
 #: Share of the largest block that a random shape keeps on average: the smallest and the largest drawn.
 DENSITY_RANGE = (0.2, 0.95)
@@ -52,8 +52,8 @@ def plan(
     full model being kept: blocks timed alone run from the cache and underestimate decode by half. Anchors and held-out
     shapes are random, their densities spread over DENSITY_RANGE.
     A profile without table entries is cheaper, and leans on that of a similar target.
-    For int4 alone come `mixed` further anchors and as many held-out shapes, of whose parts some have 8 bits, and table
-    entries with those for all attention, or all MLPs.
+    For int4 alone come `mixed` further anchors and as many held-out shapes, of whose parts some have 8 bits, every
+    second with a narrow head, and table entries with 8 bits for all attention, or all MLPs, or with a narrow head.
     """
     if not block_choices:
         raise ValueError("block_choices must hold at least one block, got none")
@@ -73,20 +73,22 @@ def plan(
         *(PlannedGraph(shape, "heldout") for shape in held),
     ]
     shuffled = [once[index] for index in rng.permutation(len(once))]
-    wide = [PlannedGraph(shape, "table") for shape in _wide_table_shapes(full)] if mixed else []
+    own_bits = [PlannedGraph(shape, "table") for shape in _table_shapes_of_own_bits(full)] if mixed else []
     for role in ("anchor", "heldout"):
         drawn = random_shapes(full, block_choices, spread_densities(mixed, rng), {*references, *table}, rng)
-        wide += [PlannedGraph(with_wide_parts(shape, rng), role) for shape in drawn]
+        for index, shape in enumerate(drawn):
+            head_bits = NARROW_HEAD_BITS if index % 2 else 0
+            own_bits.append(PlannedGraph(replace(with_wide_parts(shape, rng), head_bits=head_bits), role))
     return [
         *(PlannedGraph(shape, "reference") for shape in references),
         *(graph for graph in shuffled if with_table or graph.role != "table"),
         *(PlannedGraph(held[index], "repeat") for index in again),
-        *(wide[index] for index in rng.permutation(len(wide)) if with_table or wide[index].role != "table"),
+        *(own_bits[i] for i in rng.permutation(len(own_bits)) if with_table or own_bits[i].role != "table"),
     ]
 
 
 def is_of_precision(shape: ModelShape, precision: Precision) -> bool:
-    """Whether it is a model of this precision: parts with bits of their own are an int4 model's alone."""
+    """Whether it is a model of this precision: what has bits of its own is an int4 model's alone."""
     return precision == "int4" or not shape.is_mixed
 
 
@@ -183,10 +185,11 @@ def _table_shapes(full: ModelShape, block_choices: Sequence[BlockShape]) -> list
     return [shape for shape in shapes if shape != full]
 
 
-def _wide_table_shapes(full: ModelShape) -> list[ModelShape]:
-    """The full model with WIDE_BITS in all attention, and in all MLPs."""
+def _table_shapes_of_own_bits(full: ModelShape) -> list[ModelShape]:
+    """The full model with WIDE_BITS in all attention, and in all MLPs, and with a narrow head."""
     changes = ({"attention_bits": WIDE_BITS}, {"mlp_bits": WIDE_BITS})
-    return [replace(full, blocks=tuple(replace(block, **change) for block in full.blocks)) for change in changes]
+    wide = [replace(full, blocks=tuple(replace(block, **change) for block in full.blocks)) for change in changes]
+    return [*wide, replace(full, head_bits=NARROW_HEAD_BITS)]
 
 
 def spread_densities(count: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -25,10 +25,12 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTIZATION_BLOCK_SIZE = 32
 #: Bits of the decoder blocks' weights at each precision.
 BLOCK_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-#: Bits of the embedding and the head: never below 8, four bits there cost more quality than they save time.
+#: Bits of the embedding, and of the head where it has none of its own.
 HEAD_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 8}
 #: Bits at which attention or MLP of some layers of an int4 model may be held.
 WIDE_BITS = 8
+#: Bits at which the head of an int4 model may be held, the embedding having 8 all the same.
+NARROW_HEAD_BITS = 4
 #: Bytes of an activation, and of a cached key or value.
 VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 4, "int8": 4, "int4": 4}
 
@@ -98,6 +100,13 @@ class ModelShape:
     #: c, where scores of attention and logits are c tanh(x / c), as in Gemma 2; 0 where they are x.
     attn_logit_softcapping: float = 0.0
     final_logit_softcapping: float = 0.0
+    #: NARROW_HEAD_BITS where an int4 model holds its head at those, apart from the embedding even where the two are
+    #: tied; 0 where it has HEAD_BITS.
+    head_bits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.head_bits not in (0, NARROW_HEAD_BITS):
+            raise ValueError(f"bits of the head must be 0 or {NARROW_HEAD_BITS}, got {self.head_bits}")
 
     @classmethod
     def from_config(cls, config: Any, blocks: tuple[BlockShape, ...]) -> ModelShape:
@@ -139,8 +148,8 @@ class ModelShape:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether parts have bits of their own, as only parts of an int4 model do."""
-        return any(block.attention_bits or block.mlp_bits for block in self.blocks)
+        """Whether parts or the head have bits of their own, as only those of an int4 model do."""
+        return self.head_bits > 0 or any(block.attention_bits or block.mlp_bits for block in self.blocks)
 
     @property
     def id(self) -> str:
@@ -193,6 +202,11 @@ class ModelShape:
         return self.hidden_size * (self.norm_vectors + self.learned_positions)
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether files hold the head as another matrix than the embedding."""
+        return self.head_bits > 0 or not self.tie_word_embeddings
+
+    @property
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
@@ -214,11 +228,16 @@ class ModelShape:
                 (block.attention_bits, block.mlp_bits), self.matrix_parameters(block), strict=True
             ):
                 of_bits[bits or BLOCK_BITS[precision]] += weights
+        of_bits[HEAD_BITS[precision]] += self.vocab_size * self.hidden_size * self.has_own_head
+        of_bits[self.head_bits or HEAD_BITS[precision]] += self.vocab_size * self.hidden_size
         return round(
-            sum(weights * bits_per_weight(bits, scale_bytes) / 8 for bits, weights in of_bits.items())
-            + self.embedding_parameters * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
-            + vectors * 4
+            sum(weights * bits_per_weight(bits, scale_bytes) / 8 for bits, weights in of_bits.items()) + vectors * 4
         )
+
+    def read_weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
+        """What a step reads of these: where the head is another matrix than the embedding, all but the latter."""
+        embedding = self.vocab_size * self.hidden_size * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
+        return self.weight_bytes(precision, scale_bytes) - round(embedding * self.has_own_head)
 
     def kv_cache_bytes(self, tokens: int, batch_size: int = 1, bytes_per_value: int = 4) -> int:
         groups = sum(block.num_key_value_heads for block in self.blocks)

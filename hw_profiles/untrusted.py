@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar, get_args
 
 from hw_profiles.runtimes import RUNTIMES, is_runtime_name
-from hw_profiles.shapes import HIDDEN_ACTS, WIDE_BITS, BlockShape, ModelShape, Phase, Workload
+from hw_profiles.shapes import HIDDEN_ACTS, NARROW_HEAD_BITS, WIDE_BITS, BlockShape, ModelShape, Phase, Workload
 
 #: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
 MAX_BLOCKS = 1024
@@ -175,9 +175,16 @@ def model_shape(fields: Fields) -> ModelShape:
         learned_positions=fields.integer("learned_positions", 0, MAX_TOKENS) if "learned_positions" in fields else 0,
         attn_logit_softcapping=_cap(fields, "attn_logit_softcapping"),
         final_logit_softcapping=_cap(fields, "final_logit_softcapping"),
+        head_bits=_head_bits(fields),
     )
     fields.end()
     return shape
+
+
+def _head_bits(fields: Fields) -> int:
+    if "head_bits" in fields and (bits := fields.integer("head_bits", 0, NARROW_HEAD_BITS)):
+        return bits
+    return 0
 
 
 def _cap(fields: Fields, name: str) -> float:
@@ -215,8 +222,9 @@ def runtime_name(fields: Fields) -> str:
 
 
 def same_model(shape: ModelShape, reference: ModelShape, fields: Fields) -> None:
-    """Refuse a shape that is not the reference with other blocks."""
-    if replace(shape, blocks=reference.blocks) != reference or len(shape.blocks) != len(reference.blocks):
+    """Refuse a shape that is not the reference with other blocks, or other bits of the head."""
+    same = replace(shape, blocks=reference.blocks, head_bits=reference.head_bits)
+    if same != reference or len(shape.blocks) != len(reference.blocks):
         raise ValueError(
             f"{fields.where} must be the reference model with other blocks, got another model; {fields.remedy}"
         )

@@ -3,7 +3,8 @@
 KL(subnet) is estimated as the cost of its bits plus, for each layer's attention and MLP, the KL that replacing this
 part alone costs (Puzzle, arXiv 2411.19146). Latency being near additive too, choosing a size for each part under a
 budget is a multiple-choice knapsack; its Lagrangian splits into one small minimum per part. Where bits are mixed, a
-part's choices are its sizes at 4 bits and at 8, and each part has its share of what 4 bits cost in place of 8.
+part's choices are its sizes at 4 bits and at 8, and each part has its share of what 4 bits cost in place of 8; a head
+of 4 bits costs what it costs alone, and either head is tried with all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles.shapes import WIDE_BITS
+from hw_profiles.shapes import NARROW_HEAD_BITS, WIDE_BITS
 from nas.pareto import pareto_front
 from nas.space import NARROW_BITS, PARTS, SKIPPED, LayerChoice, Part, SearchSpace, Subnet
 
@@ -38,7 +39,8 @@ _LEAST_MS = 1e-6
 class AdditiveScores:
     """`attention` [layers, group choices], `mlp` [layers, width choices] in nats; `bits` the KL of rounding alone.
 
-    `narrow` [layers, 2] is the KL of each layer's attention and MLP alone at 4 bits, with mixed bits.
+    With mixed bits `narrow` [layers, 2] is the KL of each layer's attention and MLP alone at 4 bits, and `narrow_head`
+    that of the head alone.
     """
 
     space: SearchSpace
@@ -46,6 +48,7 @@ class AdditiveScores:
     mlp: Floats
     bits: dict[int, float]
     narrow: Floats | None = None
+    narrow_head: float = 0.0
 
     def predict(self, subnets: Sequence[Subnet]) -> Floats:
         """Estimated KL of each subnet."""
@@ -59,6 +62,7 @@ class AdditiveScores:
             added = (at_narrow * self._narrowing()).sum(axis=(1, 2))
             narrow = np.array([subnet.bits == NARROW_BITS for subnet in subnets])
             rounding = np.where(narrow, self.bits[WIDE_BITS] + added, rounding)
+            rounding += self.narrow_head * np.array([subnet.head_bits > 0 for subnet in subnets])
         estimate: Floats = parts.sum(axis=1) + rounding
         return estimate
 
@@ -136,14 +140,25 @@ def ladder(scores: AdditiveScores, latency: Latency, bits: int, count: int, wors
 
 
 def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
-    """Of falling latency: those of rising multipliers, or where layers are alike, of all that may be best."""
+    """Of falling latency: those of rising multipliers, or where layers are alike or heads differ, the best of all."""
     space = scores.space
     if space.homogeneous:
         return _plain_optima(scores, latency, bits)
+    layers = _optimal_layers(scores, latency, bits)
+    optima = list(dict.fromkeys(Subnet.of_parts(kept, bits) for kept in layers))
+    if not space.mixed_bits or bits != NARROW_BITS:
+        return optima
+    with_narrow_head = [Subnet.of_parts(kept, bits, NARROW_HEAD_BITS) for kept in [space.full().layers, *layers]]
+    return _best(scores, latency, [*optima, *dict.fromkeys(with_narrow_head)])
+
+
+def _optimal_layers(scores: AdditiveScores, latency: Latency, bits: int) -> list[list[LayerChoice]]:
+    """Of minima for rising multipliers."""
+    space = scores.space
     options = {part: part_options(space, part, bits) for part in PARTS}
     kl = {part: scores.of_options(part, options[part], bits) for part in PARTS}
     costs_ms = dict(zip(PARTS, part_costs(space, latency, bits), strict=True))
-    solutions: dict[Subnet, None] = {}
+    solutions = []
     for multiplier in MULTIPLIERS:
         best = {part: (kl[part] + multiplier * costs_ms[part]).argmin(axis=1) for part in PARTS}
         layers = [
@@ -152,8 +167,8 @@ def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]
         ]
         if not any(layer.num_key_value_heads for layer in layers):
             break  # a decoder without any attention is no candidate
-        solutions[Subnet.of_parts(layers, bits)] = None
-    return list(solutions)
+        solutions.append(layers)
+    return solutions
 
 
 def _layer(attention: Option, mlp: Option) -> LayerChoice:
@@ -171,11 +186,16 @@ def _plain_optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[S
         for count in range(1, space.depth + 1):
             kept = set(most_lost[:count])
             subnets.append(Subnet(tuple(size if i in kept else SKIPPED for i in range(space.depth)), bits))
+    return _best(scores, latency, subnets)
+
+
+def _best(scores: AdditiveScores, latency: Latency, subnets: Sequence[Subnet]) -> list[Subnet]:
+    """Those that no other is better than in both, of falling latency."""
     return [subnets[i] for i in pareto_front(np.column_stack([scores.predict(subnets), latency(subnets)]))]
 
 
 def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float) -> Subnet | None:
-    """The largest of those minima within `limit_ms`, and then, step by step, what gains most KL a millisecond.
+    """The best of those minima within `limit_ms`, and then, step by step, what gains most KL a millisecond.
 
     Where layers are alike, the first is exact already.
 
@@ -183,11 +203,12 @@ def optimum(scores: AdditiveScores, latency: Latency, bits: int, limit_ms: float
     """
     space = scores.space
     known = [space.full(bits), *_optima(scores, latency, bits)]
-    values_ms = latency(known)
-    within = [(value_ms, subnet) for value_ms, subnet in zip(values_ms, known, strict=True) if value_ms <= limit_ms]
-    if not within:
+    values_ms, kl = latency(known), scores.predict(known)
+    within = np.flatnonzero(values_ms <= limit_ms)
+    if not len(within):
         return None
-    value_ms, subnet = max(within, key=lambda pair: pair[0])
+    best = int(within[kl[within].argmin()])
+    value_ms, subnet = values_ms[best], known[best]
     while not space.homogeneous and (larger := _one_size_up(space, subnet)):
         values_ms = latency(larger)
         gained = scores.predict([subnet])[0] - scores.predict(larger)

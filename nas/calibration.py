@@ -22,6 +22,7 @@ from nas.families import LoadedModel
 #: Part of every cache key: raise it when what is stored changes its meaning.
 _VERSION = 2
 _TOKENS_AT_ONCE = 4096
+_HEAD_INPUT = "head_input"
 _COLUMNS_AT_ONCE = 192
 
 
@@ -41,14 +42,34 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """One file per layer in `folder`; `tokens` were summed. `key` names model, text and precision of the pass."""
+    """One file per layer in `folder`, and one of what the head reads; `tokens` were summed.
+
+    `key` names model, text and precision of the pass.
+    """
 
     key: str
     tokens: int
     folder: Path
+    layers: int
 
     def layer(self, index: int) -> LayerStatistics:
         return LayerStatistics(**load_layer(self.folder, index, {field.name for field in fields(LayerStatistics)}))
+
+    @property
+    def head_input(self) -> torch.Tensor:
+        """H of what the head reads."""
+        return load_layer(self.folder, self.layers, {_HEAD_INPUT})[_HEAD_INPUT]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files are there and sound."""
+        names = {field.name for field in fields(LayerStatistics)}
+        if not is_complete(self.folder, self.layers, names):
+            return False
+        try:
+            return len(self.head_input) > 0
+        except ValueError:
+            return False
 
 
 def statistics_key(loaded: LoadedModel, windows: torch.Tensor) -> str:
@@ -61,8 +82,9 @@ def statistics_key(loaded: LoadedModel, windows: torch.Tensor) -> str:
 @torch.no_grad()
 def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Statistics:
     """Run token windows [N, T] through the model once, or find that pass in `cache_dir`; a damaged one is run again."""
-    statistics = Statistics(key := statistics_key(loaded, windows), windows.numel(), cache_dir / f"statistics-{key}")
-    if is_complete(statistics.folder, len(loaded.layers), {field.name for field in fields(LayerStatistics)}):
+    key = statistics_key(loaded, windows)
+    statistics = Statistics(key, windows.numel(), cache_dir / f"statistics-{key}", len(loaded.layers))
+    if statistics.is_complete:
         return statistics
     rows = max(1, _TOKENS_AT_ONCE // windows.shape[1])
     dtype = fast_dtype()
@@ -79,6 +101,10 @@ def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Stat
         for hook in hooks:
             hook.remove()
         save_layer(statistics.folder, index, asdict(LayerStatistics(**sums)))
+    H = torch.zeros(loaded.shape.hidden_size, loaded.shape.hidden_size)
+    for batch in batches:
+        add_second_moments(H, loaded.final_norm(batch).flatten(0, -2))
+    save_layer(statistics.folder, statistics.layers, {_HEAD_INPUT: H})
     return statistics
 
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from hw_profiles.shapes import Precision
+from hw_profiles.shapes import NARROW_HEAD_BITS, Precision
 from nas.arithmetic import computing, fast_dtype
 from nas.distillation import capped
 from nas.quality import Quality
@@ -80,6 +80,17 @@ class Evaluator:
                 self._inputs = self._entering(self.windows[: self.score_windows])
             supernet.activate_part(layer, part, choice, precision)
             kl, _ = self._compare(self._run(self._inputs[layer], layer))
+        supernet.activate_full_model()
+        return kl
+
+    def narrow_head_kl(self) -> float:
+        """KL of the full fp32 model with its head alone at NARROW_HEAD_BITS, on what single parts are scored on."""
+        supernet = self.supernet
+        supernet.activate_full_model()
+        with torch.no_grad(), computing(self.dtype):
+            hidden = self._run(supernet.loaded.embed(self.windows[: self.score_windows]), 0)
+            supernet.activate_ends("fp32", NARROW_HEAD_BITS)
+            kl, _ = self._compare(hidden)
         supernet.activate_full_model()
         return kl
 

@@ -130,7 +130,7 @@ def exchanged(space: SearchSpace, subnet: Subnet, changes: Costs, latency: Laten
             LayerChoice(attention[0], mlp[0], attention[1], mlp[1])
             for attention, mlp in ((options[i, "attention"], options[i, "mlp"]) for i in range(space.depth))
         ]
-        other = Subnet.of_parts(layers, subnet.bits)
+        other = Subnet.of_parts(layers, subnet.bits, subnet.head_bits)
         over_ms = float(latency([other])[0]) - limit_ms
         if over_ms <= 0 and keeps_attention(other):
             return other

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.profile import Progress
-from hw_profiles.shapes import BLOCK_BITS, Precision
+from hw_profiles.shapes import BLOCK_BITS, NARROW_HEAD_BITS, Precision
 from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scored_choices
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.published_searches import PUBLISHED
@@ -32,6 +32,8 @@ _WORST_KL = 2.5
 _LEAST_KL = 1e-6
 #: A published search that proposes so many batches of known subnets has used up the space.
 _STALE_BATCHES = 10
+#: Of the KL of the head alone at fewer bits than the embedding.
+_HEAD_SCORE = f"head at {NARROW_HEAD_BITS} bits"
 #: Random subnets drawn for one wanted where evolution finds nothing new.
 _DRAWS_PER_SUBNET = 50
 
@@ -42,6 +44,8 @@ class Evaluates(Protocol):
     def evaluate(self, subnet: Subnet) -> Quality: ...
 
     def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float: ...
+
+    def narrow_head_kl(self) -> float: ...
 
     def reformation_error(self, layer: int, part: Part, choice: int) -> float: ...
 
@@ -131,7 +135,7 @@ def _run_published(space: SearchSpace, latency: Latency, run: _Run) -> None:
 def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress: Progress) -> AdditiveScores:
     """KL of every layer's attention and MLP at every size, replaced alone in the unrounded full model.
 
-    With mixed bits also of each whole part at 4.
+    With mixed bits also of each whole part at 4, and of the head.
     """
     stored = study.scores()
     full = {"attention": space.group_choices[-1], "mlp": space.width_choices[-1]}
@@ -160,11 +164,16 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
             rows.append(fill_in(choices, scored, errors))
         return np.array(rows)
 
-    narrow = None
+    narrow, narrow_head = None, 0.0
     if space.mixed_bits:
+        if _HEAD_SCORE not in stored:
+            stored[_HEAD_SCORE] = evaluator.narrow_head_kl()
+            study.add_score(_HEAD_SCORE, stored[_HEAD_SCORE])
+        narrow_head = stored[_HEAD_SCORE]
         names = [[_score_name(layer, p, full[p], NARROW) for p in PARTS] for layer in range(space.depth)]
         narrow = np.maximum([[stored[name] for name in row] for row in names], _LEAST_KL)
-    return AdditiveScores(space, table("attention", space.group_choices), table("mlp", space.width_choices), {}, narrow)
+    attention, mlp = table("attention", space.group_choices), table("mlp", space.width_choices)
+    return AdditiveScores(space, attention, mlp, {}, narrow, narrow_head)
 
 
 def propose(

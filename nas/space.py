@@ -14,13 +14,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import BLOCK_BITS, QUANTIZATION_BLOCK_SIZE, WIDE_BITS, BlockShape, ModelShape, Precision
+from hw_profiles.shapes import (
+    BLOCK_BITS,
+    NARROW_HEAD_BITS,
+    QUANTIZATION_BLOCK_SIZE,
+    WIDE_BITS,
+    BlockShape,
+    ModelShape,
+    Precision,
+)
 
 #: What of a layer a subnet chooses a size for.
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
-#: Bits of a subnet of which some parts may have WIDE_BITS.
+#: Bits of a subnet of which some parts may have WIDE_BITS, and the head NARROW_HEAD_BITS.
 NARROW: Precision = "int4"
 NARROW_BITS = BLOCK_BITS[NARROW]
 _PRECISION_OF_BITS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
@@ -56,19 +64,20 @@ SKIPPED = LayerChoice(0, 0)
 class Subnet:
     """One choice per layer and the bits of the blocks' weights: 32, 16, 8 or 4. The full model is a Subnet too.
 
-    At 4 bits parts may have 8 of their own; 16 are bf16 or fp16.
+    At 4 bits parts may have 8 of their own, and the head, which has 8 otherwise, may have 4; 16 are bf16 or fp16.
     """
 
     layers: tuple[LayerChoice, ...]
     bits: int
     half: Precision = "bf16"
+    head_bits: int = 0
 
     @classmethod
-    def of_parts(cls, layers: Sequence[LayerChoice], bits: int) -> Subnet:
-        """Where all parts kept have WIDE_BITS, simply the subnet with those."""
-        if any(layer.size(part) and not layer.own_bits(part) for layer in layers for part in PARTS):
-            return cls(tuple(layers), bits)
-        mixed = cls(tuple(layers), bits)
+    def of_parts(cls, layers: Sequence[LayerChoice], bits: int, head_bits: int = 0) -> Subnet:
+        """Where all parts kept have WIDE_BITS, and so has the head, simply the subnet with those."""
+        mixed = cls(tuple(layers), bits, head_bits=head_bits)
+        if head_bits or any(layer.size(part) and not layer.own_bits(part) for layer in layers for part in PARTS):
+            return mixed
         return mixed.at_bits(WIDE_BITS) if mixed.is_mixed else mixed
 
     @property
@@ -82,16 +91,17 @@ class Subnet:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether parts have bits of their own."""
-        return any(layer.attention_bits or layer.mlp_bits for layer in self.layers)
+        """Whether parts or the head have bits of their own."""
+        return self.head_bits > 0 or any(layer.attention_bits or layer.mlp_bits for layer in self.layers)
 
     @property
     def description(self) -> str:
-        """Its precision, and how many of its parts have bits of their own: `int4, 20 of 58 parts at 8 bits`."""
-        if not self.is_mixed:
-            return self.precision
+        """Its precision, and what has bits of its own: `int4, 20 of 58 parts at 8 bits, head at 4`."""
         parts = [layer.own_bits(part) for layer in self.layers for part in PARTS if layer.size(part)]
-        return f"{self.precision}, {sum(map(bool, parts))} of {len(parts)} parts at {WIDE_BITS} bits"
+        said: str = self.precision
+        if any(parts):
+            said += f", {sum(map(bool, parts))} of {len(parts)} parts at {WIDE_BITS} bits"
+        return said + (f", head at {self.head_bits}" if self.head_bits else "")
 
     def at_bits(self, bits: int) -> Subnet:
         """The same sizes at other bits; at its own it stays as it is."""
@@ -111,19 +121,22 @@ class Subnet:
         return _PRECISION_OF_BITS[own] if own else self.precision
 
     def to_json(self) -> str:
-        """A layer's own bits are said only where it has some, and fp16 alone of halves, so that older ids stay."""
+        """A layer's and the head's own bits are said only where they have some, and fp16 alone of halves, so that older
+        ids stay."""
         layers = [
             [layer.num_key_value_heads, layer.intermediate_size]
             + ([layer.attention_bits, layer.mlp_bits] if layer.attention_bits or layer.mlp_bits else [])
             for layer in self.layers
         ]
         half = {"half": self.half} if self.precision == "fp16" else {}
-        return json.dumps({"bits": self.bits, **half, "layers": layers}, separators=(",", ":"))
+        head = {"head": self.head_bits} if self.head_bits else {}
+        return json.dumps({"bits": self.bits, **half, **head, "layers": layers}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Subnet:
         fields = json.loads(text)
-        return cls(tuple(LayerChoice(*layer) for layer in fields["layers"]), fields["bits"], fields.get("half", "bf16"))
+        layers = tuple(LayerChoice(*layer) for layer in fields["layers"])
+        return cls(layers, fields["bits"], fields.get("half", "bf16"), fields.get("head", 0))
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ class SearchSpace:
     bits_choices: tuple[int, ...] = (8, 4)
     #: All layers that a subnet keeps are of one size and the others are skipped whole: the plain architecture.
     homogeneous: bool = False
-    #: Each part of a subnet of 4 bits may have 8 instead.
+    #: Each part of a subnet of 4 bits may have 8 instead, and its head 4.
     mixed_bits: bool = False
 
     def __post_init__(self) -> None:
@@ -197,7 +210,9 @@ class SearchSpace:
     @property
     def smallest(self) -> Subnet:
         """The least of every choice, bits included."""
-        return Subnet((LayerChoice(self.group_choices[0], self.width_choices[0]),) * self.depth, min(self.bits_choices))
+        bits, head_bits = self.bits_options[-1] if self.mixed_bits else (min(self.bits_choices), 0)
+        layers = (LayerChoice(self.group_choices[0], self.width_choices[0]),) * self.depth
+        return Subnet(layers, bits, head_bits=head_bits)
 
     @property
     def middle(self) -> Subnet:
@@ -212,6 +227,11 @@ class SearchSpace:
         return len(self.base.blocks)
 
     @property
+    def bits_options(self) -> list[tuple[int, int]]:
+        """Of the blocks and, where they are its own, of the head."""
+        return [(bits, 0) for bits in self.bits_choices] + [(NARROW_BITS, NARROW_HEAD_BITS)] * self.mixed_bits
+
+    @property
     def size(self) -> int:
         """How many subnets there are."""
         if self.homogeneous:
@@ -223,7 +243,7 @@ class SearchSpace:
             return of_one_bits * len(self.bits_choices)
         kept = (sum(map(bool, sizes)) for sizes in (self.group_choices, self.width_choices))
         both: int = math.prod(all_ + wide for all_, wide in zip(choices, kept, strict=True)) ** self.depth
-        return both + of_one_bits * (len(self.bits_choices) - 2)
+        return 2 * both + of_one_bits * (len(self.bits_choices) - 2)
 
     def sample(
         self, rng: np.random.Generator, density: tuple[float, float] = (0.2, 1.0), spread: float = 0.25
@@ -232,7 +252,7 @@ class SearchSpace:
 
         Independent uniform choices would put nearly all subnets close to the same size. Where layers are alike, the
         density is the product of how many are kept and of how much each keeps. With mixed bits a subnet of 4 bits has 8
-        in any share of its parts.
+        in any share of its parts, and every second a narrow head.
         """
         target = rng.uniform(*density)
 
@@ -249,11 +269,12 @@ class SearchSpace:
         else:
             sizes = zip(draw(self.group_choices, self.depth), draw(self.width_choices, self.depth), strict=True)
             layers = [LayerChoice(groups, width) for groups, width in sizes]
-        bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
+        bits, head_bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))], 0
         if self.mixed_bits and bits == NARROW_BITS:
             wide = rng.random((self.depth, 2)) < rng.random()
             layers = [_widened(layer, *row) for layer, row in zip(layers, wide.tolist(), strict=True)]
-        return Subnet.of_parts(layers, bits)
+            head_bits = NARROW_HEAD_BITS * int(rng.integers(2))
+        return Subnet.of_parts(layers, bits, head_bits)
 
     def validate(self, subnet: Subnet) -> None:
         """ValueError where depth or a size is not one of the choices, or bits below 16 are not searched."""
@@ -269,7 +290,9 @@ class SearchSpace:
                     f"{self.width_choices}, got {layer} in layer {index}"
                 )
         if subnet.is_mixed and not (self.mixed_bits and subnet.bits == NARROW_BITS):
-            raise ValueError(f"wanted parts with bits of their own in a space of mixed bits, got some at {subnet.bits}")
+            raise ValueError(f"wanted bits of parts and head in a space of mixed bits alone, got some at {subnet.bits}")
+        if subnet.head_bits not in (0, NARROW_HEAD_BITS):
+            raise ValueError(f"wanted head_bits of 0 or {NARROW_HEAD_BITS}, got {subnet.head_bits}")
         sizes = set(subnet.layers) - {SKIPPED}
         if self.homogeneous and (
             len(sizes) > 1 or any(0 in (s.num_key_value_heads, s.intermediate_size) for s in sizes)
@@ -286,7 +309,7 @@ class SearchSpace:
         return True
 
     def encode(self, subnet: Subnet) -> npt.NDArray[np.int64]:
-        """Indices of choices, int64 [genes_per_layer * depth + 1]: layer by layer groups and width, then the bits.
+        """Indices of choices, int64 [genes_per_layer * depth + 1]: groups and width of each layer, then `bits_options`.
 
         With mixed bits a layer has two more: whether its attention and its MLP have WIDE_BITS of their own.
         """
@@ -302,7 +325,7 @@ class SearchSpace:
                 *((layer.attention_bits > 0, layer.mlp_bits > 0) if self.mixed_bits else ()),
             )
         ]
-        return np.array([*genes, self.bits_choices.index(subnet.bits)], dtype=np.int64)
+        return np.array([*genes, self.bits_options.index((subnet.bits, subnet.head_bits))], dtype=np.int64)
 
     def decode(self, genes: npt.NDArray[np.integer[Any]]) -> Subnet:
         """The subnet of indices such as `encode` gives; ValueError where one is out of range.
@@ -318,11 +341,11 @@ class SearchSpace:
             kept = (chosen > 0).all(axis=1)
             shared = np.rint(chosen[kept].mean(axis=0)) if kept.any() else np.zeros(2)
             chosen = np.outer(kept, shared).astype(np.int64)
-        bits = self.bits_choices[int(genes[-1])]
+        bits, head_bits = self.bits_options[int(genes[-1])]
         layers = [LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w, *_ in chosen.tolist()]
         if self.mixed_bits and bits == NARROW_BITS:
             layers = [_widened(layer, *row) for layer, row in zip(layers, chosen[:, 2:].tolist(), strict=True)]
-        return Subnet.of_parts(layers, bits)
+        return Subnet.of_parts(layers, bits, head_bits)
 
     @property
     def genes_per_layer(self) -> int:
@@ -332,7 +355,7 @@ class SearchSpace:
     def gene_sizes(self) -> npt.NDArray[np.int64]:
         """How many choices each index of `encode` has, int64 [genes_per_layer * depth + 1]."""
         per_layer = [len(self.group_choices), len(self.width_choices), 2, 2][: self.genes_per_layer]
-        return np.array(per_layer * self.depth + [len(self.bits_choices)], dtype=np.int64)
+        return np.array(per_layer * self.depth + [len(self.bits_options)], dtype=np.int64)
 
     def block(self, layer: LayerChoice) -> BlockShape:
         full = self.base.blocks[0]
@@ -357,7 +380,8 @@ class SearchSpace:
 
     def model_shape(self, subnet: Subnet) -> ModelShape:
         self.validate(subnet)
-        return replace(self.base, blocks=tuple(self._blocks[layer] for layer in subnet.layers))
+        blocks = tuple(self._blocks[layer] for layer in subnet.layers)
+        return replace(self.base, blocks=blocks, head_bits=subnet.head_bits)
 
     def to_json(self) -> str:
         """As earlier versions wrote it, unless it is of a later kind: studies are found by it."""

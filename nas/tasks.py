@@ -195,6 +195,9 @@ class TaskEvaluator:
     def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float:
         return self.evaluator.block_kl(layer, part, choice, precision)
 
+    def narrow_head_kl(self) -> float:
+        return self.evaluator.narrow_head_kl()
+
     def reformation_error(self, layer: int, part: Part, choice: int) -> float:
         return self.evaluator.reformation_error(layer, part, choice)
 

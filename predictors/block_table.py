@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import WIDE_BITS, BlockShape, ModelShape
+from hw_profiles.shapes import NARROW_HEAD_BITS, WIDE_BITS, BlockShape, ModelShape
 from predictors.metrics import FloatArray
 
 Heads = tuple[int, int]
-#: Of one part of a layer, and what it is: ("attention", heads), ("mlp", width), or its kind at WIDE_BITS.
+#: Of one part of a layer, and what it is: ("attention", heads), ("mlp", width), or its kind at WIDE_BITS; or of the
+#: head, at NARROW_HEAD_BITS.
 _Choice = tuple[str, Heads | int]
 
 
@@ -33,8 +34,9 @@ class AdditiveTable:
     attention_ms: dict[Heads, float]
     #: intermediate_size -> ms.
     mlp_ms: dict[int, float]
-    #: What attention and MLP of an int4 model take more, or less, at WIDE_BITS, a smaller one its share of it.
-    wide_ms: dict[str, float]
+    #: What attention and MLP of an int4 model take more, or less, at WIDE_BITS, a smaller one its share of it, and what
+    #: the head does at NARROW_HEAD_BITS.
+    own_bits_ms: dict[str, float]
 
     @classmethod
     def fit(
@@ -68,7 +70,11 @@ class AdditiveTable:
         for shape in shapes:
             if len(shape.blocks) != len(self.full.blocks):
                 raise ValueError(f"the table is of {len(self.full.blocks)} layers, got {len(shape.blocks)}")
-        return np.array([self.full_latency_ms + sum(cost[block] for block in shape.blocks) for shape in shapes])
+        if "head_bits" not in self.own_bits_ms and any(shape.head_bits for shape in shapes):
+            raise ValueError(f"no cost for a head of {NARROW_HEAD_BITS} bits: measure a graph with it")
+        of_heads = [self.own_bits_ms["head_bits"] if shape.head_bits else 0.0 for shape in shapes]
+        of_blocks = [sum(cost[block] for block in shape.blocks) for shape in shapes]
+        return np.array(of_heads) + of_blocks + self.full_latency_ms
 
     def _block_ms(self, block: BlockShape) -> float:
         if _heads(block) not in self.attention_ms:
@@ -94,9 +100,9 @@ class AdditiveTable:
             "attention_bits": block.num_attention_heads / full.num_attention_heads if block.attention_bits else 0.0,
             "mlp_bits": block.intermediate_size / full.intermediate_size if block.mlp_bits else 0.0,
         }
-        if missing := [part for part, share in shares.items() if share and part not in self.wide_ms]:
+        if missing := [part for part, share in shares.items() if share and part not in self.own_bits_ms]:
             raise ValueError(f"no cost for {missing[0]} of {WIDE_BITS}: measure a graph with it in all layers")
-        return sum(share * self.wide_ms[part] for part, share in shares.items() if share)
+        return sum(share * self.own_bits_ms[part] for part, share in shares.items() if share)
 
 
 def _heads(block: BlockShape) -> Heads:
@@ -112,6 +118,7 @@ def _changed_part(full: ModelShape, graph: ModelShape) -> tuple[_Choice, int]:
     choices += [("mlp", width) for width in widths]
     choices += [("attention_bits", block.attention_bits) for block in graph.blocks if block.attention_bits]
     choices += [("mlp_bits", block.mlp_bits) for block in graph.blocks if block.mlp_bits]
+    choices += [("head_bits", graph.head_bits)] if graph.head_bits else []
     if len(set(choices)) != 1 or len(graph.blocks) != len(full.blocks):
         raise ValueError(
             f"a table graph must be the full model with one other choice of one part in some layers, "

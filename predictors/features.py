@@ -39,8 +39,9 @@ STEP_COLUMNS = (
     "intermediate_size",
     "width_padding",
 )
-#: The share of the above that is at WIDE_BITS, which costs other than the rest: only int4 models may have some.
-WIDE_COLUMNS = ("wide_kv_groups", "wide_intermediate_size")
+#: What costs other than the rest, and only int4 models may have: the share of the above that is at WIDE_BITS, and a
+#: head of more than NARROW_HEAD_BITS, where others of the models have no more.
+MIXED_COLUMNS = ("wide_kv_groups", "wide_intermediate_size", "wide_head")
 #: What sequences cost, and the positions attended to: needed as soon as workloads differ.
 SEQUENCE_COLUMNS = ("batch_size", "attention_flops", "kv_bytes")
 
@@ -68,18 +69,25 @@ def select_columns(names: Sequence[str], X: FloatArray, wanted: Sequence[str]) -
     return X[:, [names.index(name) for name in wanted]]
 
 
+def mixed_columns(names: Sequence[str], X: FloatArray) -> tuple[str, ...]:
+    """Those of MIXED_COLUMNS in which models [n, f] differ, or may differ from others: wide parts, narrow heads."""
+    groups, widths, head = select_columns(names, X, MIXED_COLUMNS).T
+    called_for = (groups.any(), widths.any(), not head.all())
+    return tuple(name for name, called in zip(MIXED_COLUMNS, called_for, strict=True) if called)
+
+
 def latency_features(
     shapes: Sequence[ModelShape], workloads: Sequence[Workload], precision: Precision
 ) -> tuple[tuple[str, ...], FloatArray]:
     """(names, X [n, f]) of one step of each model on its workload; names are the same for all of them and precisions.
 
-    Bytes and FLOPs agree with `ModelShape.weight_bytes`, `.kv_cache_bytes` and `.flops`.
+    Bytes and FLOPs agree with `ModelShape.read_weight_bytes`, `.kv_cache_bytes` and `.flops`.
     """
     heads, groups, width, attention_bits, mlp_bits = np.moveaxis(block_array(shapes), -1, 0)  # each [n, L]
     hidden = np.array([s.hidden_size for s in shapes], dtype=np.int64)
     head_dim = np.array([s.head_dim for s in shapes], dtype=np.int64)
     vocab = np.array([s.vocab_size for s in shapes], dtype=np.int64)
-    embedding = np.array([s.embedding_parameters for s in shapes], dtype=np.int64)
+    head_bits = np.array([bits_per_weight(s.head_bits or HEAD_BITS[precision]) for s in shapes])
 
     batch = np.array([work.batch_size for work in workloads], dtype=np.int64)
     tokens = np.array([work.tokens for work in workloads], dtype=np.int64)
@@ -103,10 +111,10 @@ def latency_features(
     biases = np.array([s.attention_bias for s in shapes]) * (query_heads + 2 * kv_groups)
     head_norms = np.array([s.qk_norm for s in shapes]) * 2 * attention_layers
     vectors = block_norms + head_dim * (biases + head_norms) + behind
-    weight_bytes = (
+    read_weight_bytes = (
         (matrices - wide) * bits_per_weight(BLOCK_BITS[precision]) / 8
         + wide * bits_per_weight(WIDE_BITS) / 8
-        + embedding * bits_per_weight(HEAD_BITS[precision]) / 8
+        + hidden * vocab * head_bits / 8
         + (vectors + ends) * 4
     )
     # what the matrices of a layer read and write: the stream four times, heads, groups and widths once each way
@@ -121,12 +129,13 @@ def latency_features(
         "intermediate_size": widths - wide_widths,
         "wide_kv_groups": wide_groups,
         "wide_intermediate_size": wide_widths,
+        "wide_head": np.array([not s.head_bits for s in shapes]),
         "width_padding": (-width % VECTOR_WIDTH).sum(axis=1),
         "layers_off_16": (width % 16 > 0).sum(axis=1),
         "layers_off_32": (width % 32 > 0).sum(axis=1),
         "layers_off_64": (width % 64 > 0).sum(axis=1),
         "layers_off_128": (width % 128 > 0).sum(axis=1),
-        "weight_bytes": weight_bytes,
+        "read_weight_bytes": read_weight_bytes,
         "kv_bytes": 2 * kv_groups * head_dim * cached * batch * VALUE_BYTES[precision],
         "projection_flops": batch * 2 * (fed * (matrices + vectors) + hidden * vocab),
         "attention_flops": batch * 4 * query_heads * head_dim * seen,

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hw_profiles.shapes import WIDE_BITS, ModelShape, Precision, Workload
+from hw_profiles.shapes import ModelShape, Precision, Workload
 from predictors.boosting import FOLDS, ResidualBoost, fit_residual_boost, read_trees, write_trees
-from predictors.features import STEP_COLUMNS, latency_features
+from predictors.features import STEP_COLUMNS, latency_features, mixed_columns
 from predictors.intervals import assign_folds, log_interval
 from predictors.latency_samples import LatencySamples, latency_samples, only_dimensions
 from predictors.metrics import FloatArray
@@ -35,7 +35,7 @@ MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
 #: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
 MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 8
+_FORMAT = 9
 #: Penalties on how costs differ from the prior's scaled ones: from much freedom to the one factor alone.
 _TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
 
@@ -179,12 +179,13 @@ class LatencyPredictor:
                 f"this predictor was fitted on models of (hidden_size, head_dim, vocab_size, tie_word_embeddings) = "
                 f"{self.dimensions}, got {only_dimensions(shapes)}: fit one on measurements of that model"
             )
-        if not self.costs.has_wide_columns and any(shape.is_mixed for shape in shapes):
-            raise ValueError(
-                f"{self.provenance.target} was not profiled with parts at {WIDE_BITS} bits: run nas profile again, "
-                "which times the graphs that it lacks, or search with --uniform-bits"
-            )
         names, X = latency_features(shapes, [workload] * len(shapes), self.provenance.precision)
+        if lacking := set(mixed_columns(names, X)) - set(self.costs.mixed_columns):
+            raise ValueError(
+                f"{self.provenance.target} was not profiled with {'a head' if 'wide_head' in lacking else 'parts'} of "
+                "other bits than the rest: run nas profile again, which times the graphs that it lacks, or search with "
+                "--uniform-bits"
+            )
         value_ms = np.exp(self.costs.log_ms(names, X) + self._log_correction(X, [workload]))
         return LatencyPrediction(value_ms, *log_interval(value_ms, self.boost.held_out_log_errors, coverage))
 
@@ -193,7 +194,7 @@ class LatencyPredictor:
         return (
             self.dimensions == samples.dimensions
             and all(map(self.provenance.covers, set(samples.workloads)))
-            and (self.costs.has_wide_columns or not samples.has_wide_parts)
+            and set(samples.mixed_columns) <= set(self.costs.mixed_columns)
         )
 
     def _log_correction(self, X: FloatArray, workloads: Sequence[Workload]) -> FloatArray:
@@ -217,7 +218,7 @@ class LatencyPredictor:
             "feature_names": self.feature_names,
             "knots": self.costs.knots,
             "thresholds_bytes": self.costs.thresholds_bytes,
-            "has_wide_columns": self.costs.has_wide_columns,
+            "mixed_columns": self.costs.mixed_columns,
             "least_ms_per_byte": self.costs.least_ms_per_byte,
             "ms_per_unit": dict(zip(self.costs.columns, self.costs.per_unit.tolist(), strict=True)),
             "log_offsets": self.curve.log_offsets.tolist(),
@@ -254,8 +255,8 @@ class LatencyPredictor:
         several = len(provenance.workloads) > 1 if prior is None else prior.costs.has_sequence_columns
         per_unit = np.array(list(content["ms_per_unit"].values()), dtype=np.float64)
         thresholds_bytes, least = tuple(content["thresholds_bytes"]), content["least_ms_per_byte"]
-        wide = bool(content["has_wide_columns"])
-        costs = StepCosts(tuple(content["knots"]), thresholds_bytes, several, wide, per_unit, least)
+        mixed = tuple(content["mixed_columns"])
+        costs = StepCosts(tuple(content["knots"]), thresholds_bytes, several, mixed, per_unit, least)
         if tuple(content["feature_names"]) != names or tuple(content["ms_per_unit"]) != costs.columns:
             raise ValueError("its columns are not those of this version of llm-nas: fit the predictor again")
         errors = np.asarray(content["held_out_log_errors"], dtype=np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hw_profiles.shapes import ModelShape, Precision, Workload
-from predictors.features import STEP_COLUMNS, WIDE_COLUMNS, latency_features, select_columns
+from predictors.features import MIXED_COLUMNS, STEP_COLUMNS, latency_features, mixed_columns, select_columns
 from predictors.metrics import FloatArray
 
 
@@ -27,12 +27,12 @@ class LatencySamples:
 
     @property
     def of_shapes(self) -> FloatArray:
-        """[n, 9]: equal rows are timings of one model."""
-        return select_columns(self.names, self.X, (*STEP_COLUMNS, *WIDE_COLUMNS))
+        """[n, 10]: equal rows are timings of one model."""
+        return select_columns(self.names, self.X, (*STEP_COLUMNS, *MIXED_COLUMNS))
 
     @property
-    def has_wide_parts(self) -> bool:
-        return bool(select_columns(self.names, self.X, WIDE_COLUMNS).any())
+    def mixed_columns(self) -> tuple[str, ...]:
+        return mixed_columns(self.names, self.X)
 
     @property
     def distinct(self) -> int:

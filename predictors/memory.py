@@ -117,13 +117,14 @@ def memory_features(shapes: Sequence[ModelShape], workloads: Sequence[Workload],
         batch = work.batch_size
         fed = fed_at_once(work)
         cached = work.tokens if work.phase == "prefill" else work.tokens + 1
-        embedding_bytes = shape.embedding_parameters * bits_per_weight(HEAD_BITS[precision]) / 8
+        # what all graphs of a model share; a narrow head is beside it
+        shared_bytes = shape.embedding_parameters * bits_per_weight(HEAD_BITS[precision]) / 8
         widest = max(_values_per_token(shape, block) for block in shape.blocks)
         heads = max(block.num_attention_heads for block in shape.blocks)
         rows.append(
             [
                 1.0,
-                shape.weight_bytes(precision) - embedding_bytes,
+                shape.weight_bytes(precision) - shared_bytes,
                 shape.kv_cache_bytes(cached, batch, _BYTES_PER_VALUE),
                 widest * fed * batch * _BYTES_PER_VALUE,
                 heads * fed * cached * batch * _BYTES_PER_VALUE,

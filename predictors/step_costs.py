@@ -16,7 +16,7 @@ from itertools import chain
 
 import numpy as np
 
-from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, WIDE_COLUMNS, select_columns
+from predictors.features import SEQUENCE_COLUMNS, STEP_COLUMNS, mixed_columns, select_columns
 from predictors.linear import LEAST_RIDGE, fit_relative
 from predictors.metrics import FloatArray
 
@@ -28,7 +28,7 @@ _LEAST_MS = 1e-9  # nothing is free
 #: The thresholds, as shares of the largest sample's weights, and the penalty on what lies beyond them costing extra.
 _OVERFLOW_SHARES = (0.55, 0.75)
 _OVERFLOW_RIDGE = 1e-2
-_OVERFLOW = "weight_bytes beyond"
+_OVERFLOW = "read_weight_bytes beyond"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,8 @@ class StepCosts:
     knots: tuple[int, ...]
     thresholds_bytes: tuple[float, ...]
     has_sequence_columns: bool
-    has_wide_columns: bool
+    #: Those of `features.MIXED_COLUMNS` that samples had.
+    mixed_columns: tuple[str, ...]
     per_unit: FloatArray
     #: No decoder reads its weights twice as fast as the fastest sample; 0 for prompts, which need not wait for them.
     least_ms_per_byte: float = 0.0
@@ -47,11 +48,10 @@ class StepCosts:
     def between(cls, names: Sequence[str], X: FloatArray) -> StepCosts:
         """The columns that samples X [n, f] call for, all at 0 ms: `fitted` gives them costs."""
         workloads = np.unique(select_columns(names, X, ("batch_size", "tokens")), axis=0)
-        fed, sequences, weight_bytes = select_columns(names, X, ("tokens_fed", "batch_size", "weight_bytes")).T
+        fed, sequences, weight_bytes = select_columns(names, X, ("tokens_fed", "batch_size", "read_weight_bytes")).T
         decode = bool((fed == sequences).all())
         thresholds = tuple(share * float(weight_bytes.max()) for share in _OVERFLOW_SHARES if decode)
-        has_wide = bool(select_columns(names, X, WIDE_COLUMNS).any())
-        costs = cls(find_knots(fed), thresholds, len(workloads) > 1, has_wide, np.zeros(0))
+        costs = cls(find_knots(fed), thresholds, len(workloads) > 1, mixed_columns(names, X), np.zeros(0))
         return costs._with(np.zeros(len(costs.columns)))
 
     def fitted(self, names: Sequence[str], X: FloatArray, y: FloatArray, weights: FloatArray) -> StepCosts:
@@ -82,13 +82,13 @@ class StepCosts:
 
     def log_ms(self, names: Sequence[str], X: FloatArray) -> FloatArray:
         """[n]"""
-        least_ms = np.maximum(self.least_ms_per_byte * X[:, names.index("weight_bytes")], _LEAST_MS)
+        least_ms = np.maximum(self.least_ms_per_byte * X[:, names.index("read_weight_bytes")], _LEAST_MS)
         return np.asarray(np.log(np.maximum(self._of(names, X) @ self.per_unit, least_ms)), dtype=np.float64)
 
     @property
     def step_columns(self) -> tuple[str, ...]:
-        """Those that have a cost at each knot: WIDE_COLUMNS where samples had some."""
-        return (*STEP_COLUMNS, *WIDE_COLUMNS) if self.has_wide_columns else STEP_COLUMNS
+        """Those that have a cost at each knot."""
+        return STEP_COLUMNS + self.mixed_columns
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ class StepCosts:
         fed = X[:, names.index("tokens_fed")]
         shares = [np.interp(fed, self.knots, unit) for unit in np.eye(len(self.knots))]
         parts = select_columns(names, X, self.step_columns)
-        weight_bytes = select_columns(names, X, ("weight_bytes",))
+        weight_bytes = select_columns(names, X, ("read_weight_bytes",))
         columns = [share[:, None] * parts for share in shares]
         columns += [np.maximum(weight_bytes - threshold, 0) for threshold in self.thresholds_bytes]
         if self.has_sequence_columns:
@@ -121,7 +121,7 @@ class StepCosts:
         """By the samples that these costs were fitted to: costs of 0 would let the smallest model take no time."""
         if not self.thresholds_bytes:
             return self
-        return replace(self, least_ms_per_byte=float((y / X[:, names.index("weight_bytes")]).min()) / 2)
+        return replace(self, least_ms_per_byte=float((y / X[:, names.index("read_weight_bytes")]).min()) / 2)
 
 
 def find_knots(tokens_fed: FloatArray) -> tuple[int, ...]:

@@ -157,7 +157,9 @@ def test_graphs_of_mixed_bits_come_besides_and_for_int4_alone() -> None:
     plain, planned = plan(FULL, CHOICES), plan(FULL, CHOICES, mixed=3)
     assert planned[: len(plain)] == plain
     mixed = planned[len(plain) :]
-    assert Counter(graph.role for graph in mixed) == {"table": 2, "anchor": 3, "heldout": 3}
+    assert Counter(graph.role for graph in mixed) == {"table": 3, "anchor": 3, "heldout": 3}
+    assert Counter(graph.role for graph in mixed if graph.shape.head_bits) == {"table": 1, "anchor": 1, "heldout": 1}
+    mixed.remove(PlannedGraph(replace(FULL, head_bits=4), "table"))
     assert all(graph.shape.is_mixed for graph in mixed)
     assert len({graph.shape for graph in mixed}) == len(mixed)
     for graph in mixed:

@@ -67,8 +67,23 @@ def test_parts_with_bits_of_their_own_weigh_accordingly() -> None:
         assert wide.is_mixed > TINY.is_mixed
 
 
+def test_a_narrow_head_is_a_matrix_of_its_own() -> None:
+    tied = replace(TINY, tie_word_embeddings=True)
+    narrow = replace(tied, head_bits=4)
+    assert narrow.weight_bytes("int4") == pytest.approx(tied.weight_bytes("int4") + 28 * 4.5 / 8, abs=1)
+    assert narrow.read_weight_bytes("int4") == pytest.approx(tied.weight_bytes("int4") - 28 * 4 / 8, abs=1)
+    assert tied.read_weight_bytes("int4") == tied.weight_bytes("int4")
+    assert replace(TINY, head_bits=4).weight_bytes("int4") == narrow.weight_bytes("int4")
+    assert TINY.read_weight_bytes("fp32") == tied.weight_bytes("fp32")
+    assert narrow.is_mixed > tied.is_mixed
+    assert narrow.parameters == tied.parameters
+    with pytest.raises(ValueError, match="bits of the head must be 0 or 4, got 8"):
+        replace(TINY, head_bits=8)
+
+
 def test_json_keeps_a_shape_and_its_id() -> None:
     changes: list[dict[str, Any]] = [
+        {"head_bits": 4},
         {"attention_bias": True},
         {"qk_norm": True},
         {"post_norms": True},

@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 PART_WEIGHTS: dict[Part, float] = {"attention": 0.6, "mlp": 1.0}
 #: KL of all weights at these bits.
 ROUNDING = {32: 0.0, 16: 0.001, 8: 0.002, 4: 0.05}
+#: KL of a head of fewer bits, and the milliseconds that it saves.
+NARROW_HEAD_KL, NARROW_HEAD_MS = 0.01, 0.1
 
 
 def tiny_space(
@@ -35,10 +37,14 @@ def latency_ms(subnets: Sequence[Subnet]) -> Floats:
 
 
 def _one_latency_ms(subnet: Subnet) -> float:
-    return 0.5 + sum(
-        (0.1 * (layer.num_key_value_heads > 0) + 0.2 * layer.num_key_value_heads) * _pace(subnet, i, "attention")
-        + (0.05 * (layer.intermediate_size > 0) + 0.005 * layer.intermediate_size) * _pace(subnet, i, "mlp")
-        for i, layer in enumerate(subnet.layers)
+    return (
+        0.5
+        - NARROW_HEAD_MS * (subnet.head_bits > 0)
+        + sum(
+            (0.1 * (layer.num_key_value_heads > 0) + 0.2 * layer.num_key_value_heads) * _pace(subnet, i, "attention")
+            + (0.05 * (layer.intermediate_size > 0) + 0.005 * layer.intermediate_size) * _pace(subnet, i, "mlp")
+            for i, layer in enumerate(subnet.layers)
+        )
     )
 
 
@@ -63,6 +69,7 @@ class SyntheticEvaluator:
         self.fails_after = fails_after
         self.evaluated: list[Subnet] = []
         self.scored: list[tuple[int, str, int]] = []
+        self.scored_heads = 0
 
     def evaluate(self, subnet: Subnet) -> Quality:
         if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
@@ -82,6 +89,10 @@ class SyntheticEvaluator:
         rounding = ROUNDING[4] * (1 + layer) / 100 if precision == "int4" else 0.0
         return rounding + self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
 
+    def narrow_head_kl(self) -> float:
+        self.scored_heads += 1
+        return NARROW_HEAD_KL
+
     def reformation_error(self, layer: int, part: str, choice: int) -> float:
         changed = LayerChoice(choice, 0) if part == "attention" else LayerChoice(0, choice)
         return lost(changed, part) ** 2
@@ -96,7 +107,8 @@ class SyntheticEvaluator:
         )
         bits = [BLOCK_BITS[subnet.part_precision(i, part)] for i in range(depth) for part in PART_WEIGHTS]
         of_parts = [ROUNDING[own] for own in bits]
-        return float(np.mean(of_parts) + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
+        rounding = np.mean(of_parts) + NARROW_HEAD_KL * (subnet.head_bits > 0)
+        return float(rounding + losses.sum() + 2 * (losses[1:] * losses[:-1]).sum())
 
     @staticmethod
     def _importance(layer: int, depth: int) -> float:

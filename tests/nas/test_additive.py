@@ -20,7 +20,8 @@ def random_scores(space: SearchSpace, seed: int) -> AdditiveScores:
     for table in falling:
         table[:, -1] = 0.0
     narrow = rng.exponential(size=(space.depth, 2)) if space.mixed_bits else None
-    return AdditiveScores(space, falling[0], falling[1], {8: 0.01, 4: 0.2 + 5.0 * space.mixed_bits}, narrow)
+    bits = {8: 0.01, 4: 0.2 + 5.0 * space.mixed_bits}
+    return AdditiveScores(space, falling[0], falling[1], bits, narrow, narrow_head=float(rng.exponential()))
 
 
 def every_subnet(space: SearchSpace, bits: int) -> list[Subnet]:
@@ -29,7 +30,8 @@ def every_subnet(space: SearchSpace, bits: int) -> list[Subnet]:
     choices = [
         LayerChoice(groups, width, *own) for (groups, *attention), (width, *mlp) in options if (own := attention + mlp)
     ]
-    return [Subnet.of_parts(layers, bits) for layers in product(choices, repeat=space.depth)]
+    heads = (0, 4) if space.mixed_bits and bits == 4 else (0,)
+    return [Subnet.of_parts(layers, bits, head) for layers in product(choices, repeat=space.depth) for head in heads]
 
 
 def test_predict_is_the_sum_of_the_parts() -> None:
@@ -103,8 +105,12 @@ def test_ladder_is_the_lower_convex_hull_of_all_subnets(layers: int, bits: int, 
     hull = lower_hull(list(zip(latency_ms(everything).tolist(), scores.predict(everything).tolist(), strict=True)))
     hull_ms, hull_kl = np.array(hull).T
     own_ms, own_kl = latency_ms(steps), scores.predict(steps)
-    assert own_kl == pytest.approx(np.interp(own_ms, hull_ms, hull_kl))
-    assert len(set(steps)) == len(steps)
+    for head_bits in {subnet.head_bits for subnet in everything}:  # on the hull of those with either head
+        same = [subnet for subnet in everything if subnet.head_bits == head_bits]
+        points = zip(latency_ms(same).tolist(), scores.predict(same).tolist(), strict=True)
+        own = [step.head_bits == head_bits for step in steps]
+        assert own_kl[own] == pytest.approx(np.interp(own_ms[own], *np.array(lower_hull(list(points))).T))
+    assert len(set(steps)) == len(steps) == len(pareto_front(np.column_stack([own_kl, own_ms])))
     # a vertex is the optimum of all multipliers between the slopes beside it; narrow ranges may fall through
     slopes = -np.diff(hull_kl) / np.diff(hull_ms)
     wide = [i for i in range(1, len(hull) - 1) if slopes[i - 1] > 1.15 * slopes[i] and slopes[i] > 1e-5]
@@ -173,11 +179,12 @@ def test_no_subnet_meets_a_budget_below_the_smallest():
 def test_a_part_of_8_bits_saves_its_share_of_what_4_bits_cost() -> None:
     space = tiny_space(2, mixed_bits=True)
     zero = (np.zeros((2, 3)), np.zeros((2, 5)))
-    scores = AdditiveScores(space, *zero, {8: 0.01, 4: 0.21}, np.array([[1.0, 3.0], [2.0, 4.0]]))
+    scores = AdditiveScores(space, *zero, {8: 0.01, 4: 0.21}, np.array([[1.0, 3.0], [2.0, 4.0]]), 0.5)
     subnets = [
         space.full(8),
         space.full(4),
         Subnet((LayerChoice(2, 128, 8, 0), LayerChoice(2, 128)), 4),
         Subnet((LayerChoice(1, 64), LayerChoice(0, 32, 0, 8)), 4),  # what is skipped is not rounded
+        replace(space.full(4), head_bits=4),
     ]
-    assert scores.predict(subnets) == pytest.approx([0.01, 0.21, 0.21 - 0.02, 0.01 + 0.02 + 0.06])
+    assert scores.predict(subnets) == pytest.approx([0.01, 0.21, 0.21 - 0.02, 0.01 + 0.02 + 0.06, 0.21 + 0.5])

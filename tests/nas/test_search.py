@@ -232,6 +232,8 @@ def test_mixed_bits_beat_uniform_ones(store: Store, uninterrupted: tuple[list[Tr
     assert len(set(evaluator.scored)) == len(evaluator.scored)
     whole = [scored for scored in evaluator.scored if scored[1:] in (("attention", 2), ("mlp", 128))]
     assert len(whole) == 2 * space.depth
+    assert evaluator.scored_heads == 1
+    assert any(trial.subnet.head_bits for trial in trials)
     found, uniform = (
         np.array([(trial.quality.kl, *latency_ms([trial.subnet])) for trial in made])
         for made in (trials, uninterrupted[0])

@@ -143,3 +143,20 @@ def test_a_sparse_subnet_is_tuned_and_shipped_with_its_zeros(smollm2, tmp_path, 
         shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface", trust_remote_code=True)
         maps = [p for name, p in shipped.named_parameters() if "_proj" in name]
         assert sum(int((p == 0).sum()) for p in maps) == round(tuned.sparsity * sum(p.numel() for p in maps))
+
+
+def test_a_subnet_of_mixed_bits_with_a_narrow_head_is_shipped(smollm2, tmp_path):
+    """Its head has 4 bits in every file, the embedding that it is tied to in the model 8."""
+    supernet = Supernet(smollm2, SearchSpace.from_config(smollm2.config, mixed_bits=True))
+    supernet.prepare(file_windows(smollm2.tokenizer, CALIBRATION_FILES, 16, 256, seed=0))
+    layers = (LayerChoice(3, 1536, 0, 8), LayerChoice(2, 1152, 8, 0), LayerChoice(3, 1536)) * 10
+    subnet, wide = Subnet(layers, 4, head_bits=4), Subnet(layers, 4)
+    windows = file_windows(smollm2.tokenizer, TEST_FILES, 1, 128)
+    evaluator = Evaluator(supernet, file_windows(smollm2.tokenizer, TEST_FILES, 2, 512))
+    assert 0.02 < evaluator.evaluate(subnet).kl - evaluator.evaluate(wide).kl < 0.1
+    folders = [export_subnet(supernet, subnet, name, tmp_path / name, windows) for name in FORMATS]
+    supernet.activate_full_model()  # for the tests behind this one
+    for verified in verify(folders, threads=2, workloads=[Workload("decode", 16)], rounds=1):
+        assert verified.parity_holds, verified.directory
+    stored = (tmp_path / "openvino" / "openvino_model.bin").stat().st_size
+    assert stored == pytest.approx(supernet.space.model_shape(subnet).weight_bytes("int4"), abs=1024)

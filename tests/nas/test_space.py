@@ -160,6 +160,7 @@ def test_parts_of_a_mixed_space_have_their_own_bits(space):
     rng = np.random.default_rng(0)
     drawn = [mixed.sample(rng) for _ in range(100)]
     assert {subnet.bits for subnet in drawn if subnet.is_mixed} == {4}
+    assert 10 < sum(subnet.head_bits == 4 for subnet in drawn) < 40
     assert 30 < sum(subnet.is_mixed for subnet in drawn) < 70
     for subnet in drawn:
         genes = mixed.encode(subnet)
@@ -170,6 +171,7 @@ def test_parts_of_a_mixed_space_have_their_own_bits(space):
         for i, block in enumerate(shape.blocks):
             wide = subnet.bits == 4 and subnet.part_precision(i, "attention") == "int8"
             assert block.attention_bits == (8 if wide else 0)
+        assert shape.head_bits == subnet.head_bits
         assert (subnet in space) == (not subnet.is_mixed)
         assert not subnet.at_bits(8).is_mixed
         assert subnet.at_bits(subnet.bits) == subnet
@@ -185,6 +187,12 @@ def test_all_parts_at_8_bits_are_a_subnet_of_8_bits(space):
     assert mixed.decode(genes) == Subnet(plain, 8)  # a skipped part has no bits
     partly = Subnet.of_parts((wide[0], *plain[1:]), 4)
     assert (partly.bits, partly.description) == (4, "int4, 2 of 4 parts at 8 bits")
+    narrow = Subnet.of_parts(wide, 4, head_bits=4)
+    assert (narrow.bits, narrow.description) == (4, "int4, 4 of 4 parts at 8 bits, head at 4")
+    assert Subnet(plain, 4, head_bits=4).description == "int4, head at 4"
+    for refused in (Subnet(plain, 8, head_bits=4), Subnet(plain, 4, head_bits=8)):
+        with pytest.raises(ValueError, match=r"wanted bits of parts and head|wanted head_bits of 0 or 4"):
+            mixed.validate(refused)
 
 
 def test_mixed_subnets_are_counted_as_they_are():
@@ -192,6 +200,7 @@ def test_mixed_subnets_are_counted_as_they_are():
     genes = product(*map(range, space.gene_sizes))
     found = {space.decode(np.array(row)) for row in genes}
     assert len(found) == space.size + 1  # nothing at all, which has no bits, is there at 8 and at 4
+    assert sum(subnet.head_bits > 0 for subnet in found) == space.size / 2
 
 
 @pytest.mark.parametrize("fields", [{"bits_choices": (8,)}, {"bits_choices": (16, 4)}, {"homogeneous": True}])

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from export.quantize import dequantize, is_rounded
+from export.quantize import dequantize, is_rounded, quantize
 from nas import calibration, families
 from nas.calibration import collect
 from nas.families import FAMILIES, LoadedModel, wrap
+from nas.rounding import output_error
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
 
@@ -147,22 +148,40 @@ def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, win
     assert set(supernet.quantized(Subnet((skipped, kept, kept), 4))) < names
 
 
-def test_parts_have_the_bits_that_are_theirs(tiny, windows):
-    loaded = tiny("llama")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head_bits", [0, 4])
+def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, tied):
+    loaded = tiny("llama", tied=tied)
     supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
     supernet.prepare(windows)
     layers = [replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in SUBNET.layers]
-    mixed = Subnet.of_parts(layers, 4)
+    mixed = Subnet.of_parts(layers, 4, head_bits)
     assert mixed.is_mixed
     model, quantized = supernet.extract(mixed), supernet.quantized(mixed)
+    assert model.config.tie_word_embeddings == (tied and not head_bits)
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
-            assert quantized[name].bits == (4 if "self_attn" in name else 8)
+            narrow = "self_attn" in name or (head_bits and name == "lm_head.weight")
+            assert quantized[name].bits == (4 if narrow else 8)
             parameter.copy_(dequantize(quantized[name]))
     with torch.no_grad():
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, mixed), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(_logits(supernet, windows, mixed.at_bits(8)), wanted, atol=1e-3)
+
+
+def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
+    loaded = tiny("llama")
+    supernet = _supernet(loaded, windows, cache_dir=tmp_path)
+    read = []
+    hook = loaded.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        loaded.model(windows)
+    hook.remove()
+    H = collect(loaded, windows, tmp_path).head_input
+    torch.testing.assert_close(H, read[0].T @ read[0], rtol=1e-4, atol=1e-3)
+    weight = loaded.head.weight
+    assert output_error(weight, supernet.narrow_head(), H) < 0.9 * output_error(weight, quantize(weight, 4), H)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -73,10 +73,13 @@ def test_what_was_not_measured_is_refused(full, graphs, device) -> None:
         table.predict([replace(full, blocks=full.blocks[:20])])
 
 
-def test_parts_of_more_bits_cost_their_share_of_what_whole_ones_do(full, graphs, device) -> None:
+def test_bits_of_their_own_cost_parts_their_share_of_what_whole_ones_cost_and_heads_what_they_save(
+    full, graphs, device
+) -> None:
     measured = device([full, *graphs], noise=0.0)
     wide = [replace(full, blocks=tuple(replace(b, **{part: 8}) for b in full.blocks)) for part in WIDE]
-    table = AdditiveTable.fit(full, measured[0], [*graphs, *wide], [*measured[1:], measured[0] + 6, measured[0] + 3])
+    own_bits, own_ms = [*wide, narrow := replace(full, head_bits=4)], [measured[0] + more for more in (6, 3, -2)]
+    table = AdditiveTable.fit(full, measured[0], [*graphs, *own_bits], [*measured[1:], *own_ms])
     mixed = replace(full, blocks=(BlockShape(6, 2, 384, 8, 8), BlockShape(9, 3, 384, 0, 8), *full.blocks[2:]))
     plain = replace(full, blocks=(BlockShape(6, 2, 384), BlockShape(9, 3, 384), *full.blocks[2:]))
     more_ms = (table.predict([mixed]) - table.predict([plain])).item()
@@ -84,3 +87,7 @@ def test_parts_of_more_bits_cost_their_share_of_what_whole_ones_do(full, graphs,
     without = AdditiveTable.fit(full, measured[0], graphs, measured[1:])
     with pytest.raises(ValueError, match="attention_bits of 8"):
         without.predict([mixed])
+    less_ms = (table.predict([plain]) - table.predict([replace(plain, head_bits=4)])).item()
+    assert less_ms == pytest.approx(2)
+    with pytest.raises(ValueError, match="head of 4 bits"):
+        without.predict([narrow])

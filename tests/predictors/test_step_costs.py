@@ -38,7 +38,7 @@ def device(sample_shapes):
     for knot, of_group, of_channel in zip(KNOTS, (0.02, 0.1, 0.2), (2e-4, 1e-3, 9e-3), strict=True):
         per_unit |= {f"constant at {knot}": 2.0, f"kv_groups at {knot}": of_group}
         per_unit[f"intermediate_size at {knot}"] = of_channel
-    return StepCosts(costs.knots, (), True, False, np.array(list(per_unit.values()))), names, X
+    return StepCosts(costs.knots, (), True, (), np.array(list(per_unit.values()))), names, X
 
 
 def test_costs_that_bend_are_learned(device, sample_shapes) -> None:
@@ -65,7 +65,7 @@ def test_one_workload_has_the_costs_of_a_step_alone(sample_shapes) -> None:
 def test_no_decoder_is_read_twice_as_fast_as_the_fastest_sample(sample_shapes) -> None:
     """What has no layers costs its head, though a latency that grows with their square leaves nothing for it."""
     names, X = features(sample_shapes(24, seed=0), [Workload("decode", 128)])
-    of_bytes = names.index("weight_bytes")
+    of_bytes = names.index("read_weight_bytes")
     y = (X[:, of_bytes] * 1e-7) ** 2
     fitted = StepCosts.between(names, X).fitted(names, X, y, np.ones(len(y)))
     empty = np.zeros((1, len(names)))
@@ -77,7 +77,7 @@ def test_a_small_decoder_in_the_cache_is_faster_than_its_share(sample_shapes) ->
     """A cache of 60 % of the largest model: weights in it come four times as fast as those beyond."""
     names, X = features(sample_shapes(24, seed=0), [Workload("decode", 128)])
     _, new = features(sample_shapes(40, seed=1), [Workload("decode", 128)])
-    of_bytes = names.index("weight_bytes")
+    of_bytes = names.index("read_weight_bytes")
     cache_bytes = 0.6 * X[:, of_bytes].max()
 
     def latency_ms(rows: np.ndarray) -> np.ndarray:
