@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,13 @@ class _Model:
     def __init__(self, pointer: Any) -> None:
         self.pointer = pointer
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(pointer))
+        weakref.finalize(self, llama_cpp.llama_model_free, pointer)  # at exit, too, while llama_cpp is still there
 
-    def __del__(self) -> None:
-        llama_cpp.llama_model_free(self.pointer)
+
+def _free_context(pointer: Any, batches: dict[tuple[int, int], Any]) -> None:
+    for batch in batches.values():
+        llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(pointer)
 
 
 @dataclass
@@ -93,10 +98,8 @@ class _Context:
     #: By sequences and tokens fed to each: their layout does not change.
     batches: dict[tuple[int, int], Any] = field(default_factory=dict)
 
-    def __del__(self) -> None:
-        for batch in self.batches.values():
-            llama_cpp.llama_batch_free(batch)
-        llama_cpp.llama_free(self.pointer)
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _free_context, self.pointer, self.batches)
 
     @property
     def memory(self) -> Any:

@@ -463,8 +463,8 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
         assert profiled.code == 0
         targets = profiled.json["targets"]
         assert [row["target"] for row in targets] == [f"{engine}/{p}/1 thread" for p in precisions for _ in range(4)]
-        # at int4 a table entry for each kind of part, two anchors and two held-out graphs have parts of 8 bits
-        counted = [3 + 6 + 3 + 2 + 1 + (2 + 2 + 2) * (p == "int4") for p in precisions for _ in range(4)]
+        # at int4 table entries for both parts and the head, two anchors and two held-out graphs have bits of their own
+        counted = [3 + 6 + 3 + 2 + 1 + (3 + 2 + 2) * (p == "int4") for p in precisions for _ in range(4)]
         assert [row["graphs"] for row in targets] == counted
         assert all(row["full_ms"] > 0 for row in targets)
         assert profiled.json["memory"] == []
@@ -728,7 +728,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
     assert packed.json == {
         "pack": "pack.zip",
         "size_bytes": (tmp_path / "pack.zip").stat().st_size,
-        "graphs": 3 + 6 + 3 + 2 + 1 + 2 + 2 + 2,
+        "graphs": 3 + 6 + 3 + 2 + 1 + 3 + 2 + 2,
         "targets": ["onnxruntime/int8", "onnxruntime/int4"],
     }
     assert not (tmp_path / "llm-nas.db").exists()
@@ -747,7 +747,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
     rows = imported.json["targets"]
     assert {(row["target"], row["phase"], row["graphs"]) for row in rows} == {
         (f"onnxruntime/{precision}/1 thread", phase, graphs)
-        for precision, graphs in (("int8", 15), ("int4", 21))
+        for precision, graphs in (("int8", 15), ("int4", 22))
         for phase in ("prefill", "decode")
     }
     in_memory = {row["target"]: row for row in imported.json["memory"]}
@@ -756,7 +756,7 @@ def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monke
         assert min(row["full_bytes"].values()) > row["without_model_bytes"] > 10**6
     with Store(str(tmp_path / "llm-nas.db")) as store:
         stored = store.measurements()
-        assert len(stored) == 2 * (15 + 21)
+        assert len(stored) == 2 * (15 + 22)
     assert nas("profile", "tiny", "--import", "measured.json", "--json").json == imported.json
     with Store(str(tmp_path / "llm-nas.db")) as store:
         assert store.measurements() == stored

@@ -1,10 +1,13 @@
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from export.huggingface import write_huggingface
 from export.quantize import dequantize, is_rounded, quantize
 from nas import calibration, families
 from nas.calibration import collect
@@ -168,6 +171,25 @@ def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, 
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, mixed), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(_logits(supernet, windows, mixed.at_bits(8)), wanted, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [(LayerChoice(2, 64),) * 3, SUBNET.layers])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_head_of_other_bits_than_the_embedding_is_stored_beside_it(tiny, windows, tmp_path, model_type, layers):
+    loaded = tiny(model_type)
+    supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
+    supernet.prepare(windows)
+    subnet = Subnet(layers, 4, head_bits=4)
+    model, quantized = supernet.extract(subnet, shared=True), supernet.quantized(subnet)
+    for name, parameter in model.named_parameters():
+        if is_rounded(name, parameter):
+            parameter.data = dequantize(quantized[name])
+    write_huggingface(model, SimpleNamespace(save_pretrained=lambda directory: None), tmp_path)
+    shipped = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        found = shipped(windows).logits
+    torch.testing.assert_close(found, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
