@@ -146,7 +146,7 @@ def _optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]
         return _plain_optima(scores, latency, bits)
     layers = _optimal_layers(scores, latency, bits)
     optima = list(dict.fromkeys(Subnet.of_parts(kept, bits) for kept in layers))
-    if not space.mixed_bits or bits != NARROW_BITS:
+    if (bits, NARROW_HEAD_BITS) not in space.bits_options:
         return optima
     with_narrow_head = [Subnet.of_parts(kept, bits, NARROW_HEAD_BITS) for kept in [space.full().layers, *layers]]
     return _best(scores, latency, [*optima, *dict.fromkeys(with_narrow_head)])

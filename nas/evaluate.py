@@ -84,11 +84,11 @@ class Evaluator:
         return kl
 
     def narrow_head_kl(self) -> float:
-        """KL of the full fp32 model with its head alone at NARROW_HEAD_BITS, on what single parts are scored on."""
+        """KL of the full fp32 model with its head alone at NARROW_HEAD_BITS, on all windows."""
         supernet = self.supernet
         supernet.activate_full_model()
         with torch.no_grad(), computing(self.dtype):
-            hidden = self._run(supernet.loaded.embed(self.windows[: self.score_windows]), 0)
+            hidden = self._run(supernet.loaded.embed(self.windows), 0)
             supernet.activate_ends("fp32", NARROW_HEAD_BITS)
             kl, _ = self._compare(hidden)
         supernet.activate_full_model()

@@ -269,12 +269,12 @@ class SearchSpace:
         else:
             sizes = zip(draw(self.group_choices, self.depth), draw(self.width_choices, self.depth), strict=True)
             layers = [LayerChoice(groups, width) for groups, width in sizes]
-        bits, head_bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))], 0
+        bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
         if self.mixed_bits and bits == NARROW_BITS:
             wide = rng.random((self.depth, 2)) < rng.random()
             layers = [_widened(layer, *row) for layer, row in zip(layers, wide.tolist(), strict=True)]
-            head_bits = NARROW_HEAD_BITS * int(rng.integers(2))
-        return Subnet.of_parts(layers, bits, head_bits)
+        heads = [head_bits for of_blocks, head_bits in self.bits_options if of_blocks == bits]
+        return Subnet.of_parts(layers, bits, heads[int(rng.integers(len(heads)))])
 
     def validate(self, subnet: Subnet) -> None:
         """ValueError where depth or a size is not one of the choices, or bits below 16 are not searched."""
