@@ -33,7 +33,7 @@ def make(tiny: Callable[..., LoadedModel], windows: torch.Tensor) -> Make:
 
     def made(model_type: str = "llama") -> tuple[Supernet, Evaluator]:
         loaded = tiny(model_type)
-        supernet = Supernet(loaded, SearchSpace.from_config(loaded.config))
+        supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, mixed_bits=True))
         supernet.prepare(windows)
         return supernet, Evaluator(supernet, windows[:4])
 
@@ -72,13 +72,15 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt2", "gpt_neox"])
-def test_other_families_are_tuned_and_extracted(
-    make: Make, windows: torch.Tensor, tmp_path: Path, model_type: str
+@pytest.mark.parametrize("head_bits", [0, 4])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
+def test_all_families_are_tuned_and_extracted(
+    make: Make, windows: torch.Tensor, tmp_path: Path, model_type: str, head_bits: int
 ) -> None:
-    """Norms behind parts, windows shorter than the texts, learned positions and parallel parts: in training, too."""
+    """Norms behind parts, windows shorter than the texts, learned positions, parallel parts and narrow heads: in
+    training, too."""
     supernet, evaluator = make(model_type)
-    subnet = _subnet(4)
+    subnet = replace(_subnet(4), head_bits=head_bits)
     before = evaluator.evaluate(subnet)
     tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["lora"], tmp_path / "tuned")
     assert tuned.after.kl < 0.95 * before.kl
