@@ -1,4 +1,4 @@
-"""What bits of their own are worth: fronts of searches in which blocks, parts, or parts and the head have some.
+"""What bits of its own are worth to the head: fronts of searches in which parts have some, or parts and the head.
 
 Quality is KL to the full model, latency the predicted time per output token on this machine's profile. Scores of single
 parts are made once, and every search has as many evaluations; what is done is kept in --folder, and goes on there.
@@ -49,11 +49,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     loaded, device = load_model(arguments.model), detect()
     space = SearchSpace.from_config(loaded.config, mixed_bits=True)
-    spaces = {
-        "blocks": SearchSpace.from_config(loaded.config),
-        "parts": WideHeads.from_config(loaded.config, mixed_bits=True),
-        "parts and head": space,
-    }
+    spaces = {"parts": WideHeads.from_config(loaded.config, mixed_bits=True), "parts and head": space}
     protocol = EvaluationProtocol()
     evaluator = open_evaluator(open_supernet(loaded, space, protocol, arguments.folder / "cache"), protocol)
     with Store(arguments.database) as profiled:
