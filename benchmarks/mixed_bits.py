@@ -12,25 +12,30 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hw_profiles import Store, Workload, detect
+from export import BUILDERS
+from hw_profiles import ModelShape, Store, Workload, detect, runtime
+from hw_profiles.runtimes import engine_of
 from hw_profiles.shapes import NARROW_HEAD_BITS
+from hw_profiles.timing import Timing, measure, pooled
 from nas.families import load_model
 from nas.latency import LatencyModel
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
 from nas.search import SearchSettings, score_parts, search
-from nas.space import NARROW_BITS, SearchSpace
+from nas.space import NARROW, NARROW_BITS, SearchSpace
 from nas.study import Study
 from nas.terminal import progress_bar
 
 #: Of what the full model at NARROW_BITS takes.
 SHARES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3)
+#: At which the best subnets are timed.
+TIMED_SHARE = 0.85
 WORKLOAD = Workload("decode", 128)
 
 console = Console(width=160)
@@ -68,6 +73,7 @@ def main() -> None:
     full_ms = dict(zip(full, latency.value_ms(list(full.values())).tolist(), strict=True))
     narrow_ms = float(latency.value_ms([replace(full[NARROW_BITS], head_bits=NARROW_HEAD_BITS)])[0])
     rows: dict[str, list[float | None]] = {}
+    chosen = {"full": space.model_shape(full[NARROW_BITS])}
     for name, searched in spaces.items():
         own = study(f"{arguments.runtime} {name}", searched)
         for score, kl in scored.scores().items():
@@ -79,7 +85,15 @@ def main() -> None:
         found_ms, kls = latency.value_ms([t.subnet for t in trials]), np.array([t.quality.kl for t in trials])
         within = [kls[found_ms <= share * full_ms[NARROW_BITS]] for share in SHARES]
         rows[name] = [float(kls.min()) if len(kls) else None for kls in within]
+        fast = [t for t, ms in zip(trials, found_ms, strict=True) if ms <= TIMED_SHARE * full_ms[NARROW_BITS]]
+        if fast:
+            chosen[name] = space.model_shape(min(fast, key=lambda trial: trial.quality.kl).subnet)
     print_table(rows, full_ms[NARROW_BITS])
+    timings = timed(arguments.runtime, chosen, arguments.folder / "graphs")
+    for name, timing in timings.items():
+        console.print(
+            f"{name}: {timing.median_ms:.2f} ms, {timing.ratio:.3f} ± {timing.spread_ratio:.3f} of the full model's"
+        )
     if arguments.json:
         said = {
             "model": loaded.name,
@@ -90,8 +104,25 @@ def main() -> None:
             "full_with_narrow_head_ms": narrow_ms,
             "shares": SHARES,
             "kl": rows,
+            "timed_share": TIMED_SHARE,
+            "timed": {name: asdict(timing) for name, timing in timings.items()},
         }
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def timed(name: str, shapes: dict[str, ModelShape], folder: Path) -> dict[str, Timing]:
+    """All in one interleaved run, of four loads: what was chosen by its prediction is held against the clock."""
+    engine, cores = runtime(name), detect().cores
+    paths = {}
+    for label, shape in shapes.items():
+        directory = folder / label.replace(" ", "-")
+        directory.mkdir(parents=True, exist_ok=True)
+        paths[label] = BUILDERS[engine_of(name)](shape, NARROW, directory)
+    loads = []
+    for seed in range(4):
+        sessions = {label: engine.load(path, cores, max_tokens=256) for label, path in paths.items()}
+        loads.append(measure(sessions, ["full"], [WORKLOAD], vocab_size=shapes["full"].vocab_size, rounds=5, seed=seed))
+    return {label: pooled([timings[label, WORKLOAD] for timings in loads]) for label in shapes}
 
 
 def parse_arguments() -> argparse.Namespace:
