@@ -221,6 +221,14 @@ class ModelShape:
         Of the exported weights within 1 KiB, given the format's `scale_bytes`; ONNX adds tables of the positions and
         starts each tensor at a page.
         """
+        return self._bytes(precision, scale_bytes, embeddings=self.has_own_head)
+
+    def read_weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
+        """What a step reads of these: where the head is another matrix than the embedding, all but the latter."""
+        return self._bytes(precision, scale_bytes, embeddings=0)
+
+    def _bytes(self, precision: Precision, scale_bytes: int, embeddings: int) -> int:
+        """Of the weights with so many embeddings beside the head."""
         vectors = self.end_vector_parameters + sum(map(self.vector_parameters, self.blocks))
         of_bits: Counter[int] = Counter()
         for block in self.blocks:
@@ -228,16 +236,11 @@ class ModelShape:
                 (block.attention_bits, block.mlp_bits), self.matrix_parameters(block), strict=True
             ):
                 of_bits[bits or BLOCK_BITS[precision]] += weights
-        of_bits[HEAD_BITS[precision]] += self.vocab_size * self.hidden_size * self.has_own_head
+        of_bits[HEAD_BITS[precision]] += self.vocab_size * self.hidden_size * embeddings
         of_bits[self.head_bits or HEAD_BITS[precision]] += self.vocab_size * self.hidden_size
         return round(
             sum(weights * bits_per_weight(bits, scale_bytes) / 8 for bits, weights in of_bits.items()) + vectors * 4
         )
-
-    def read_weight_bytes(self, precision: Precision, scale_bytes: int = 2) -> int:
-        """What a step reads of these: where the head is another matrix than the embedding, all but the latter."""
-        embedding = self.vocab_size * self.hidden_size * bits_per_weight(HEAD_BITS[precision], scale_bytes) / 8
-        return self.weight_bytes(precision, scale_bytes) - round(embedding * self.has_own_head)
 
     def kv_cache_bytes(self, tokens: int, batch_size: int = 1, bytes_per_value: int = 4) -> int:
         groups = sum(block.num_key_value_heads for block in self.blocks)

@@ -182,9 +182,10 @@ def model_shape(fields: Fields) -> ModelShape:
 
 
 def _head_bits(fields: Fields) -> int:
-    if "head_bits" in fields and (bits := fields.integer("head_bits", 0, NARROW_HEAD_BITS)):
-        return bits
-    return 0
+    bits = fields.integer("head_bits", 0, NARROW_HEAD_BITS) if "head_bits" in fields else 0
+    if bits not in (0, NARROW_HEAD_BITS):
+        raise fields.wrong("head_bits", f"0 or {NARROW_HEAD_BITS}", bits)
+    return bits
 
 
 def _cap(fields: Fields, name: str) -> float:

@@ -131,6 +131,7 @@ CHANGES = {
     "tokens": (set_(*ROW, "tokens", to=10**9), "tokens must be a whole number from 0 to 1048576"),
     "activation": (set_("shapes", 0, "hidden_act", to="mish"), "hidden_act must be one of silu, gelu_pytorch_tanh"),
     "positions": (set_("shapes", 0, "learned_positions", to=-1), "learned_positions must be a whole number from 0 to"),
+    "bits of the head": (set_("shapes", 0, "head_bits", to=2), "head_bits must be 0 or 4, got 2"),
     "windows": (set_("shapes", 0, "windows", to=[6]), "windows must be a list of 2 entries, or empty"),
     "a window": (set_("shapes", 0, "windows", to=[6, -1]), "windows must be whole numbers from 0 to 1048576"),
     "precision": (set_(*ROW, "precision", to="int3"), "precision must be one of fp32, bf16, fp16, int8, int4"),

@@ -27,7 +27,7 @@ def test_bytes_and_flops_agree_with_the_shapes_own(sample_shapes, workload, prec
     shapes = [*sample_shapes(5, seed=0), untied, biased, gpt, mixed, replace(mixed, gated_mlp=False), *heads]
     found = columns(shapes, workload, precision)
     read_bytes = [s.read_weight_bytes(precision) for s in shapes]
-    np.testing.assert_allclose(found["read_weight_bytes"], read_bytes, atol=1, rtol=0)
+    np.testing.assert_allclose(found["read_weight_bytes"], read_bytes, atol=0.5, rtol=0)
     np.testing.assert_array_equal(
         found["projection_flops"] + found["attention_flops"], [s.flops(workload) for s in shapes]
     )
