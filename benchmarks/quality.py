@@ -59,6 +59,9 @@ TEST_TEXTS = {"wikitext2": TEST_FILES, "c4": (DATA_FOLDER / "c4_test.txt",)}
 
 console = Console(width=180)
 
+#: [N, T, vocabulary] of token windows [N, T].
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -136,11 +139,13 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 class Run:
     """All methods under one seed."""
 
-    def __init__(self, model: str, seed: int, evaluations: int, folder: Path) -> None:
+    def __init__(self, model: str, seed: int, evaluations: int, folder: Path, study: str = "") -> None:
+        """`study` holds the scores and trials, in place of the seed's own."""
         self.model = model
         self.seed = seed
         self.evaluations = evaluations
         self.folder = folder
+        self.study_name = study or f"seed {seed}"
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -171,7 +176,7 @@ class Run:
     @cached_property
     def study(self) -> Study:
         store = Store(str(self.folder / "quality.db"))
-        return Study.create(store, f"seed {self.seed}", self.model, self.loaded.fingerprint, self.space, {})
+        return Study.create(store, self.study_name, self.model, self.loaded.fingerprint, self.space, {})
 
     @cached_property
     def scores(self) -> AdditiveScores:
@@ -289,26 +294,21 @@ class Run:
         fitness = partial(self.perplexity, windows)
         return SearchLLM(self.supernet, self.observed, removed, fitness, self.evaluations, self.seed).run()
 
-    def perplexities(self) -> dict[str, float]:
-        """Of the model as it is, on each text that nothing was made from."""
+    def perplexities(self, logits: Logits | None = None) -> dict[str, float]:
+        """On each text that nothing was made from; of the model as it is, or of another's `logits`."""
         return {
-            name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST))
+            name: self.perplexity(file_windows(self.loaded.tokenizer, files, *TEST), logits)
             for name, files in TEST_TEXTS.items()
         }
 
     @torch.no_grad()
-    def perplexity(self, windows: torch.Tensor) -> float:
-        """Of the model as it is, on token windows [N, T]."""
+    def perplexity(self, windows: torch.Tensor, logits: Logits | None = None) -> float:
+        """The same on token windows [N, T]."""
         losses = []
         with computing(fast_dtype()):
-            for window in windows.split(4):
-                hidden = self.loaded.embed(window)
-                for layer in range(self.space.depth):
-                    hidden = self.loaded.run_layer(layer, hidden)
-                normed = self.loaded.final_norm(hidden)
-                for row, tokens in zip(normed, window, strict=True):
-                    logits = self.loaded.head(row[:-1]).float()
-                    losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:]))
+            for some in windows.split(4):
+                for row, tokens in zip((logits or self.loaded.logits)(some), some, strict=True):
+                    losses.append(torch.nn.functional.cross_entropy(row[:-1].float(), tokens[1:]))
         return math.exp(float(torch.stack(losses).mean()))
 
 

@@ -15,13 +15,15 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from quality import BITS, Run, known_rows, parsed
 from rich.console import Console
 from rich.table import Table
@@ -31,20 +33,32 @@ from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
 from nas.space import Subnet
+from nas.supernet_tuning import tune_supernet
 from nas.terminal import progress_bar
 from nas.text import TUNING_FILES, all_windows
 from nas.training import Loss, TrainingSettings
-from nas.tuned import Tuned, TuneSettings
+from nas.tuned import ADAPTER_FOLDER, Tuned, TuneSettings
 
 #: Share of the blocks' parameters that the subnet of the bar keeps.
 KEPT = 0.8
-SPARSITY = 0.7
-ZEROS = f"{SPARSITY:.0%} zeros, {{}}"
+#: At LoSA's setting, and at Shears'.
+SPARSITY, SHEARS_SPARSITY = 0.7, 0.5
+ZEROS, SHEARS_ZEROS = f"{SPARSITY:.0%} zeros, {{}}", f"{SHEARS_SPARSITY:.0%} zeros, {{}}"
+FIXED_RANK, ELASTIC_RANKS = "Wanda, LoRA beside", "Wanda, NLS beside (Shears)"
 UNIFORM = "Wanda, LoRA (SparsePEFT)"
 SUBNET = f"{KEPT:.0%} subnet, {{}}"
+#: Of a supernet whose subnets were trained together, solved for anew, with the weights that all subnets share.
+SHARED = f"{KEPT:.0%} subnet of {{}}"
+#: Subnets drawn for it.
+POOL = 64
 #: From which nothing was taken: what training alone does to the model.
 CONTROL = "full model, {}"
 TEXT = "lora on text"
+#: Of two methods that lost the same, the one that should win more of it back in as many steps.
+BETTER = {
+    (ZEROS.format("LoSA"), ZEROS.format(UNIFORM)): "LoSA against uniform sparsity with LoRA",
+    (SHEARS_ZEROS.format(ELASTIC_RANKS), SHEARS_ZEROS.format(FIXED_RANK)): "searched ranks against a fixed one",
+}
 #: Of the log-perplexity that was lost on WikiText-2, to be won back.
 BAR = 0.5
 TOKENS = 256
@@ -69,6 +83,8 @@ class Row:
     device: str
     instructions: tuple[str, ...]
     date: str
+    #: Of the adapter as chosen, merged or not.
+    adapter_parameters: int = 0
 
     @property
     def is_control(self) -> bool:
@@ -104,7 +120,7 @@ def main() -> None:
 
 
 def bars(rows: list[Row]) -> list[dict[str, Any]]:
-    """What each trained row won back, and LoSA beside uniform sparsity with LoRA after as many steps."""
+    """What each trained row won back, and of some pairs which won more."""
 
     def bar(name: str, value: float, limit: float) -> dict[str, Any]:
         return {"name": f"{name}, WikiText-2", "value": value, "limit": limit, "holds": value >= limit}
@@ -123,11 +139,10 @@ def bars(rows: list[Row]) -> list[dict[str, Any]]:
         if alike and control.is_control and row.method == SUBNET.format(TEXT):
             name = f"{row.method}, seed {row.seed}: the same beside the full model trained alike"
             found.append(bar(name, row.recovered("wikitext2", control), BAR))
-    for losa, uniform in itertools.product(rows, rows):
-        alike = (losa.seed, losa.steps) == (uniform.seed, uniform.steps)
-        if alike and losa.method == ZEROS.format("LoSA") and uniform.method == ZEROS.format(UNIFORM):
-            value, limit = losa.recovered("wikitext2"), uniform.recovered("wikitext2")
-            found.append(bar(f"LoSA against uniform sparsity with LoRA, seed {losa.seed}", value, limit))
+    for row, other in itertools.product(rows, rows):
+        name = BETTER.get((row.method, other.method))
+        if name and (row.seed, row.steps) == (other.seed, other.steps):
+            found.append(bar(f"{name}, seed {row.seed}", row.recovered("wikitext2"), other.recovered("wikitext2")))
     return found
 
 
@@ -149,6 +164,7 @@ class Recovery:
     def __init__(self, model: str, seed: int, folder: Path, minutes: float, steps: int | None) -> None:
         self.run = Run(model, seed, evaluations=1, folder=folder)
         self.folder = folder
+        self._pruned: dict[float, dict[str, float]] = {}
         self.limits: dict[str, Any] = {"steps": steps} if steps else {"steps": 10**6, "max_minutes": minutes}
 
     @cached_property
@@ -172,7 +188,7 @@ class Recovery:
             fit_in_sequence(supernet, subnet, self.run.windows, cache_dir=self.folder / "cache", progress=progress)
 
     def methods(self) -> dict[str, Callable[[], Row]]:
-        """A subnet of 80 %, its control, and the full model with 70 % zeros, judged against Wanda alone."""
+        """A subnet of 80 %, its control, and the full model with zeros, judged against Wanda alone."""
 
         def training(learning_rate: float, loss: Loss = "kl") -> TrainingSettings:
             return TrainingSettings(**self.limits, learning_rate=learning_rate, loss=loss, seed=self.run.seed)
@@ -189,29 +205,51 @@ class Recovery:
             UNIFORM: TuneSettings("lora", (8,), 16.0, sparsity=SPARSITY, training=training(1e-3)),
             "LoSA": TuneSettings("losa", (), 16.0, sparsity=SPARSITY, training=training(1e-3)),
         }
+        elastic = (32, 24, 16)
+        shears = {
+            "Wanda": TuneSettings("prune", sparsity=SHEARS_SPARSITY),
+            # the middle of the elastic ranks, of the same scale
+            FIXED_RANK: TuneSettings(
+                "lora", elastic[1:2], 2.0 * elastic[1], sparsity=SHEARS_SPARSITY, separate=True, training=training(1e-3)
+            ),
+            ELASTIC_RANKS: TuneSettings(
+                "nls", elastic, 64.0, sparsity=SHEARS_SPARSITY, separate=True,
+                training=replace(training(1e-3), sampling="random"),
+            ),
+        }  # fmt: skip
+        shared = {
+            "a supernet tuned at once (LLaMA-NAS)": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
+            "widths and ranks tuned at once (LoNAS)": TuneSettings(
+                "nls", elastic, 64.0, training=replace(training(1e-3), sampling="random")
+            ),
+        }
         of_subnet = {SUBNET.format(n): partial(self.recovered, "smaller", s) for n, s in adapted.items()}
         of_full = {ZEROS.format(n): partial(self.recovered, "full", s) for n, s in sparse.items()}
+        of_full |= {SHEARS_ZEROS.format(n): partial(self.recovered, "full", s) for n, s in shears.items()}
+        of_supernet = {SHARED.format(n): partial(self.of_tuned_supernet, s) for n, s in shared.items()}
         control = {CONTROL.format(TEXT): partial(self.recovered, "full", adapted[TEXT])}
-        return {name: partial(make, name) for name, make in (of_subnet | control | of_full).items()}
+        return {name: partial(make, name) for name, make in (of_subnet | control | of_full | of_supernet).items()}
 
     def recovered(self, which: str, settings: TuneSettings, method: str) -> Row:
         subnet: Subnet = getattr(self, which)
-        before = self.pruned if settings.sparsity else None
+        before = self.pruned(settings.sparsity) if settings.sparsity else None
         self.begin(subnet)
         before = before or self.judged(subnet)
         tuned = self.tuned(subnet, settings, method)
-        after = self.judged(subnet)
+        shapes = {n: t.shape for n, t in self.run.supernet.extract(subnet, shared=True).state_dict().items()}
+        parameters = sum(rank * sum(shapes[f"{path}.weight"]) for path, rank in tuned.ranks.items())
+        after = self.judged_with_adapter(subnet, self.path(method)) if settings.separate else self.judged(subnet)
         spent = (tuned.steps, tuned.tokens, tuned.seconds / 60)
-        device, date = detect(), datetime.now(UTC).date().isoformat()
-        made = (device.name, device.instructions, date)
-        return Row(method, self.run.seed, self.dense, before, after, *spent, tuned.sparsity, *made)
+        return Row(method, self.run.seed, self.dense, before, after, *spent, tuned.sparsity, *made(), parameters)
 
     def tuned(self, subnet: Subnet, settings: TuneSettings, method: str) -> Tuned:
         supernet = self.run.supernet
         evaluator = open_evaluator(supernet, EvaluationProtocol())
-        folder = self.folder / f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{self.run.seed}"
         with progress_bar(method) as progress:
-            return tune(supernet, subnet, self.windows, evaluator, settings, folder, progress)
+            return tune(supernet, subnet, self.windows, evaluator, settings, self.path(method), progress)
+
+    def path(self, method: str) -> Path:
+        return self.folder / f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{self.run.seed}"
 
     @cached_property
     def dense(self) -> dict[str, float]:
@@ -219,16 +257,47 @@ class Recovery:
         self.run.supernet.activate_full_model()
         return self.run.perplexities()
 
-    @cached_property
-    def pruned(self) -> dict[str, float]:
+    def pruned(self, sparsity: float) -> dict[str, float]:
         """Of the full model pruned by Wanda, without training: what sparse rows are to win back."""
-        self.begin(self.full)
-        self.tuned(self.full, TuneSettings("prune", sparsity=SPARSITY), "zeros")
-        return self.judged(self.full)
+        if sparsity not in self._pruned:
+            self.begin(self.full)
+            self.tuned(self.full, TuneSettings("prune", sparsity=sparsity), f"zeros {sparsity:.0%}")
+            self._pruned[sparsity] = self.judged(self.full)
+        return self._pruned[sparsity]
 
     def judged(self, subnet: Subnet) -> dict[str, float]:
         self.run.supernet.activate(subnet)
         return self.run.perplexities()
+
+    def judged_with_adapter(self, subnet: Subnet, folder: Path) -> dict[str, float]:
+        """With the adapter that was left in `folder`, as stock PEFT loads it."""
+        model = PeftModel.from_pretrained(self.run.supernet.extract(subnet), str(folder / ADAPTER_FOLDER)).eval()
+        return self.run.perplexities(lambda tokens: model(tokens).logits)
+
+    def of_tuned_supernet(self, settings: TuneSettings, method: str) -> Row:
+        """One adapter under random subnets; then the additive optimum of what came of it, no weights of its own."""
+        run = self.run
+        run.supernet.adopt(self.smaller, [{}] * run.space.depth)
+        before = self.judged(self.smaller)
+        folder, rng = self.path(method), np.random.default_rng(run.seed)
+        # a supernet of its own, which is shifted for good
+        other = Run(run.model, run.seed, evaluations=1, folder=self.folder, study=folder.name)
+        pool = [other.space.sample(rng) for _ in range(POOL)]
+        with progress_bar(method) as progress:
+            tuned = tune_supernet(
+                other.supernet, pool, self.windows, open_evaluator(other.supernet, EvaluationProtocol()), settings,
+                folder, progress,
+            )  # fmt: skip
+        subnet = other.additive(1 - KEPT)
+        other.supernet.activate(subnet)
+        spent = (tuned.steps, tuned.tokens, tuned.seconds / 60)
+        return Row(method, run.seed, self.dense, before, other.perplexities(), *spent, 0.0, *made())
+
+
+def made() -> tuple[str, tuple[str, ...], str]:
+    """Where and when."""
+    device = detect()
+    return device.name, device.instructions, datetime.now(UTC).date().isoformat()
 
 
 def print_table(rows: list[Row]) -> None:

@@ -123,7 +123,11 @@ def _generate_llamacpp(directory: Path, threads: int, prompt: str, new_tokens: i
 
     from hw_profiles.runtimes.llamacpp import MODEL_FILE
 
-    model = llama_cpp.Llama(str(directory / MODEL_FILE), n_ctx=MAX_TOKENS, n_threads=threads, verbose=False)
+    # its default cache, of f16, changes tokens where two are nearly as likely
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(
+        str(directory / MODEL_FILE), n_ctx=MAX_TOKENS, n_threads=threads, type_k=f32, type_v=f32, verbose=False
+    )
     vocabulary, ids, output = llama_cpp.llama_model_get_vocab(model.model), model.tokenize(prompt.encode()), []
     for token in islice(model.generate(ids, temp=0), new_tokens):
         if llama_cpp.llama_vocab_is_eog(vocabulary, token):

@@ -89,7 +89,7 @@ class Evaluator:
         supernet.activate_full_model()
         with torch.no_grad(), computing(self.dtype):
             hidden = self._run(supernet.loaded.embed(self.windows), 0)
-            supernet.activate_ends("fp32", NARROW_HEAD_BITS)
+            supernet.ends.activate("fp32", NARROW_HEAD_BITS)
             kl, _ = self._compare(hidden)
         supernet.activate_full_model()
         return kl

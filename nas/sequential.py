@@ -123,7 +123,7 @@ class _Streams:
         batches = torch.split(windows, max(1, _TOKENS_AT_ONCE // windows.shape[1]))
         supernet.activate_full_model()
         self.full = [self._kept(supernet.loaded.embed(batch)) for batch in batches]
-        supernet.activate_ends(subnet.precision)  # of which the embedding is read
+        supernet.ends.activate(subnet.precision)  # of which the embedding is read
         self.own = [self._kept(supernet.loaded.embed(batch)) for batch in batches]
         #: What the part reads: the stream before it, or before its layer where attention and MLP read the same.
         self._full_read, self._own_read = self.full, self.own

@@ -20,8 +20,9 @@ from torch import nn
 
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
-from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, NARROW_HEAD_BITS, Precision
+from hw_profiles.shapes import BLOCK_BITS, Precision
 from nas.calibration import Statistics, collect
+from nas.ends import Ends
 from nas.families import LoadedModel, fills_memory
 from nas.own_weights import OwnLayers, OwnWeights
 from nas.part_plans import (
@@ -39,8 +40,6 @@ from nas.space import PARTS, SKIPPED, Part, SearchSpace, Subnet
 
 #: Of what is rounded, in files: raise it when they change their meaning.
 _ROUNDING_VERSION = 1
-#: Of a head that is rounded.
-_HEAD_WEIGHTS_AT_ONCE = 2**24
 #: What computes one part of one layer: a size and a precision, weights of a subnet's own, or None, the loaded ones.
 _Active = tuple[int, Precision] | OwnWeights | None
 
@@ -82,8 +81,7 @@ class Supernet:
         ]
         #: Of the full subnet: as loaded, or shifted.
         self._original = self._loaded
-        self._ends = {m: m.weight.detach() for m in (self.model.get_input_embeddings(), loaded.head)}
-        self._tied = loaded.config.tie_word_embeddings
+        self.ends = Ends(loaded)
         self._reform = True
         self._plans: list[dict[Part, PartPlan]] = []
         self._statistics: Statistics | None = None
@@ -94,9 +92,6 @@ class Supernet:
         self._rounded_parts = RoundedParts()
         self._own: dict[Subnet, OwnLayers] = {}
         self._active: dict[tuple[int, Part], _Active] = {(i, p): None for i in range(space.depth) for p in PARTS}
-        self._active_ends: tuple[Precision, int] = ("fp32", 0)
-        self._rounded_ends: dict[Precision, dict[nn.Module, torch.Tensor]] = {}
-        self._narrow_head: QuantizedWeight | None = None
         self._halved = any(tensor.dtype != torch.float32 for tensor in self.model.parameters())
         self.lean = self._halved or (fills_memory(space.base) if lean is None else lean)
         if self.lean:
@@ -115,7 +110,8 @@ class Supernet:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
         self.cache_dir = cache_dir
-        self._statistics, self._narrow_head = collect(self.loaded, windows, cache_dir), None
+        self._statistics = collect(self.loaded, windows, cache_dir)
+        self.ends.prepare(self._statistics)
         self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
         self._forget()
         self._plans = load_plans(self._statistics, cache_dir, self.space.depth, self._sizes, self.output_weight)
@@ -137,14 +133,14 @@ class Supernet:
                     self.activate_part(index, part, layer.size(part), subnet.part_precision(index, part))
                 else:
                     self.install(index, part, own)
-        self.activate_ends(subnet.precision, subnet.head_bits)
+        self.ends.activate(subnet.precision, subnet.head_bits)
 
     def activate_full_model(self) -> None:
         """The model as it was loaded, even where the full subnet has weights of its own, or was shifted."""
         for (layer, part), active in self._active.items():
             if active is not None:
                 self._activate(layer, part, None)
-        self.activate_ends("fp32")
+        self.ends.activate("fp32")
 
     def shift(self, deltas: Sequence[Mapping[str, torch.Tensor]], name: str) -> None:
         """Add fp32 deltas to the full maps, by layer and name within it; what a subnet keeps of a map is shifted alike.
@@ -186,7 +182,7 @@ class Supernet:
         other._original, other._reform, other._statistics = self._original, self._reform, self._statistics
         other._plans = [dict(plans) for plans in self._plans]
         other.prepared_from, other.cache_dir = self.prepared_from, self.cache_dir
-        other._narrow_head = self._narrow_head
+        other.ends = self.ends.over(other.loaded)
         other._forget()
         return other
 
@@ -254,30 +250,6 @@ class Supernet:
     def _of_part(self, layer: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in layer.items() if name.startswith(f"{self.part_name(part)}.")}
 
-    def activate_ends(self, precision: Precision, head_bits: int = 0) -> None:
-        """Round embedding and head as a model of that precision has them, or take them as they are at fp32.
-
-        The head may have bits of its own.
-        """
-        own: Precision = "int8" if HEAD_BITS[precision] == 8 else precision
-        if (own, head_bits) == self._active_ends:
-            return
-        ends = dict(self._ends if own == "fp32" else self._rounded_end_weights(own))
-        if head_bits:
-            ends[self.loaded.head] = dequantize(self.narrow_head())
-        parameters = {id(t): nn.Parameter(t, requires_grad=False) for t in ends.values()}
-        for module, tensor in ends.items():
-            module.weight = parameters[id(tensor)]
-        self._active_ends = own, head_bits
-
-    def _rounded_end_weights(self, precision: Precision) -> dict[nn.Module, torch.Tensor]:
-        if precision not in self._rounded_ends:
-            modules = list(self._ends)
-            embedding = fake_quantize(self._ends[modules[0]].float(), precision)
-            head = embedding if self._tied else fake_quantize(self._ends[modules[1]].float(), precision)
-            self._rounded_ends[precision] = dict(zip(modules, (embedding, head), strict=True))
-        return self._rounded_ends[precision]
-
     def layer_weights(self, subnet: Subnet, layer: int) -> dict[str, torch.Tensor]:
         """Reformed slices of one layer in fp32, not yet rounded, by name within the layer; skipped parts are absent."""
         choice = subnet.layers[layer]
@@ -302,7 +274,7 @@ class Supernet:
         blocks = self.space.model_shape(subnet).blocks
         make = plain_model if is_plain(self.loaded.config, blocks) else heterogeneous_model
         config = copy.deepcopy(self.loaded.config)
-        config.tie_word_embeddings = self._tied and not subnet.head_bits
+        config.tie_word_embeddings = self.ends.tied and not subnet.head_bits
         model = make(config, blocks)
         family = self.loaded.family
         state = {
@@ -310,8 +282,7 @@ class Supernet:
             for index, path in self.extracted_layers(subnet).items()
             for name, tensor in self.layer_weights(subnet, index).items()
         }
-        embedding, head = (tensor.float() for tensor in self._ends.values())
-        head = embedding if self._tied else head
+        embedding, head = self.ends.exact()
         for path in (family.final_norm, *([family.positions] if self.loaded.has_learned_positions else [])):
             state |= {f"{path}.{name}": t.float() for name, t in self.model.get_submodule(path).state_dict().items()}
         state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
@@ -378,7 +349,6 @@ class Supernet:
 
     def quantized(self, subnet: Subnet) -> dict[str, QuantizedWeight]:
         """The integers and scales of every matrix that `subnet` rounds, by name in `extract(subnet)`'s state dict."""
-        family, bits = self.loaded.family, HEAD_BITS[subnet.precision]
         if subnet.bits >= 16:
             return {}
         quantized: dict[str, QuantizedWeight] = {}
@@ -391,30 +361,7 @@ class Supernet:
                 for name, tensor in rounded.items():
                     if isinstance(tensor, QuantizedWeight):
                         quantized[f"{path}.{name}"] = tensor
-        embedding, head = self._ends.values()
-        quantized[f"{family.embedding}.weight"] = quantize(embedding, bits)
-        if subnet.head_bits:
-            quantized[f"{family.head}.weight"] = self.narrow_head()
-        elif not self._tied:
-            quantized[f"{family.head}.weight"] = quantize(head, bits)
-        return quantized
-
-    def narrow_head(self) -> QuantizedWeight:
-        """The head at NARROW_HEAD_BITS: with error feedback, before `prepare` to the nearest."""
-        if self._narrow_head is None:
-            head = list(self._ends.values())[-1]
-            if self._statistics is None:
-                self._narrow_head = quantize(head.float(), NARROW_HEAD_BITS)
-            else:
-                H = self._statistics.head_input
-                rows = max(1, _HEAD_WEIGHTS_AT_ONCE // head.shape[1])  # they do not meet
-                rounded = [round_with_feedback(part.float(), H, NARROW_HEAD_BITS) for part in head.split(rows)]
-                self._narrow_head = QuantizedWeight(
-                    torch.cat([part.integers for part in rounded]),
-                    torch.cat([part.scales for part in rounded]),
-                    NARROW_HEAD_BITS,
-                )
-        return self._narrow_head
+        return quantized | self.ends.quantized(subnet.precision, subnet.head_bits)
 
     def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""

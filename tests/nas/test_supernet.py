@@ -74,7 +74,7 @@ def test_a_large_model_is_put_together_layer_by_layer(tiny, windows, tmp_path, m
         assert torch.equal(_logits(lean, windows, subnet), wanted)
         with torch.no_grad():
             torch.testing.assert_close(lean.loaded.logits(windows), wanted)
-        lean.activate_ends("fp32")
+        lean.ends.activate("fp32")
         assert _places(lean) == loaded
         for name, quantized in roomy.quantized(subnet).items():
             assert torch.equal(quantized.integers, lean.quantized(subnet)[name].integers)
@@ -113,7 +113,7 @@ def test_weights_in_half_precision_are_computed_with_in_fp32(tiny_model, windows
         extracted, theirs = halved.extract(subnet, shared=True), exact.extract(subnet)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(extracted.state_dict()[name], tensor)
-    halved.activate_ends("fp32")
+    halved.ends.activate("fp32")
     assert {tensor.dtype for tensor in halved.model.parameters()} == {torch.bfloat16}
 
 
@@ -203,7 +203,7 @@ def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
     H = collect(loaded, windows, tmp_path).head_input
     torch.testing.assert_close(H, read[0].T @ read[0], rtol=1e-4, atol=1e-3)
     weight = loaded.head.weight
-    assert output_error(weight, supernet.narrow_head(), H) < 0.9 * output_error(weight, quantize(weight, 4), H)
+    assert output_error(weight, supernet.ends.narrow_head(), H) < 0.9 * output_error(weight, quantize(weight, 4), H)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
