@@ -22,10 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: What the chosen subnet must beat: this share of the fastest full model's TPOT, whatever its precision.
+#: What the chosen subnet must beat: this share of the fastest full model's TPOT, whatever its runtime and precision.
 BUDGET_SHARE = 0.85
-RUNTIME = "openvino"
-FORMATS = ("openvino", "onnx", "huggingface")
+#: What each runtime's files are called among the exported ones.
+RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
+FORMATS = ("onnx", "openvino", "huggingface")
 PROMPT = "The capital of France is"
 #: Fewer graphs and rounds than `nas profile` takes by itself, and fewest where graphs are slow: six targets in six
 #: to eight minutes.
@@ -34,7 +35,6 @@ PROFILE_OPTIONS = {
     "profile int8": "--precision int8 --anchors 3 --heldout 9 --repeats 1 --rounds 2",
     "profile fp32": "--precision fp32 --anchors 1 --heldout 2 --repeats 0 --rounds 1",
 }
-RUNTIMES = "--runtime onnxruntime --runtime openvino"
 WORKLOADS = "--prompt-tokens 128 --context-tokens 128"
 
 console = Console()
@@ -87,22 +87,20 @@ class Demo:
         for step, options in PROFILE_OPTIONS.items():
             arguments = [
                 *options.split(),
-                *RUNTIMES.split(),
+                *(option for name in RUNTIMES for option in ("--runtime", name)),
                 *WORKLOADS.split(),
                 "--memory-graphs",
                 "0",
                 *self.profile_options,
             ]
             targets += self.nas("profile", self.model, *arguments, step=step)["targets"]
-        full_tpot_ms = {
-            row["target"].split("/")[1]: row["full_ms"]
-            for row in targets
-            if row["target"].startswith(RUNTIME) and row["phase"] == "decode"
-        }
-        fastest = min(full_tpot_ms, key=lambda precision: full_tpot_ms[precision])
-        budget_ms = BUDGET_SHARE * full_tpot_ms[fastest]
-        console.print(f"budget: TPOT {budget_ms:.2f} ms = {BUDGET_SHARE:.0%} of the fastest full model ({fastest})")
-        study = ("--study", "demo", "--runtime", RUNTIME)
+        full = min((row for row in targets if row["phase"] == "decode"), key=lambda row: row["full_ms"])
+        runtime, fastest = full["target"].split("/")[:2]
+        budget_ms = BUDGET_SHARE * full["full_ms"]
+        console.print(
+            f"budget: TPOT {budget_ms:.2f} ms = {BUDGET_SHARE:.0%} of the fastest full model ({runtime}, {fastest})"
+        )
+        study = ("--study", "demo", "--runtime", runtime)
         self.nas("search", self.model, *study, "--evaluations", str(self.evaluations), "--budget-ms", str(budget_ms),
                  "--seed", str(self.seed))  # fmt: skip
         answer = self.nas("query", *study, "--tpot-ms", str(budget_ms), "--measure", "3")
@@ -112,20 +110,20 @@ class Demo:
                  "--fit" if self.fit else "--no-fit")  # fmt: skip
         self.nas("export", "--study", "demo", "--subnet", "full", "--precision", fastest, "--output", str(full),
                  *formats, "--no-fit", step="export of the full model")  # fmt: skip
-        judged, full_judged = chosen / RUNTIME, full / RUNTIME
+        judged, full_judged = (folder / RUNTIMES[runtime] for folder in (chosen, full))
         limit = ("--tpot-ms", str(budget_ms), "--study", "demo", "--rounds", "8")
         verified = self.nas(
             "verify", str(judged), "--beside", str(full_judged), *limit, "--prompt", PROMPT, may_miss=True
         )
-        others = [str(folder / name) for folder in (chosen, full) for name in FORMATS if name != RUNTIME]
+        others = [str(folder / name) for folder in (chosen, full) for name in FORMATS if name != judged.name]
         compared = self.nas(
             "verify", *others, "--rounds", "3", "--prompt", PROMPT, step="verify the other formats", may_miss=True
         )
         rows = {Path(row["directory"]): row for row in verified["folders"] + compared["folders"]}
         with self.step("perplexity and baselines"):
-            quality = self.perplexities(answer["subnet"], fastest)
+            quality = self.perplexities(answer["subnet"], runtime, fastest)
         with self.step("report"):
-            summary = self.summarise(budget_ms, fastest, answer, rows, quality)
+            summary = self.summarise(budget_ms, runtime, fastest, answer, rows, quality)
         console.print(comparison(summary), *(self.output / name for name in ("summary.json", "report.html")), sep="\n")
         if not all(row["parity_holds"] for row in rows.values()):
             sys.exit("an exported folder does not agree with the supernet; see the table")
@@ -158,7 +156,7 @@ class Demo:
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
-    def perplexities(self, subnet_id: str, full_precision: str) -> dict[str, float]:
+    def perplexities(self, subnet_id: str, runtime: str, full_precision: str) -> dict[str, float]:
         """Perplexity on WikiText-2 test text of the chosen subnet and what it must beat, all in the same arithmetic."""
         from hw_profiles import Store, Workload, detect
         from hw_profiles.shapes import BLOCK_BITS
@@ -174,7 +172,7 @@ class Demo:
             study = Study.load(store, "demo")
             chosen = find_subnet(study, subnet_id, None)
             here = detect()
-            latency = LatencyModel.fit(store, here.id, RUNTIME, here.cores, study.space, Workload("decode", 128))
+            latency = LatencyModel.fit(store, here.id, runtime, here.cores, study.space, Workload("decode", 128))
         loaded = load_model(self.model)
         windows = test_windows(loaded.tokenizer, 8, 512)
         full_width = study.space.width_choices[-1]
@@ -212,7 +210,13 @@ class Demo:
         return result
 
     def summarise(
-        self, budget_ms: float, precision: str, answer: dict[str, Any], rows: dict[Path, Any], quality: dict[str, float]
+        self,
+        budget_ms: float,
+        runtime: str,
+        precision: str,
+        answer: dict[str, Any],
+        rows: dict[Path, Any],
+        quality: dict[str, float],
     ) -> dict[str, Any]:
         from hw_profiles import Store, detect
         from hw_profiles.shapes import BLOCK_BITS
@@ -224,26 +228,26 @@ class Demo:
         here = detect()
         with Store(str(self.output / "llm-nas.db")) as store:
             study = Study.load(store, "demo")
-            data = report_data(store, study, budget_ms, here.id, RUNTIME, here.cores, 128, answer["subnet"])
+            data = report_data(store, study, budget_ms, here.id, runtime, here.cores, 128, answer["subnet"])
 
         def files(which: str) -> dict[str, Any]:
             return {name: rows[self.output / which / name] for name in FORMATS}
 
-        verified = files("chosen")[RUNTIME]
+        verified = files("chosen")[RUNTIMES[runtime]]
         summary = {
             "device": {"name": here.name, "cores": here.cores, "instructions": here.instructions},
             "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)},
             "peak_memory_bytes": peak_memory_bytes(),
             "budget": {
                 "tpot_ms": budget_ms,
-                "runtime": RUNTIME,
+                "runtime": runtime,
                 "precision": precision,
                 # beside the profile's own reference; by the clock the machine has become faster or slower since
                 "remeasured_tpot_ms": verified["tpot_at_profile_speed_ms"],
                 "met": verified["within_budget"],
                 "clock_tpot_ms": verified["tpot_ms"],
                 "met_by_the_clock": verified["tpot_ms"] <= budget_ms,
-                "share_of_full_in_same_run": verified["tpot_ms"] / files("full")[RUNTIME]["tpot_ms"],
+                "share_of_full_in_same_run": verified["tpot_ms"] / files("full")[RUNTIMES[runtime]]["tpot_ms"],
             },
             "full": {
                 "parameters": study.space.base.parameters,
@@ -267,8 +271,8 @@ class Demo:
                 "files": files("chosen"),
             },
             "latency_error": {
-                runtime: {e.phase: asdict(e) for e in data.latency_errors if e.runtime == runtime}
-                for runtime in dict.fromkeys(e.runtime for e in data.latency_errors)
+                name: {e.phase: asdict(e) for e in data.latency_errors if e.runtime == name}
+                for name in dict.fromkeys(e.runtime for e in data.latency_errors)
             },
             "quality_error": {"spearman": data.quality_spearman, "additive_spearman": data.additive_spearman},
             "perplexity_baselines": {
@@ -312,19 +316,18 @@ def comparison(summary: dict[str, Any]) -> Table:
     table = Table("", f"full model, {full['precision']}", f"chosen subnet, {chosen['precision']}")
     table.add_row("parameters", *(f"{side['parameters'] / 1e6:.1f} M" for side in (full, chosen)))
     table.add_row("perplexity, WikiText-2 test", *(f"{side['perplexity']:.2f}" for side in (full, chosen)))
-    predicted = chosen["predicted"]
+    predicted, budget = chosen["predicted"], summary["budget"]
     table.add_row(
-        "TPOT predicted, OpenVINO",
+        f"TPOT predicted, {budget['runtime']}",
         "",
         f"{predicted['tpot_ms']:.2f} ms [{predicted['low']:.2f}, {predicted['high']:.2f}]",
     )
-    budget = summary["budget"]
     verdict = "met" if budget["met"] else "MISSED"
-    table.add_row("TPOT budget, OpenVINO", "", f"{budget['tpot_ms']:.2f} ms, {verdict}")
+    table.add_row(f"TPOT budget, {budget['runtime']}", "", f"{budget['tpot_ms']:.2f} ms, {verdict}")
     remeasured = (
         f"{budget['remeasured_tpot_ms']:.2f} ms at the profile's speed, {budget['clock_tpot_ms']:.2f} by the clock"
     )
-    table.add_row("TPOT re-measured, OpenVINO", "", remeasured)
+    table.add_row(f"TPOT re-measured, {budget['runtime']}", "", remeasured)
     for name in FORMATS:
         both = [side["files"][name] for side in (full, chosen)]
         table.add_section()
