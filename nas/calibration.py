@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hw_profiles.profile import Progress
 from nas.arithmetic import computing, fast_dtype
 from nas.families import LoadedModel
+from nas.stream_checkpoint import StreamCheckpoint
 
 #: Part of every cache key: raise it when what is stored changes its meaning.
 _VERSION = 2
@@ -40,6 +42,9 @@ class LayerStatistics:
     mlp_output: torch.Tensor  # what down_proj reads
 
 
+_MOMENTS = {field.name for field in fields(LayerStatistics)}
+
+
 @dataclass(frozen=True)
 class Statistics:
     """One file per layer in `folder`, and one of what the head reads; `tokens` were summed.
@@ -53,7 +58,11 @@ class Statistics:
     layers: int
 
     def layer(self, index: int) -> LayerStatistics:
-        return LayerStatistics(**load_layer(self.folder, index, {field.name for field in fields(LayerStatistics)}))
+        return LayerStatistics(**load_layer(self.folder, index, _MOMENTS))
+
+    def has_layer(self, index: int) -> bool:
+        """Whether its file is there and sound."""
+        return find_layer(self.folder, index, _MOMENTS) is not None
 
     @property
     def head_input(self) -> torch.Tensor:
@@ -63,13 +72,8 @@ class Statistics:
     @property
     def is_complete(self) -> bool:
         """Whether all files are there and sound."""
-        names = {field.name for field in fields(LayerStatistics)}
-        if not is_complete(self.folder, self.layers, names):
-            return False
-        try:
-            return len(self.head_input) > 0
-        except ValueError:
-            return False
+        is_known = is_complete(self.folder, self.layers, _MOMENTS)
+        return is_known and find_layer(self.folder, self.layers, {_HEAD_INPUT}) is not None
 
 
 def statistics_key(loaded: LoadedModel, windows: torch.Tensor) -> str:
@@ -80,16 +84,30 @@ def statistics_key(loaded: LoadedModel, windows: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Statistics:
-    """Run token windows [N, T] through the model once, or find that pass in `cache_dir`; a damaged one is run again."""
+def collect(
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    cache_dir: Path,
+    progress: Progress = lambda done, total, what: None,
+) -> Statistics:
+    """Run token windows [N, T] through the model once, or find that pass in `cache_dir`.
+
+    One that was killed goes on, a damaged one is run again.
+    """
     key = statistics_key(loaded, windows)
     statistics = Statistics(key, windows.numel(), cache_dir / f"statistics-{key}", len(loaded.layers))
     if statistics.is_complete:
         return statistics
     rows = max(1, _TOKENS_AT_ONCE // windows.shape[1])
     dtype = fast_dtype()
-    batches = [loaded.embed(batch) for batch in torch.split(windows, rows)]
-    for index, layer in enumerate(loaded.layers):
+    checkpoint = StreamCheckpoint(statistics.folder)
+    known = checkpoint.load(streams=1)
+    if known is not None and all(statistics.has_layer(index) for index in range(known[0])):
+        first, (batches,) = known
+    else:
+        first, batches = 0, [loaded.embed(batch) for batch in torch.split(windows, rows)]
+    for index, layer in list(enumerate(loaded.layers))[first:]:
+        progress(index, statistics.layers, f"calibrating layer {index}")
         sums: dict[str, torch.Tensor] = {}
         hooks = [
             layer.get_submodule(path).register_forward_hook(_summing(sums, name, normed))
@@ -101,10 +119,12 @@ def collect(loaded: LoadedModel, windows: torch.Tensor, cache_dir: Path) -> Stat
         for hook in hooks:
             hook.remove()
         save_layer(statistics.folder, index, asdict(LayerStatistics(**sums)))
+        checkpoint.save_if_due(index + 1, batches)
     H = torch.zeros(loaded.shape.hidden_size, loaded.shape.hidden_size)
     for batch in batches:
         add_second_moments(H, loaded.final_norm(batch).flatten(0, -2))
     save_layer(statistics.folder, statistics.layers, {_HEAD_INPUT: H})
+    checkpoint.remove()
     return statistics
 
 
@@ -190,16 +210,17 @@ def load_layer(folder: Path, index: int, names: set[str]) -> dict[str, torch.Ten
     return tensors
 
 
+def find_layer(folder: Path, index: int, names: set[str]) -> dict[str, torch.Tensor] | None:
+    """The same, or None where the file is not there, damaged, or lacks one."""
+    try:
+        return load_layer(folder, index, names)
+    except ValueError:
+        return None
+
+
 def is_complete(folder: Path, layers: int, names: set[str]) -> bool:
     """Whether every layer's file is there and sound."""
-    if not all(_file(folder, index).is_file() for index in range(layers)):
-        return False
-    try:
-        for index in range(layers):
-            load_layer(folder, index, names)
-    except ValueError:
-        return False
-    return True
+    return all(find_layer(folder, index, names) is not None for index in range(layers))
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -269,8 +269,8 @@ def search(
         if task:
             task_loss = ChoiceLoss(loaded, task, limit=task_items)  # and so is what is no task
         study = Study.create(store, study_name, model, loaded.fingerprint, space, protocol.to_dict(), text)
-        note("calibrating and reforming")
-        supernet = open_supernet(loaded, space, protocol, cache, supernet_folder)
+        with progress_bar("prepare") as progress:
+            supernet = open_supernet(loaded, space, protocol, cache, supernet_folder, progress)
         evaluator: Evaluates = open_evaluator(supernet, protocol)
         if task:
             evaluator = TaskEvaluator(evaluator, task_loss)

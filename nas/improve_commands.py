@@ -82,7 +82,10 @@ def refine(
         latency = LatencyModel.fit(
             store, device_id, runtime_name, threads, study.space, workloads[objective], allow_stale=allow_stale
         )
-        supernet, protocol = open_study(study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code)
+        with progress_bar("prepare") as progress:
+            supernet, protocol = open_study(
+                study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code, progress=progress
+            )
         evaluator = open_evaluator(supernet, protocol)
         shared: dict[Subnet, Quality] = {}
         with progress_bar("refine") as progress:

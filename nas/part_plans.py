@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nas.calibration import LayerStatistics, Statistics, is_complete, load_layer, save_layer
+from hw_profiles.profile import Progress
+from nas.calibration import LayerStatistics, Statistics, find_layer, load_layer, save_layer
 from nas.importance import DAMPING, keep_order
 from nas.reformation import Reformed, reform
 from nas.space import PARTS, Part
@@ -39,8 +40,9 @@ def load_plans(
     depth: int,
     sizes: Mapping[Part, Sequence[int]],
     output_weight: Callable[[int, Part], torch.Tensor],
+    progress: Progress = lambda done, total, what: None,
 ) -> list[dict[Part, PartPlan]]:
-    """What `cache_dir` has, or after making it; `sizes` are those kept, ascending to the full one.
+    """What `cache_dir` has, or after making what it lacks; `sizes` are those kept, ascending to the full one.
 
     `output_weight` gives the output map [hidden, inputs] of a whole part of a layer. Orders and weights are kept apart:
     other sizes need other weights, and orders take longer. Tensors are mapped from files, not read into memory.
@@ -49,28 +51,25 @@ def load_plans(
     of_orders = f"{statistics.key} {DAMPING} {_at_once(sizes['mlp'][-1])}"
     orders = cache_folder(cache_dir, "orders", of_orders)
     weights = cache_folder(cache_dir, "supernet", f"{of_orders} {short}")
-    orders_known = is_complete(orders, depth, set(PARTS))
     names = {f"{p}.errors" for p in PARTS} | {f"{p}.{k}" for p in PARTS for k in short[p]}
-    weights_known = is_complete(weights, depth, names)
     plans: list[dict[Part, PartPlan]] = []
     for layer in range(depth):
-        maps = {p: output_weight(layer, p) for p in PARTS}
-        if not (orders_known and weights_known):
+        order, tensors = find_layer(orders, layer, set(PARTS)), find_layer(weights, layer, names)
+        if order is None or tensors is None:
+            progress(layer, depth, f"reforming layer {layer}")
             moments = statistics.layer(layer)
-            if not orders_known:
-                found: dict[str, torch.Tensor] = {
-                    p: part_order(p, maps[p], read_by_output(moments, p), sizes[p][-1]) for p in PARTS
-                }
-                save_layer(orders, layer, found)
-        order = load_layer(orders, layer, set(PARTS))
-        if not weights_known:
+            maps = {p: output_weight(layer, p) for p in PARTS}
+            read = {p: read_by_output(moments, p) for p in PARTS}
+            if order is None:
+                save_layer(orders, layer, {p: part_order(p, maps[p], read[p], sizes[p][-1]) for p in PARTS})
+                order = load_layer(orders, layer, set(PARTS))
             made: dict[str, torch.Tensor] = {}
             for p in PARTS:
-                reformed = part_outputs(maps[p], read_by_output(moments, p), order[p], short[p])
+                reformed = part_outputs(maps[p], read[p], order[p], short[p])
                 made |= {f"{p}.{k}": found.weight for k, found in reformed.items()}
                 made[f"{p}.errors"] = torch.tensor([r.error for r in reformed.values()], dtype=torch.float64)
             save_layer(weights, layer, made)
-        tensors = load_layer(weights, layer, names)
+            tensors = load_layer(weights, layer, names)
         plans.append({})
         for p in PARTS:
             errors = dict(zip(short[p], tensors[f"{p}.errors"].tolist(), strict=True))

@@ -94,13 +94,15 @@ def open_supernet(
     protocol: EvaluationProtocol,
     cache_dir: Path | None,
     tuned: Path | None = None,
+    progress: Progress = lambda done, total, what: None,
 ) -> Supernet:
     """The prepared supernet of a loaded model, from the cache where it was made before.
 
     `tuned` is the folder that all its subnets were tuned in, if `protocol.tuned` names one.
     """
     supernet = Supernet(loaded, space)
-    supernet.prepare(protocol.calibration(loaded.tokenizer), reform=protocol.reform, cache_dir=cache_dir)
+    windows = protocol.calibration(loaded.tokenizer)
+    supernet.prepare(windows, reform=protocol.reform, cache_dir=cache_dir, progress=progress)
     if tuned is not None:
         from nas.supernet_tuning import shift_by
 
@@ -115,6 +117,7 @@ def open_study(
     *,
     tuned: Path | None = None,
     trust_remote_code: bool = False,
+    progress: Progress = lambda done, total, what: None,
 ) -> tuple[Supernet, EvaluationProtocol]:
     """The prepared supernet that a study's trials were made of, of the model at `model` if it has moved.
 
@@ -134,7 +137,7 @@ def open_study(
         raise StudyError(
             f"the text of study {study.name!r} has changed since its search; search again as another study"
         )
-    return open_supernet(loaded, study.space, protocol, cache_dir, tuned), protocol
+    return open_supernet(loaded, study.space, protocol, cache_dir, tuned, progress), protocol
 
 
 def tuned_digest(tuned: Path | None) -> str:

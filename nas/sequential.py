@@ -39,6 +39,7 @@ from nas.own_weights import OwnLayers, OwnWeights, has_own, load_own, load_own_l
 from nas.rounded_parts import RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import PARTS, Part, Subnet
+from nas.stream_checkpoint import StreamCheckpoint
 from nas.supernet import Supernet
 
 #: Ridge relative to each input's own energy.
@@ -65,7 +66,7 @@ def fit_in_sequence(
 ) -> None:
     """Give `subnet` weights of its own in a prepared supernet, from token windows [N, T] or from `cache_dir`.
 
-    The unrounded full model keeps those that it has.
+    A fit that was killed goes on from what `cache_dir` has of it. The unrounded full model keeps those that it has.
     """
     if subnet == supernet.space.full(32):
         return
@@ -78,8 +79,9 @@ def fit_in_sequence(
             supernet.adopt(subnet, load_own(folder, subnet))
             return
     streams = _Streams(supernet, subnet, windows)
-    own: OwnLayers = []
-    for index, layer in enumerate(subnet.layers):
+    checkpoint = StreamCheckpoint(folder)
+    own = [] if folder is None else streams.go_on(checkpoint, folder)
+    for index, layer in list(enumerate(subnet.layers))[len(own) :]:
         own.append({})
         for part in PARTS:
             progress(2 * index + PARTS.index(part), 2 * len(subnet.layers), f"fitting layer {index} {part}")
@@ -94,6 +96,8 @@ def fit_in_sequence(
                 own[index] = load_own_layer(folder, index, subnet)
                 for part, weights in own[index].items():
                     supernet.install(index, part, weights)
+        checkpoint.save_if_due(index + 1, streams.full, streams.own)
+    checkpoint.remove()
     supernet.adopt(subnet, own)
 
 
@@ -127,6 +131,19 @@ class _Streams:
         self.own = [self._kept(supernet.loaded.embed(batch)) for batch in batches]
         #: What the part reads: the stream before it, or before its layer where attention and MLP read the same.
         self._full_read, self._own_read = self.full, self.own
+
+    def go_on(self, checkpoint: StreamCheckpoint, folder: Path) -> OwnLayers:
+        """Layers that an interrupted fit has left in `folder`, the streams moved on behind them; or none."""
+        known = checkpoint.load(streams=2)
+        if known is None:
+            return []
+        layers, (full, own) = known
+        try:
+            fitted = [load_own_layer(folder, index, self.subnet) for index in range(layers)]
+        except ValueError:
+            return []
+        self.full, self.own = ([self._kept(batch) for batch in stream] for stream in (full, own))
+        return fitted
 
     def enter(self, layer: int, part: Part, mended: float, damping: float) -> _Whole:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""

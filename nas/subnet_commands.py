@@ -218,7 +218,10 @@ def open_subnet(
     """The study's supernet, in which `chosen` has its weights from `tuned` or fitted in sequence; how it was tuned."""
     from nas.protocol import fit_winner, open_study
 
-    supernet, protocol = open_study(study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code)
+    with progress_bar("prepare") as progress:
+        supernet, protocol = open_study(
+            study, model, cache, tuned=supernet_folder, trust_remote_code=trust_remote_code, progress=progress
+        )
     if tuned is not None:
         from nas.tuned import adopt_tuned
 

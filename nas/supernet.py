@@ -20,6 +20,7 @@ from torch import nn
 
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
+from hw_profiles.profile import Progress
 from hw_profiles.shapes import BLOCK_BITS, Precision
 from nas.calibration import Statistics, collect
 from nas.ends import Ends
@@ -98,7 +99,14 @@ class Supernet:
             for index, layer in enumerate(self._layers):
                 _run_with(layer, weakref.ref(self), index)
 
-    def prepare(self, windows: torch.Tensor, *, reform: bool = True, cache_dir: Path | None = None) -> None:
+    def prepare(
+        self,
+        windows: torch.Tensor,
+        *,
+        reform: bool = True,
+        cache_dir: Path | None = None,
+        progress: Progress = lambda done, total, what: None,
+    ) -> None:
         """Orders and least-squares weights of every choice from token windows [N, T], or what `cache_dir` has of them.
 
         With `reform` off subnets inherit their weights unchanged (same orders), to show what reformation is worth.
@@ -110,11 +118,21 @@ class Supernet:
             cache_dir = Path(tempfile.mkdtemp(prefix="supernet-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
         self.cache_dir = cache_dir
-        self._statistics = collect(self.loaded, windows, cache_dir)
+        depth = self.space.depth
+        self._statistics = collect(
+            self.loaded, windows, cache_dir, lambda done, _, what: progress(done, 2 * depth, what)
+        )
         self.ends.prepare(self._statistics)
         self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
         self._forget()
-        self._plans = load_plans(self._statistics, cache_dir, self.space.depth, self._sizes, self.output_weight)
+        self._plans = load_plans(
+            self._statistics,
+            cache_dir,
+            depth,
+            self._sizes,
+            self.output_weight,
+            lambda done, _, what: progress(depth + done, 2 * depth, what),
+        )
 
     def plan(self, layer: int, part: Part) -> PartPlan:
         """What `prepare` made for one part; ValueError before it ran."""

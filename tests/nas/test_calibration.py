@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nas import calibration
+from nas import calibration, stream_checkpoint
 from nas.arithmetic import fast_dtype
 from nas.calibration import collect, load_layer
 from nas.families import LoadedModel
@@ -85,3 +85,42 @@ def test_a_damaged_cache_is_made_again(tiny, windows, tmp_path, damage):
     else:
         file.unlink()
     assert torch.equal(collect(tiny(), windows, tmp_path).layer(1).mlp_output, wanted)
+
+
+def test_a_pass_that_was_killed_goes_on(tiny, windows, tmp_path, monkeypatch):
+    whole = collect(tiny(), windows, tmp_path / "whole")
+    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
+
+    def killed(done, total, what):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(tiny(), windows, tmp_path / "killed", killed)
+    ran, run_layer = [], LoadedModel.run_layer
+    monkeypatch.setattr(LoadedModel, "run_layer", lambda *given: ran.append(given[1]) or run_layer(*given))
+    statistics = collect(tiny(), windows, tmp_path / "killed")
+    assert set(ran) == {2}
+    for index in range(3):
+        assert torch.equal(statistics.layer(index).mlp_output, whole.layer(index).mlp_output)
+    assert torch.equal(statistics.head_input, whole.head_input)
+    assert not list(statistics.folder.glob("*streams*"))
+
+
+@pytest.mark.parametrize("damage", ["checkpoint", "layer"])
+def test_a_pass_with_damaged_files_begins_anew(tiny, windows, tmp_path, monkeypatch, damage):
+    wanted = collect(tiny(), windows, tmp_path / "whole").layer(2).mlp_output
+    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
+    done = []
+
+    def killed(layer, total, what):
+        done.append(layer)
+        if layer == 2 and len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(tiny(), windows, tmp_path / "killed", killed)
+    (file,) = (tmp_path / "killed").rglob("streams.safetensors" if damage == "checkpoint" else "layer_001.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(collect(tiny(), windows, tmp_path / "killed", killed).layer(2).mlp_output, wanted)
+    assert done == [0, 1, 2, 0, 1, 2]

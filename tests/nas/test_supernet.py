@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from export.huggingface import write_huggingface
 from export.quantize import dequantize, is_rounded, quantize
-from nas import calibration, families
+from nas import calibration, families, part_plans
 from nas.calibration import collect
 from nas.families import FAMILIES, LoadedModel, wrap
+from nas.part_plans import part_order
 from nas.rounding import output_error
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
@@ -273,6 +274,19 @@ def test_cached_preparation_is_the_same_and_runs_nothing(tiny, windows, tmp_path
     wanted = _logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
     monkeypatch.setattr(LoadedModel, "run_layer", None)
     assert torch.equal(_logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET), wanted)
+
+
+def test_of_an_interrupted_preparation_only_what_is_missing_is_made(tiny, windows, tmp_path, monkeypatch):
+    wanted = _logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
+    for folder in ("orders-*", "supernet-*"):
+        (file,) = tmp_path.glob(f"{folder}/layer_001.safetensors")
+        file.unlink()
+    made, told = [], []
+    monkeypatch.setattr(part_plans, "part_order", lambda *given: made.append(given[0]) or part_order(*given))
+    again = _supernet(tiny(), windows, cache_dir=tmp_path, progress=lambda *given: told.append(given))
+    assert made == ["attention", "mlp"]
+    assert told == [(4, 6, "reforming layer 1")]
+    assert torch.equal(_logits(again, windows, SUBNET), wanted)
 
 
 def test_errors_say_what_to_do(tiny, windows):
