@@ -197,6 +197,7 @@ class Recovery:
             "lora": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
             # learns the text as well, not the full model alone: perplexity may fall while KL rises
             TEXT: TuneSettings("lora", (32,), 64.0, training=training(1e-3, "text")),
+            "lora on both": TuneSettings("lora", (32,), 64.0, training=training(1e-3, "both")),
             "full": TuneSettings("full", training=training(1e-4)),
         }
         sparse = {

@@ -31,7 +31,36 @@ def kl_to_teacher(
 
     Logits of both are c tanh(x / c), c being `cap`, where that is not 0.
     """
+    return _mean_loss(hidden, head, _as_teacher(teacher, teacher_head, dtype, cap), dtype, cap)
 
+
+def next_token_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, cap: float = 0.0
+) -> torch.Tensor:
+    """Mean negative log-likelihood of `targets` [M]."""
+    return _mean_loss(hidden, head, _as_text(targets), dtype, cap)
+
+
+def half_of_each(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_head: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    cap: float = 0.0,
+) -> torch.Tensor:
+    """The mean of both losses, of one product with the head (Hinton et al., arXiv 1503.02531, at temperature 1)."""
+    losses = _as_teacher(teacher, teacher_head, dtype, cap), _as_text(targets)
+
+    def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (kl, probabilities), (nll, certain) = (loss(first, logits) for loss in losses)
+        return kl.add_(nll).div_(2), probabilities.add_(certain).div_(2)
+
+    return _mean_loss(hidden, head, wanted, dtype, cap)
+
+
+def _as_teacher(teacher: torch.Tensor, teacher_head: torch.Tensor, dtype: torch.dtype, cap: float) -> _Wanted:
     def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         p = _logits(teacher[first : first + len(logits)], teacher_head, dtype, cap)
         difference = p - logits
@@ -39,19 +68,21 @@ def kl_to_teacher(
         p.sub_(log_p_sum.unsqueeze(-1)).exp_()
         return torch.linalg.vecdot(p, difference) - log_p_sum + log_q_sum, p
 
-    return _HeadLoss.apply(hidden, head, wanted, dtype, cap)  # type: ignore[no-any-return, no-untyped-call]
+    return wanted
 
 
-def next_token_loss(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, cap: float = 0.0
-) -> torch.Tensor:
-    """Mean negative log-likelihood of `targets` [M]."""
-
+def _as_text(targets: torch.Tensor) -> _Wanted:
     def wanted(first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = targets[first : first + len(logits), None]
         likelihoods = logits.log_softmax(-1).gather(-1, rows).squeeze(-1)
         return -likelihoods, torch.zeros_like(logits).scatter_(-1, rows, 1.0)
 
+    return wanted
+
+
+def _mean_loss(
+    hidden: torch.Tensor, head: torch.Tensor, wanted: _Wanted, dtype: torch.dtype, cap: float
+) -> torch.Tensor:
     return _HeadLoss.apply(hidden, head, wanted, dtype, cap)  # type: ignore[no-any-return, no-untyped-call]
 
 

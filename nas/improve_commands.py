@@ -135,9 +135,12 @@ def tune(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
-    loss: Annotated[str, typer.Option(help="kl: to the full model; text: likelihood of the text itself.")] = "kl",
+    loss: Annotated[
+        str, typer.Option(help="kl: to the full model; text: likelihood of the text itself; both: their mean.")
+    ] = "kl",
     block_weight: Annotated[
-        float, typer.Option(help="Of the distance from the full model behind each layer, in the loss beside kl.")
+        float,
+        typer.Option(help="Of the distance from the full model behind each layer, in the loss beside kl or both."),
     ] = 0.0,
     sandwich: Annotated[
         bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")

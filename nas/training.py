@@ -22,11 +22,11 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from hw_profiles.profile import Progress
 from nas.adapters.elastic import Sampling
 from nas.arithmetic import fast_dtype
-from nas.distillation import kl_to_teacher, next_token_loss
+from nas.distillation import half_of_each, kl_to_teacher, next_token_loss
 from nas.families import LoadedModel
 
-#: kl: to the full model's distribution of the next token. text: the likelihood of the text itself.
-Loss = Literal["kl", "text"]
+#: kl: to the full model's distribution of the next token. text: the likelihood of the text itself. both: their mean.
+Loss = Literal["kl", "text", "both"]
 
 
 class Elastic(Protocol):
@@ -46,9 +46,9 @@ class Elastic(Protocol):
 class TrainingSettings:
     """A step takes `batch` windows, `accumulation` times. It ends after `steps`, or `max_minutes` if that is sooner.
 
-    The learning rate rises over the first 5 % of that and falls along a cosine to 0. Beside `kl`, `block_weight` times
-    the mean of 1 - cos between what student and full model hold behind each layer is part of the loss, as in Puzzle
-    (arXiv 2411.19146).
+    The learning rate rises over the first 5 % of that and falls along a cosine to 0. Where the full model is asked at
+    all, by `kl` or `both`, `block_weight` times the mean of 1 - cos between what student and full model hold behind
+    each layer is part of the loss, as in Puzzle (arXiv 2411.19146).
     """
 
     steps: int = 400
@@ -71,9 +71,9 @@ class TrainingSettings:
         for value, known in ((self.loss, get_args(Loss)), (self.sampling, get_args(Sampling))):
             if value not in known:
                 raise ValueError(f"wanted one of {', '.join(known)}, got {value}")
-        if not 0 <= self.block_weight < math.inf or (self.block_weight and self.loss != "kl"):
+        if not 0 <= self.block_weight < math.inf or (self.block_weight and self.loss == "text"):
             raise ValueError(
-                f"wanted a block weight of 0 or more, and 0 where the loss is not kl, got {self.block_weight:g} with "
+                f"wanted a block weight of 0 or more, and 0 where the loss is text, got {self.block_weight:g} with "
                 f"{self.loss}"
             )
 
@@ -233,7 +233,7 @@ class _Distillation(Trainer):
         tokens = inputs["input_ids"]
         target, target_head = None, self.teacher.head.weight
         with _heard(self._whole_layers) as wanted:
-            if self.settings.loss == "kl":
+            if self.settings.loss != "text":
                 with torch.no_grad():
                     target = self._read(self.teacher.model, tokens)
         losses, distances = [], []
@@ -263,11 +263,13 @@ class _Distillation(Trainer):
         self, hidden: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor | None, target_head: torch.Tensor
     ) -> torch.Tensor:
         """Of what the student's head reads, [N, T, D]; `target` is what the teacher's reads."""
+        how = _dtype(), self.teacher.logit_cap
+        if target is not None and self.settings.loss != "both":
+            return kl_to_teacher(hidden.flatten(0, 1), self._head, target.flatten(0, 1), target_head, *how)
+        read, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # nothing follows the last position
         if target is None:
-            targets = tokens[:, 1:].flatten()
-            return next_token_loss(hidden[:, :-1].flatten(0, 1), self._head, targets, _dtype(), self.teacher.logit_cap)
-        flat = (hidden.flatten(0, 1), self._head, target.flatten(0, 1), target_head)
-        return kl_to_teacher(*flat, _dtype(), self.teacher.logit_cap)
+            return next_token_loss(read, self._head, targets, *how)
+        return half_of_each(read, self._head, target[:, :-1].flatten(0, 1), target_head, targets, *how)
 
     @property
     def _head(self) -> torch.Tensor:

@@ -120,8 +120,9 @@ class Tuned:
         """For people."""
         if self.settings.method == "prune":
             return f"{self.sparsity:.0%} of its projections' weights set to 0 by {self.settings.pruning}"
-        against = "against the full model" if self.settings.training.loss == "kl" else "on text"
-        return f"tuned by {self.settings.method} for {self.steps} steps, {self.tokens:,} tokens, {against}"
+        towards = {"kl": "against the full model", "text": "on text", "both": "against the full model and on text"}
+        aim = towards[self.settings.training.loss]
+        return f"tuned by {self.settings.method} for {self.steps} steps, {self.tokens:,} tokens, {aim}"
 
 
 def begin(folder: Path, supernet: Supernet, windows: torch.Tensor, *others: str) -> Path:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nas.distillation import kl_to_teacher, next_token_loss
+from nas.distillation import half_of_each, kl_to_teacher, next_token_loss
 
 
 @pytest.fixture
@@ -43,6 +43,25 @@ def test_next_token_loss_and_its_gradient_are_cross_entropy(head_inputs: tuple[t
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     loss = next_token_loss(ours, head, targets, torch.float32, cap)
     wanted = F.cross_entropy(_capped(plain @ head.T, cap), targets)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    loss.backward()
+    wanted.backward()
+    assert ours.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_half_of_each_is_the_mean_of_both_and_of_their_gradients(
+    head_inputs: tuple[torch.Tensor, ...], cap: float
+) -> None:
+    hidden, head, teacher, teacher_head = head_inputs
+    targets = torch.randint(0, len(head), (len(hidden),), generator=torch.Generator().manual_seed(1))
+    ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = half_of_each(ours, head, teacher, teacher_head, targets, torch.float32, cap)
+    log_q = _capped(plain @ head.T, cap).log_softmax(-1)
+    log_p = _capped(teacher @ teacher_head.T, cap).log_softmax(-1)
+    wanted = (F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") + F.nll_loss(log_q, targets)) / 2
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     loss.backward()
     wanted.backward()

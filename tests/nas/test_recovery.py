@@ -15,7 +15,7 @@ from nas.recovery import tune
 from nas.sequential import fit_in_sequence
 from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
-from nas.training import TrainingSettings, last_checkpoint
+from nas.training import Loss, TrainingSettings, last_checkpoint
 from nas.tuned import TUNED_FILE, Tuned, TuneSettings, adopt_tuned
 
 TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3)
@@ -157,6 +157,17 @@ def test_the_full_model_may_be_tuned_beside_itself(make: Make, windows: torch.Te
     assert tuned.after.kl > 0
     assert not torch.equal(_logits(supernet, full, windows), wanted)
     assert evaluator.evaluate_full_model().kl == 0
+
+
+def test_the_mean_of_both_losses_lies_between_them(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    after = {}
+    losses: list[Loss] = ["kl", "both", "text"]
+    for loss in losses:
+        supernet, evaluator = make()
+        settings = replace(SETTINGS["lora"], training=replace(TRAINING, loss=loss))
+        after[loss] = tune(supernet, _subnet(32), windows, evaluator, settings, tmp_path / loss).after
+    assert after["kl"].kl < after["both"].kl < after["text"].kl
+    assert after["kl"].perplexity > after["both"].perplexity > after["text"].perplexity
 
 
 class _StopError(Exception):
