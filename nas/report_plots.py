@@ -119,7 +119,7 @@ def pareto_figure(data: ReportData) -> Figure:
             axes.axvline(limit_ms, color=INK, linewidth=1, linestyle=(0, (4, 3)), gid="budget")
             top = (limit_ms, 1.0)
             axes.annotate(
-                f"budget {limit_ms:g} ms", top, (0, 4), ("data", "axes fraction"), "offset points", ha="center"
+                f"budget {limit_ms:.4g} ms", top, (0, 4), ("data", "axes fraction"), "offset points", ha="center"
             )
         front = pareto_front(np.column_stack([tpot_ms, kl]))
         axes.step(tpot_ms[front], kl[front], where="post", color=INK, linewidth=1.1, zorder=1.5, gid="front")
