@@ -165,7 +165,7 @@ MISTAKES = {
     ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
     ("tune", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--method", "magic"): "wanted a method out of lora",
-    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--loss", "l1"): "wanted one of kl, text, both, got l1",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--loss", "l1"): "one of kl, text, both, got l1",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--rank", "8", "--rank", "4"): "lora has one rank",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--pattern", "4:2"): "wanted a pattern N:M",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--method", "losa"): "losa makes weights sparse",
