@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nas import stream_checkpoint
 from nas.families import LoadedModel, wrap
 
 #: Of two layers in three a window shorter than `windows`, and scores unlike any default.
@@ -83,6 +84,26 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def tiny() -> Callable[..., LoadedModel]:
     return _tiny
+
+
+class InterruptedOnce:
+    """A progress that is told of steps, and interrupts when `at` is begun for the first time."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.begun: list[int] = []
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.begun.append(done)
+        if done == self.at and self.begun.count(done) == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], InterruptedOnce]:
+    """With streams kept before every layer."""
+    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
+    return InterruptedOnce
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nas import calibration, stream_checkpoint
+from nas import calibration
 from nas.arithmetic import fast_dtype
 from nas.calibration import collect, load_layer
 from nas.families import LoadedModel
@@ -87,16 +87,10 @@ def test_a_damaged_cache_is_made_again(tiny, windows, tmp_path, damage):
     assert torch.equal(collect(tiny(), windows, tmp_path).layer(1).mlp_output, wanted)
 
 
-def test_a_pass_that_was_killed_goes_on(tiny, windows, tmp_path, monkeypatch):
+def test_a_pass_that_was_killed_goes_on(tiny, windows, tmp_path, monkeypatch, interrupted_at):
     whole = collect(tiny(), windows, tmp_path / "whole")
-    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
-
-    def killed(done, total, what):
-        if done == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        collect(tiny(), windows, tmp_path / "killed", killed)
+        collect(tiny(), windows, tmp_path / "killed", interrupted_at(2))
     ran, run_layer = [], LoadedModel.run_layer
     monkeypatch.setattr(LoadedModel, "run_layer", lambda *given: ran.append(given[1]) or run_layer(*given))
     statistics = collect(tiny(), windows, tmp_path / "killed")
@@ -108,19 +102,12 @@ def test_a_pass_that_was_killed_goes_on(tiny, windows, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["checkpoint", "layer"])
-def test_a_pass_with_damaged_files_begins_anew(tiny, windows, tmp_path, monkeypatch, damage):
+def test_a_pass_with_damaged_files_begins_anew(tiny, windows, tmp_path, interrupted_at, damage):
     wanted = collect(tiny(), windows, tmp_path / "whole").layer(2).mlp_output
-    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
-    done = []
-
-    def killed(layer, total, what):
-        done.append(layer)
-        if layer == 2 and len(done) == 3:
-            raise KeyboardInterrupt
-
+    progress = interrupted_at(2)
     with pytest.raises(KeyboardInterrupt):
-        collect(tiny(), windows, tmp_path / "killed", killed)
+        collect(tiny(), windows, tmp_path / "killed", progress)
     (file,) = (tmp_path / "killed").rglob("streams.safetensors" if damage == "checkpoint" else "layer_001.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
-    assert torch.equal(collect(tiny(), windows, tmp_path / "killed", killed).layer(2).mlp_output, wanted)
-    assert done == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(collect(tiny(), windows, tmp_path / "killed", progress).layer(2).mlp_output, wanted)
+    assert progress.begun == [0, 1, 2, 0, 1, 2]

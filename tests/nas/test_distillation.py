@@ -17,6 +17,16 @@ def _capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def _assert_same(loss: torch.Tensor, wanted: torch.Tensor, ours: torch.Tensor, plain: torch.Tensor) -> None:
+    """Both losses, and the gradients of three times each at `ours` and `plain`."""
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (3 * loss).backward()
+    (3 * wanted).backward()
+    assert ours.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_kl_and_its_gradient_are_those_of_plain_torch(head_inputs: tuple[torch.Tensor, ...], cap: float) -> None:
     hidden, head, teacher, teacher_head = head_inputs
@@ -28,12 +38,7 @@ def test_kl_and_its_gradient_are_those_of_plain_torch(head_inputs: tuple[torch.T
         log_target=True,
         reduction="batchmean",
     )
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    (3 * loss).backward()
-    (3 * wanted).backward()
-    assert ours.grad is not None
-    assert plain.grad is not None
-    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
+    _assert_same(loss, wanted, ours, plain)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -43,12 +48,7 @@ def test_next_token_loss_and_its_gradient_are_cross_entropy(head_inputs: tuple[t
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     loss = next_token_loss(ours, head, targets, torch.float32, cap)
     wanted = F.cross_entropy(_capped(plain @ head.T, cap), targets)
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    loss.backward()
-    wanted.backward()
-    assert ours.grad is not None
-    assert plain.grad is not None
-    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
+    _assert_same(loss, wanted, ours, plain)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -62,12 +62,7 @@ def test_half_of_each_is_the_mean_of_both_and_of_their_gradients(
     log_q = _capped(plain @ head.T, cap).log_softmax(-1)
     log_p = _capped(teacher @ teacher_head.T, cap).log_softmax(-1)
     wanted = (F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") + F.nll_loss(log_q, targets)) / 2
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    loss.backward()
-    wanted.backward()
-    assert ours.grad is not None
-    assert plain.grad is not None
-    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-7, rtol=1e-4)
+    _assert_same(loss, wanted, ours, plain)
 
 
 def test_half_precision_products_still_sum_in_fp32(head_inputs: tuple[torch.Tensor, ...]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from export.quantize import dequantize
-from nas import calibration, sequential, stream_checkpoint
+from nas import calibration, sequential
 from nas.families import LoadedModel
 from nas.importance import keep_order
 from nas.sequential import fit_in_sequence
@@ -217,22 +217,15 @@ def test_cached_weights_are_the_same_and_nothing_runs(supernet, tiny, windows, b
 
 
 @pytest.mark.parametrize("bits", [32, 4])
-def test_a_fit_that_was_killed_goes_on(supernet, windows, tmp_path, monkeypatch, bits):
+def test_a_fit_that_was_killed_goes_on(supernet, windows, tmp_path, interrupted_at, bits):
     subnet = Subnet(LAYERS, bits)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "whole")
     wanted = _logits(supernet, windows, subnet)
     supernet.prepare(windows)  # forgets what it adopted
-    monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
-    done = []
-
-    def killed(part, total, what):
-        done.append(part)
-        if part == 3 and len(done) == 4:
-            raise KeyboardInterrupt
-
+    progress = interrupted_at(3)
     with pytest.raises(KeyboardInterrupt):
-        fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=killed)
-    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=killed)
-    assert done == [0, 1, 2, 3, 2, 3, 4, 5]
+        fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=progress)
+    fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=progress)
+    assert progress.begun == [0, 1, 2, 3, 2, 3, 4, 5]
     assert torch.equal(_logits(supernet, windows, subnet), wanted)
     assert not list(tmp_path.rglob("*streams*"))
