@@ -174,8 +174,12 @@ class _Clock(TrainerCallback, ExportableState):
         by_time = 0.0 if limit is None else self.seconds / (60 * limit)
         return min(1.0, max(self.step / self.settings.steps, by_time))
 
-    def learning_rate_factor(self) -> float:
-        return min(self.fraction / 0.05, 1.0) * (1 + math.cos(math.pi * self.fraction)) / 2
+    def learning_rate_factor(self, step: int) -> float:
+        """Of the step behind `step` others: what holds at its middle, so that none is lost at either end."""
+        limit = self.settings.max_minutes
+        by_time = 0.0 if limit is None else self.seconds / (60 * limit) * (step + 0.5) / max(step, 1)
+        fraction = min(1.0, max((step + 0.5) / self.settings.steps, by_time))
+        return min(fraction / 0.05, 1.0) * (1 + math.cos(math.pi * fraction)) / 2
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.seconds}}
@@ -225,7 +229,7 @@ class _Distillation(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda _: self.clock.learning_rate_factor()
+            optimizer or self.optimizer, self.clock.learning_rate_factor
         )
         return self.lr_scheduler
 

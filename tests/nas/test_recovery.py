@@ -164,7 +164,7 @@ def test_the_mean_of_both_losses_lies_between_them(make: Make, windows: torch.Te
     losses: list[Loss] = ["kl", "both", "text"]
     for loss in losses:
         supernet, evaluator = make()
-        settings = replace(SETTINGS["lora"], training=replace(TRAINING, loss=loss))
+        settings = replace(SETTINGS["full"], training=replace(SETTINGS["full"].training, loss=loss))
         after[loss] = tune(supernet, _subnet(32), windows, evaluator, settings, tmp_path / loss).after
     assert after["kl"].kl < after["both"].kl < after["text"].kl
     assert after["kl"].perplexity > after["both"].perplexity > after["text"].perplexity
@@ -248,6 +248,13 @@ def test_products_in_bf16_train_alike(
     rough = run(tmp_path / "rough")
     assert rough.after.kl != exact.after.kl
     assert rough.after.kl == pytest.approx(exact.after.kl, rel=0.1)
+
+
+def test_no_step_is_lost_to_the_schedule(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    one = replace(SETTINGS["full"], training=replace(TRAINING, steps=1))
+    tuned = tune(supernet, _subnet(32), windows, evaluator, one, tmp_path)
+    assert tuned.after.kl < tuned.before.kl
 
 
 def test_time_ends_a_run(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_all_subnets_are_tuned_once_and_shift_another_process(
 
     supernet, tuned = run(tmp_path / "whole", None)
     assert len(tuned.kl) == 2
-    assert all(after < 0.95 * before for before, after in tuned.kl.values())
+    assert all(after < 0.98 * before for before, after in tuned.kl.values())
     judged = Evaluator(supernet, windows[:4])
     assert [judged.evaluate(replace(s, bits=32)).kl for s in SUBNETS] == [after for _, after in tuned.kl.values()]
     with pytest.raises(_StopError):
