@@ -35,6 +35,8 @@ HalfMatrix = NDArray[np.float16] | NDArray[np.uint16]
 
 #: Beyond those that a shape has learned: timing goes on for some steps behind the longest context.
 _FURTHER_POSITIONS = 128
+#: Those that a rotary model for timing can be fed: tables in ONNX files are so long.
+TIMED_POSITIONS = 2**15
 #: Rotary embeddings whose frequencies are fixed beforehand, whatever the length of the text.
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -277,7 +279,7 @@ def random_decoder(shape: ModelShape, precision: Precision, seed: int = 0) -> De
         local_inverse_frequencies=frequencies,
         attention_scale=shape.head_dim**-0.5,
         norm_eps=1e-5,
-        max_position_embeddings=positions + _FURTHER_POSITIONS if positions else 8192,
+        max_position_embeddings=positions + _FURTHER_POSITIONS if positions else TIMED_POSITIONS + _FURTHER_POSITIONS,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,11 @@ from hw_profiles.profile import Progress
 from hw_profiles.runtimes import Runtime, runtime
 from hw_profiles.shapes import PRECISIONS
 from hw_profiles.untrusted import MAX_ROUNDS, MAX_THREADS
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, and no lock there
+    fcntl = None  # type: ignore[assignment]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -71,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
         plan = pack.plan
         targets = chosen_targets(plan, arguments.runtime, arguments.precision)
         engines = {name: _engine(name) for name, _ in targets}
-        results = MeasuredFile(arguments.output, device, plan.reference)
         with _scratch(arguments.output) as scratch:
+            results = MeasuredFile(arguments.output, device, plan.reference)
             run_pack(
                 pack,
                 results,
@@ -94,15 +100,35 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the output, cleared of what a killed run left: a board's temporary folder is often memory."""
+    """A folder beside the output, cleared of what a killed run left: a board's temporary folder is often memory.
+
+    ValueError while another run has it: the output is rewritten whole by whoever adds to it.
+    """
     folder = output.with_name(output.name + ".unpacked")
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    with _locked(folder, f"another run writes {output}; wait for it, or give another --output"):
+        for left in folder.iterdir():
+            shutil.rmtree(left)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path, refusal: str) -> Iterator[None]:
+    """The lock goes with the process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield folder
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(refusal) from None
     finally:
-        shutil.rmtree(folder)
+        os.close(descriptor)
 
 
 def _engine(name: str) -> Runtime:
@@ -141,6 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
     except (ValueError, RuntimeError) as error:  # the latter is what runtimes raise for files they refuse
         return _fail(str(error), EXIT_BAD_INPUT)
+    except MemoryError as error:
+        return _fail(
+            f"there is not memory enough: {error or 'nothing more was to be had'}; ask for less", EXIT_BAD_INPUT
+        )
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_BAD_INPUT)
     return 0

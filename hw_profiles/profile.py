@@ -46,7 +46,7 @@ BATCH_GRAPHS = 8
 
 
 class ProfileError(RuntimeError):
-    """Some graphs could not be built or loaded; the others are stored."""
+    """Some graphs could not be built, loaded or run; the others are stored."""
 
 
 class Results(Protocol):
@@ -81,10 +81,10 @@ def profile(
     A shared machine has slow spells, in which small graphs lose more than large ones: some batches that fell into one
     are timed again at the end.
     The plan's graphs with role reference, the full model first, are in every batch, as far as they fit the memory.
-    What was timed with another version of the runtime counts as lacking, and stays in the results. Workloads that come
-    to an earlier profile get the milliseconds that the references would have taken then.
-    A graph that cannot be built or loaded is left out, and a ProfileError at the end names it. The files of a batch lie
-    under `scratch`, by default the system's temporary folder, while it is timed.
+    What was timed with another version of the runtime counts as lacking, and stays in the results. What comes to an
+    earlier profile, graphs or workloads, gets the milliseconds that the references would have taken then.
+    A graph that cannot be built, loaded or run is left out, and a ProfileError at the end names it. The files of a
+    batch lie under `scratch`, by default the system's temporary folder, while it is timed.
     """
     references = [graph.shape for graph in planned if graph.role == "reference"]
     if not references:
@@ -98,6 +98,7 @@ def profile(
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     beside = _references_in_memory(references, target.precision, memory_bytes)
     run = _Run(results, target, beside, build, runtime, rounds, decode_steps, scratch)
+    run.remember_speed()
     pending = run.pending(planned, workloads)
     done = len(planned) - sum(map(len, pending.values()))
     progress(done, len(planned), f"{done} graphs are stored already")
@@ -136,8 +137,8 @@ def profile(
     if failures:
         graph, error = failures[0]
         raise ProfileError(
-            f"{len(failures)} of {len(planned)} graphs could not be built or loaded for {target.key}, the first being "
-            f"{graph.role} {graph.shape.id}: {error}; the others are stored, run again to retry"
+            f"{len(failures)} of {len(planned)} graphs could not be built, loaded or run for {target.key}, the first "
+            f"being {graph.role} {graph.shape.id}: {error}; the others are stored, run again to retry"
         ) from error
 
 
@@ -154,7 +155,9 @@ class _Run:
     rounds: int
     decode_steps: int
     scratch: Path | None
-    #: Of references on workloads that came later: their speed now, relative to when the others were timed.
+    #: What each reference took by what was stored before this call.
+    earlier_ms: dict[tuple[str, Workload], float] = field(default_factory=dict)
+    #: Of references: their speed now, relative to when what is stored was timed.
     speed: dict[tuple[str, Workload], float] = field(default_factory=dict)
     #: Geometric means of every batch timed by this call.
     references_ms: dict[Workload, list[float]] = field(default_factory=dict)
@@ -178,6 +181,11 @@ class _Run:
             if missing:
                 groups.setdefault(missing, []).append(graph)
         return groups
+
+    def remember_speed(self) -> None:
+        """That of what is stored, before anything is added."""
+        for shape in self.references:
+            self.earlier_ms.update({(shape.id, work): value_ms for work, value_ms in self.known_ms(shape).items()})
 
     def known_ms(self, reference: ModelShape) -> dict[Workload, float]:
         """What it takes on the workloads that it was timed on."""
@@ -265,7 +273,7 @@ class _Run:
         references: Mapping[str, Session],
         seed: int,
     ) -> tuple[list[Measurement], list[tuple[PlannedGraph, Exception]]]:
-        """Build, load and time a batch; also returns the graphs that could not be built or loaded, and why."""
+        """Build, load and time a batch; also returns the graphs that could not be built, loaded or run, and why."""
         found: list[Measurement] = []
         failed: list[tuple[PlannedGraph, Exception]] = []
         sessions = dict(references)
@@ -279,9 +287,20 @@ class _Run:
                 else:
                     sessions[graph.shape.id] = session
             loaded = [graph for graph in batch if graph.shape.id in sessions]
+            error: Exception | None = None
             if loaded:
-                found = self._measurements(loaded, sessions, workloads, seed)
+                try:
+                    found = self._measurements(loaded, sessions, workloads, seed)
+                except Exception as raised:  # what a runtime raises while it runs is its own affair
+                    error = raised
             sessions.clear()  # before their files go
+        if error is not None and len(loaded) > 1:  # by one of them
+            for graph in loaded:
+                alone, why = self.time_batch([graph], workloads, references, seed)
+                found += alone
+                failed += why
+        elif error is not None:
+            failed.append((loaded[0], error))
         return found, failed
 
     def in_another_state(self, found: Sequence[Measurement]) -> bool:
@@ -305,6 +324,10 @@ class _Run:
             decode_steps=self.decode_steps,
             seed=seed,
         )
+        for work in workloads:
+            for name, now_ms in timings[self.full.id, work].references_ms.items():
+                if (name, work) in self.earlier_ms:
+                    self.speed.setdefault((name, work), self.earlier_ms[name, work] / now_ms)
         return [self._measurement(graph, work, timings[graph.shape.id, work]) for graph in graphs for work in workloads]
 
     def _measurement(self, graph: PlannedGraph, workload: Workload, timing: Timing) -> Measurement:

@@ -40,8 +40,12 @@ def usable(measurements: Sequence[Measurement], installed: str | None, allow_sta
     chosen = [found for found in measurements if best[_graph(found)] is found]
     if allow_stale:
         return chosen
-    # a profile that leans on another has no table; the anchors come after it
-    whole = {(m.target, m.workload) for m in chosen if m.role == "anchor" and m.runtime_version == wanted}
+    # a profile that leans on another has no table; of one that will have it, anchors may come first
+    of_wanted = [found for found in chosen if found.runtime_version == wanted]
+    anchored, with_table = (
+        {(m.target, m.workload) for m in of_wanted if m.role == role} for role in ("anchor", "table")
+    )
+    whole = anchored - with_table
     outdated = [
         found
         for found in chosen
@@ -51,7 +55,7 @@ def usable(measurements: Sequence[Measurement], installed: str | None, allow_sta
     ]
     if outdated:
         raise StaleProfileError(_complaint(outdated, wanted, installed is not None))
-    return [found for found in chosen if found.runtime_version == wanted]
+    return of_wanted
 
 
 def _graph(found: Measurement) -> object:

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Engine, create_engine, event, inspect, select
+from sqlalchemy import URL, Engine, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -111,7 +111,7 @@ class Store:
             query = query.filter_by(reference_id=reference_id)
         if runtime_version is not None:
             query = query.filter_by(runtime_version=runtime_version)
-        with self.transaction() as session:
+        with self.transaction() as session, self._readable_rows():
             found = [_from_row(row) for row in session.scalars(query)]
         profile_ms = _profile_ms(found)
         return [
@@ -125,7 +125,7 @@ class Store:
         query = select(MemoryMeasurementRow).order_by(MemoryMeasurementRow.id).filter_by(**asdict(target))
         if reference_id is not None:
             query = query.filter_by(reference_id=reference_id)
-        with self.transaction() as session:
+        with self.transaction() as session, self._readable_rows():
             return [_from_memory_row(row) for row in session.scalars(query)]
 
     def targets(self) -> list[Target]:
@@ -170,6 +170,16 @@ class Store:
         session.execute(insert(table).on_conflict_do_nothing(), rows)
 
     @contextmanager
+    def _readable_rows(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StoreError(
+                f"{self.where} holds a row that this version cannot read ({type(error).__name__}: {error}); restore a "
+                "copy, or use the llm-nas that wrote it"
+            ) from error
+
+    @contextmanager
     def transaction(self) -> Iterator[Session]:
         """Commit at the end or roll everything back; the database's errors come out as one sentence."""
         try:
@@ -207,8 +217,9 @@ def _remedy(reason: str) -> str:
 def _engine(url: str) -> Engine:
     """Connects to nothing yet. StoreError where the URL or its driver cannot be used."""
     try:
-        parsed = make_url(url if "://" in url else f"sqlite:///{url}")
-    except ArgumentError as error:
+        # a path may hold what has a meaning in URLs
+        parsed = make_url(url) if "://" in url else URL.create("sqlite", database=url)
+    except (ArgumentError, ValueError) as error:
         raise StoreError(f"wanted a path or a URL such as postgresql://user@host/name, got {url}: {error}") from error
     where = parsed.render_as_string(hide_password=True)
     if parsed.drivername in ("postgres", "postgresql"):
@@ -220,8 +231,8 @@ def _engine(url: str) -> Engine:
         )
     try:
         engine = create_engine(parsed, pool_pre_ping=True)  # a profile leaves its connection idle for minutes
-    except ArgumentError as error:
-        raise StoreError(f"{where}: {error}") from error
+    except (ArgumentError, ValueError) as error:
+        raise StoreError(f"{where} names an option that the database does not have: {error}") from error
     except ImportError as error:
         raise StoreError(
             f"{where} needs a driver that is not installed ({error}); "
@@ -287,7 +298,7 @@ def _from_row(row: MeasurementRow) -> Measurement:
         ratio=row.ratio,
         spread_ratio=row.spread_ratio,
         repeats=row.repeats,
-        references_ms=json.loads(row.references_ms),
+        references_ms={shape_id: float(ms) for shape_id, ms in json.loads(row.references_ms).items()},
         affinity=row.affinity,
         **_key_fields(row),
     )

@@ -6,6 +6,7 @@ Each refusal is a ValueError of one sentence: which field, what was wanted, what
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, get_args
@@ -13,13 +14,15 @@ from typing import TypeVar, get_args
 from hw_profiles.runtimes import RUNTIMES, is_runtime_name
 from hw_profiles.shapes import HIDDEN_ACTS, NARROW_HEAD_BITS, WIDE_BITS, BlockShape, ModelShape, Phase, Workload
 
-#: More than any decoder or board has, and little enough that no product of two overflows or fills a memory.
+#: More than any decoder or board has, and little enough that no product of two overflows.
 MAX_BLOCKS = 1024
 MAX_BLOCK_SIZE = 2**20
 MAX_HEADS = 2**14
 MAX_VOCAB_SIZE = 2**24
 MAX_TOKENS = 2**20
 MAX_BATCH_SIZE = 2**10
+#: Over all sequences; what a cache of so many takes is up to the model.
+MAX_POSITIONS = 2**21
 MAX_THREADS = 2**12
 MAX_ROUNDS = 1000
 MAX_CAP = 1e6
@@ -209,7 +212,8 @@ def workload(fields: Fields) -> Workload:
     """Takes the fields of a Workload out of an object that may have others."""
     phase = fields.choice("phase", _PHASES)
     tokens = fields.integer("tokens", 1 if phase == "prefill" else 0, MAX_TOKENS)
-    return Workload(phase, tokens, fields.integer("batch_size", 1, MAX_BATCH_SIZE))
+    most = min(MAX_BATCH_SIZE, MAX_POSITIONS // max(tokens, 1))
+    return Workload(phase, tokens, fields.integer("batch_size", 1, most))
 
 
 def runtime_name(fields: Fields) -> str:
@@ -234,8 +238,8 @@ def same_model(shape: ModelShape, reference: ModelShape, fields: Fields) -> None
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the key {_short(twice)} is there twice")
     return fields
 

@@ -384,6 +384,10 @@ def main() -> None:
         code = fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
     except (ValueError, ImportError, RuntimeError) as error:  # the last is what runtimes raise for files they refuse
         code = fail(str(error), EXIT_BAD_INPUT)
+    except MemoryError as error:
+        code = fail(
+            f"there is not memory enough: {error or 'nothing more was to be had'}; ask for less", EXIT_BAD_INPUT
+        )
     except SafetensorError as error:
         code = fail(safetensors_error_sentence(error), EXIT_BAD_INPUT)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from export import BUILDERS, FORMAT_OF_RUNTIME, ProfiledReferences
 from export.artefact import Format
+from export.decoder import TIMED_POSITIONS
 from hw_profiles import Device, ModelShape, PlannedGraph, Store, Target, Workload, detect, plan
 from hw_profiles.measured import read_measured
 from hw_profiles.measurement import FINALIST_ROLES, Role
@@ -40,19 +41,19 @@ def workloads_of(
     """Prefill of each prompt length and decode on each context length, at each batch size.
 
     None for the default lengths, as far as the model's positions reach where it has a learned embedding of them.
-    ValueError for lengths beyond.
+    ValueError for lengths beyond, and beyond what graphs for timing have positions for.
     """
-    positions = SearchSpace.from_config(load_config(model)).base.learned_positions or None
+    positions = SearchSpace.from_config(load_config(model)).base.learned_positions or TIMED_POSITIONS
     given = [length for length in (*(prompts or ()), *(1 + context for context in contexts or ())) if length]
-    if positions is not None and max(given, default=0) > positions:
+    if max(given, default=0) > positions:
         raise ValueError(
-            f"wanted prompts of at most {positions} tokens and contexts of at most {positions - 1}, as {model} has "
-            f"{positions} positions, got {max(given)} tokens; ask for less"
+            f"wanted prompts of at most {positions} tokens and contexts of at most {positions - 1}, the positions that "
+            f"graphs of {model} are timed with, got {max(given)} tokens; ask for less"
         )
     if prompts is None:
-        prompts = [min(tokens, positions or tokens) for tokens in PROMPT_TOKENS]
+        prompts = [min(tokens, positions) for tokens in PROMPT_TOKENS]
     if contexts is None:
-        contexts = [min(tokens, (positions or tokens + 1) - 1) for tokens in CONTEXT_TOKENS]
+        contexts = [min(tokens, positions - 1) for tokens in CONTEXT_TOKENS]
     prefills = [Workload("prefill", tokens, batch) for batch in batch_sizes for tokens in prompts]
     decodes = [Workload("decode", tokens, batch) for batch in batch_sizes for tokens in contexts]
     return list(dict.fromkeys(prefills + decodes))

@@ -22,7 +22,7 @@ from nas.quality import Quality
 from nas.space import NARROW, NARROW_BITS, PARTS, Part, SearchSpace, Subnet
 from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
 from predictors import QualityPredictor, QualityReport, cross_validated
-from predictors.accuracy import MINIMUM_TRIALS
+from predictors.accuracy import MINIMUM_JUDGED_TRIALS
 
 Floats = NDArray[np.float64]
 
@@ -249,7 +249,7 @@ def _by_task(trials: Sequence[Trial]) -> bool:
 def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport | None:
     """Rank correlations of the quality predictor on trials it was not fitted on; None with too few of them."""
     usable = [trial for trial in trials if trial.additive_kl is not None]
-    if len(usable) < MINIMUM_TRIALS:
+    if len(usable) < MINIMUM_JUDGED_TRIALS:
         return None
     additive_kl = np.array([trial.additive_kl for trial in usable], dtype=np.float64)
     losses = np.array([trial.quality.loss for trial in usable])

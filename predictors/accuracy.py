@@ -24,6 +24,8 @@ MINIMUM_TRIALS = 8
 KL_FLOOR = 1e-4
 
 _OUTER_FOLDS = 5
+#: So many that what is left where a fold is held out is calibrated: of folds on different scales no ranking could tell.
+MINIMUM_JUDGED_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,12 @@ class QualityPredictor:
 def cross_validated(
     features: npt.ArrayLike, additive_kl: npt.ArrayLike, kl: npt.ArrayLike, seed: int, *, is_kl: bool = True
 ) -> QualityReport:
-    """Each fold predicted by a fit, choice of shrinkage included, on the others; at least `MINIMUM_TRIALS` trials."""
+    """Each fold predicted by a fit, choice of shrinkage included, on the others; from `MINIMUM_JUDGED_TRIALS` on."""
     X, additive, actual = (np.asarray(a, dtype=np.float64) for a in (features, additive_kl, kl))
-    if len(actual) < MINIMUM_TRIALS:
-        raise ValueError(f"cross-validation needs at least {MINIMUM_TRIALS} trials, got {len(actual)}: evaluate more")
+    if len(actual) < MINIMUM_JUDGED_TRIALS:
+        raise ValueError(
+            f"cross-validation needs at least {MINIMUM_JUDGED_TRIALS} trials, got {len(actual)}: evaluate more"
+        )
     fold = assign_folds(X, _OUTER_FOLDS, seed)
     predicted = np.empty(len(actual))
     for k in range(int(fold.max()) + 1):

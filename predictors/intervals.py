@@ -16,18 +16,27 @@ import numpy.typing as npt
 from predictors.metrics import FloatArray
 
 
-def conformal_quantile(scores: npt.ArrayLike, coverage: float) -> float:
-    """The ceil((n + 1) coverage)-th smallest score; infinite while n is too small to promise that (9 serve 90 %)."""
+def conformal_quantile(scores: npt.ArrayLike, coverage: float, independent: int | None = None) -> float:
+    """The ceil((n + 1) coverage)-th smallest score; infinite while n is too small to promise that (9 serve 90 %).
+
+    Where scores come in groups that err alike, `independent` is how many groups there are: the score returned then has
+    as large a share of all scores below it as it would have were there one of each.
+    """
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must lie between 0 and 1, got {coverage=}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64).ravel())
-    rank = math.ceil((ordered.size + 1) * coverage - 1e-9)  # 10 * 0.7 is 7.000000000000001 in places
-    return float(ordered[rank - 1]) if rank <= ordered.size else math.inf
+    count = ordered.size if independent is None else min(independent, ordered.size)
+    rank = math.ceil((count + 1) * coverage - 1e-9)  # 10 * 0.7 is 7.000000000000001 in places
+    if rank > count:
+        return math.inf
+    return float(ordered[-(-rank * ordered.size // count) - 1])
 
 
-def log_interval(value: FloatArray, log_errors: FloatArray, coverage: float) -> tuple[FloatArray, FloatArray]:
+def log_interval(
+    value: FloatArray, log_errors: FloatArray, coverage: float, independent: int | None = None
+) -> tuple[FloatArray, FloatArray]:
     """(low, high) = value * exp(-+ q), q the conformal quantile of |log actual - log predicted|."""
-    quantile = conformal_quantile(np.abs(log_errors), coverage)
+    quantile = conformal_quantile(np.abs(log_errors), coverage, independent)
     return value * math.exp(-quantile), value * math.exp(quantile)
 
 

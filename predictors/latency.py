@@ -35,7 +35,7 @@ MINIMUM_SAMPLES = len(STEP_COLUMNS) + 2
 #: With a prior these do for a prediction; its interval is unbounded below MINIMUM_SAMPLES.
 MINIMUM_TRANSFER_SAMPLES = 3
 
-_FORMAT = 9
+_FORMAT = 10
 #: Penalties on how costs differ from the prior's scaled ones: from much freedom to the one factor alone.
 _TRANSFER_RIDGES = (1e-2, 1e-1, 1.0, 1e3)
 
@@ -61,6 +61,8 @@ class Provenance:
     workloads: tuple[Workload, ...]
     precision: Precision
     samples: int
+    #: Different ones among the samples' models: what one errs by on one workload it errs by on others.
+    models: int
     #: Mean |log error| of samples held out in turn, which for small errors is the mean relative error.
     held_out_error: float
     #: The same for the linear model alone.
@@ -187,7 +189,8 @@ class LatencyPredictor:
                 "--uniform-bits"
             )
         value_ms = np.exp(self.costs.log_ms(names, X) + self._log_correction(X, [workload]))
-        return LatencyPrediction(value_ms, *log_interval(value_ms, self.boost.held_out_log_errors, coverage))
+        errors, models = self.boost.held_out_log_errors, self.provenance.models
+        return LatencyPrediction(value_ms, *log_interval(value_ms, errors, coverage, models))
 
     def _covers(self, samples: LatencySamples) -> bool:
         """Whether it can say something of all of them."""
@@ -236,7 +239,10 @@ class LatencyPredictor:
         `digest` is the `training_digest` of what a fit would be made on now.
         """
         content = json.loads(text)
-        fitted = cls._from_content(content)
+        try:
+            fitted = cls._from_content(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"wanted a predictor in format {_FORMAT}, got a damaged one: fit it again") from error
         for field, value in {"target": target, "runtime_version": runtime_version, "digest": digest}.items():
             found = getattr(fitted.provenance, field)
             if found != value:
@@ -374,6 +380,7 @@ class _Base:
             workloads=curve.workloads,
             precision=samples.precision,
             samples=len(samples.y),
+            models=samples.distinct,
             held_out_error=float(np.abs(boost.held_out_log_errors).mean()),
             linear_held_out_error=float(np.abs(boost.base_held_out_log_errors).mean()),
             digest=digest,

@@ -153,7 +153,8 @@ class LlamaCppSession:
         self._exact = exact
         self._offload = offload
         self._past_tokens = 0
-        self._filled, self._filling = 0, (ctypes.c_uint8 * 0)()  # positions, and the state that holds them
+        #: By sequences and positions: a context takes back no state of more cells, or sequences, than it has.
+        self._fillings: dict[tuple[int, int], Any] = {}
         self._context = self._new_context(1, _PAGE_TOKENS)
 
     def reset(self, batch_size: int = 1, past_tokens: int = 0, new_tokens: int | None = None) -> None:
@@ -202,14 +203,15 @@ class LlamaCppSession:
     def _fill(self, past_tokens: int) -> None:
         """Put `past_tokens` positions into every sequence of the empty cache, the same values each time."""
         context = self._context
-        if self._filled < past_tokens:
+        key = context.batch_size, past_tokens
+        if key not in self._fillings:
             pattern = np.resize(np.arange(min(_FILLING_TOKENS, self._model.vocab_size)), (1, past_tokens))
             context.decode(pattern, 0)
             size = llama_cpp.llama_state_seq_get_size(context.pointer, 0)
-            self._filling = (ctypes.c_uint8 * size)()
-            llama_cpp.llama_state_seq_get_data(context.pointer, self._filling, size, 0)
-            self._filled = past_tokens
+            self._fillings[key] = (ctypes.c_uint8 * size)()
+            llama_cpp.llama_state_seq_get_data(context.pointer, self._fillings[key], size, 0)
             llama_cpp.llama_memory_clear(context.memory, False)
+        filling = self._fillings[key]
         for sequence in range(context.batch_size):
-            llama_cpp.llama_state_seq_set_data(context.pointer, self._filling, len(self._filling), sequence)
-            llama_cpp.llama_memory_seq_rm(context.memory, sequence, past_tokens, -1)
+            if not llama_cpp.llama_state_seq_set_data(context.pointer, filling, len(filling), sequence):
+                raise RuntimeError(f"llama.cpp did not take back a cache of {past_tokens} positions")

@@ -246,6 +246,20 @@ def test_kill_9_keeps_the_finished_batches(pack: Path, run: Run, tmp_path: Path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"pack.zip", "m.json", "temporary"}
 
 
+def test_two_runs_do_not_write_one_file(pack: Path, run: Run, tmp_path: Path) -> None:
+    def another(done: int, total: int, what: str) -> None:
+        seen.append(run("pack.zip", "--output", "m.json"))
+        raise KeyboardInterrupt
+
+    seen: list[tuple[int, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hw_profiles.__main__._progress", lambda: another)
+        assert run("pack.zip", "--output", "m.json")[0] == 130
+    assert seen == [(2, "hw_profiles: another run writes m.json; wait for it, or give another --output\n")]
+    assert run("pack.zip", "--output", "m.json")[0] == 0
+    assert set(found_in(tmp_path / "m.json")) == EXPECTED
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "pack.zip"
     with pytest.raises(OSError, match="no space"):
@@ -274,7 +288,7 @@ def test_a_graph_that_does_not_load_is_left_out(tmp_path: Path, run: Run) -> Non
     write_pack(tmp_path / "pack.zip", PLAN, {"fake": build})
     code, err = run("pack.zip", "--output", "m.json")
     assert code == 2
-    assert f"1 of {len(PLANNED)} graphs could not be built or loaded" in err.splitlines()[-1]
+    assert f"1 of {len(PLANNED)} graphs could not be built, loaded or run" in err.splitlines()[-1]
     assert set(found_in(tmp_path / "m.json")) == {key for key in EXPECTED if key[1] != broken.id}
 
 
@@ -284,7 +298,7 @@ MISTAKES = {
     ("pack.zip", "--output", "m.json", "--rounds", "many"): "must be a whole number from 1 to 1000, got 'many'",
     ("pack.zip", "--output", "m.json", "--runtime", "tvm"): "wanted tvm at any precision, got a pack with fake/int8",
     ("pack.zip", "--output", "m.json", "--runtime", "openvino"): "wanted openvino at any precision, got a pack with",
-    ("pack.zip", "--output", "nonesuch/m.json"): "No such file or directory: nonesuch/m.json.part",
+    ("pack.zip", "--output", "nonesuch/m.json"): "No such file or directory: nonesuch/m.json.unpacked",
     ("pack.zip", "--output", "pack.zip"): "pack.zip must be JSON, got something else",
     ("nonesuch.zip", "--output", "m.json"): "No such file or directory: nonesuch.zip",
     ("temporary", "--output", "m.json"): "Is a directory: temporary",

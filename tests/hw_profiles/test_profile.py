@@ -163,9 +163,10 @@ def test_long_prompts_are_timed_on_the_full_model_alone(store: Store, monkeypatc
 def test_workloads_that_come_later_are_of_the_same_speed(store: Store) -> None:
     """The machine is a third as fast by then: ratios are what they were, and so is what they are ratios of."""
     first, further = Workload("decode", 8), [Workload("decode", 20), Workload("prefill", 40)]
-    few = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")][:3]
-    run_at(1.0, store, few, [first])
-    run_at(3.0, store, few, [first, *further])
+    few = [PlannedGraph(FULL, "reference"), *(g for g in PLANNED if g.role == "anchor")][:4]
+    run_at(1.0, store, few[:3], [first])
+    run_at(3.0, store, few[:2], [first, *further])  # stopped after these
+    run_at(2.0, store, few, [first, *further])
     for found in store.measurements():
         assert found.latency_ms == pytest.approx(at_full_speed_ms(found), rel=0.02), found.workload
     assert len(store.measurements()) == len(few) * 3
@@ -259,6 +260,21 @@ def test_an_interrupted_profile_goes_on_where_it_was(store: Store, failure: Base
     for key, found in before.items():
         assert replace(after[key], profile_ms=None) == replace(found, profile_ms=None)
     assert len(resumed.built) == len(REFERENCES) + len(PLANNED) - len(before) // len(WORKLOADS)
+
+
+def test_a_graph_that_fails_while_it_runs_is_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = next(graph.shape for graph in PLANNED if graph.role == "anchor")
+
+    def failing(sessions: dict[str, Session], *args: Any, **options: Any) -> dict[tuple[str, Workload], Timing]:
+        if bad.id in sessions:
+            raise RuntimeError("the kernel has no such size")
+        return measure(sessions, *args, **options)
+
+    monkeypatch.setattr(sys.modules[profile.__module__], "measure", failing)
+    with pytest.raises(ProfileError, match=rf"1 of {len(PLANNED)} graphs .*anchor {bad.id}: the kernel has no such"):
+        run(store, Builder())
+    graphs = {(g.role, g.shape.id, work) for g in PLANNED for work in WORKLOADS if g.shape != bad}
+    assert set(stored(store)) == graphs
 
 
 KILLED = """

@@ -105,6 +105,18 @@ def test_a_cache_can_be_made_instead_of_fed(session: Session) -> None:
     np.testing.assert_allclose(session.step(ids), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_caches_of_several_sizes_take_turns(case: tuple[Runtime, Write], tmp_path: Path) -> None:
+    """As in a profile: each holds what it would hold in a session of its own."""
+    engine, write = case
+    write(tmp_path)
+    session = engine.load(tmp_path, 1, 640)
+    for batch_size, past_tokens in ((1, 600), (1, 100), (3, 100), (1, 100), (3, 600), (1, 30)):
+        ids, alone = tokens(batch_size, 1), engine.load(tmp_path, 1, 640)
+        for each in (session, alone):
+            each.reset(batch_size, past_tokens, new_tokens=1)
+        np.testing.assert_allclose(session.step(ids), alone.step(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_logits_stay_after_the_next_step(session: Session) -> None:
     first = session.step(tokens(1, 4))
     kept = first.copy()

@@ -81,6 +81,9 @@ def test_half_a_new_profile_is_refused(installed: str | None) -> None:
     with pytest.raises(StaleProfileError, match=r"int8/2 threads: .* profiled with openvino 1, but 2 is"):
         usable(old + new, installed)
     assert usable(old + new, installed, allow_stale=True) == old[2:] + new
+    anchors_first = [*new, *(found for found in profiled("2", 1) if found.role == "anchor")]
+    with pytest.raises(StaleProfileError):
+        usable(old + anchors_first, installed)
 
 
 @pytest.mark.parametrize("installed", ["2", None])

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from openvino import opset13 as ops
 from openvino.op import util as op_util
 
-VOCAB_SIZE, HIDDEN_SIZE, HEAD_DIM, MAX_POSITIONS = 23, 32, 16, 64
+VOCAB_SIZE, HIDDEN_SIZE, HEAD_DIM, MAX_POSITIONS = 23, 32, 16, 1024
 
 
 def _weights(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:

@@ -421,3 +421,5 @@ def test_a_profile_reaches_as_far_as_learned_positions(tiny_model, tmp_path):
             workloads_of(str(tmp_path / "gpt2"), prompts, contexts, [1])
     lengths = [work.tokens for work in workloads_of(str(tmp_path / "llama"), None, None, [1])]
     assert lengths == [16, 128, 512, 0, 128, 1024]
+    with pytest.raises(ValueError, match=r"contexts of at most 32767, .* got 32769 tokens"):
+        workloads_of(str(tmp_path / "llama"), None, [2**15], [1])

@@ -104,5 +104,5 @@ def test_bad_trials_are_refused() -> None:
         QualityPredictor.fit(X, additive, kl[:-1], seed=0)
     with pytest.raises(ValueError, match="n additive estimates"):
         QualityPredictor.fit(X, additive[:-1], kl, seed=0)
-    with pytest.raises(ValueError, match="at least 8 trials, got 7"):
-        cross_validated(X[:7], additive[:7], kl[:7], seed=0)
+    with pytest.raises(ValueError, match="at least 10 trials, got 9"):
+        cross_validated(X[:9], additive[:9], kl[:9], seed=0)

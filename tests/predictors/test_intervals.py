@@ -36,6 +36,15 @@ def test_coverage_over_many_draws_is_the_closed_form(samples: int) -> None:
     assert covered == pytest.approx(expected, abs=4 * math.sqrt(0.09 / draws))
 
 
+@pytest.mark.parametrize("groups", [9, 20])
+def test_scores_that_come_in_groups_count_once(groups: int) -> None:
+    """Four of each group, all alike: as many promises as there are groups."""
+    distinct = np.random.default_rng(groups).standard_cauchy(groups)
+    scores = np.repeat(distinct, 4)
+    assert conformal_quantile(scores, 0.9, independent=groups) == conformal_quantile(distinct, 0.9)
+    assert conformal_quantile(scores[:32], 0.9, independent=8) == math.inf
+
+
 def test_interval_is_symmetric_in_log_space_and_blind_to_signs() -> None:
     value = np.array([1.0, 10.0])
     low, high = log_interval(value, np.array([-0.1] * 9 + [0.01] * 10), 0.9)
