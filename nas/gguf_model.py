@@ -32,6 +32,8 @@ _GEMMA_NAMES = _BLOCK_NAMES | {
 }
 #: Of Gemma 2's and of Gemma 3's.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+#: By which frequencies are divided: what made them the file does not say.
+_ROTARY_FACTORS = "rope_freqs.weight"
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -166,6 +168,11 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(
             f"wanted rotary embeddings with scaling {' or '.join(known)}, got {scaling}; load its Hugging Face folder "
             "instead"
+        )
+    if any(tensor.name == _ROTARY_FACTORS for tensor in reader.tensors):
+        raise ValueError(
+            f"wanted rotary embeddings without factors of their own, got {_ROTARY_FACTORS} (Llama 3.1 and later have "
+            "them); load its Hugging Face folder instead"
         )
     return reader, metadata
 

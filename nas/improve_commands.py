@@ -69,6 +69,7 @@ def refine(
     from nas.latency import LatencyModel
     from nas.protocol import fit_winner, open_evaluator, open_study
     from nas.queries import find_subnet
+    from nas.refinement import check_refinable
     from nas.refinement import refine as run_refine
     from nas.study import Study, Trial
 
@@ -77,6 +78,7 @@ def refine(
         raise ValueError(f"--objective must be one of {', '.join(workloads)}, got {objective}")
     with Store(database) as store:
         study = Study.load(store, study_name)
+        check_refinable(study)
         chosen = find_subnet(study, subnet, None)
         device_id, threads = device_and_threads(store, device, threads)
         latency = LatencyModel.fit(
@@ -178,12 +180,14 @@ def tune(
     from nas.training import TrainingSettings
     from nas.tuned import TuneSettings, one_of_methods
 
+    if tokens < 2:
+        raise ValueError(f"wanted --tokens of 2 or more, the window of text, got {tokens}")
     method = one_of_methods(method)
     ranks = tuple(rank or {"nls": (32, 24, 16), "losa": (16,)}.get(method, (32,)))
     settings = TuneSettings(
         method=method,
         ranks=ranks,
-        alpha=alpha or 2.0 * max(ranks),
+        alpha=2.0 * max(ranks) if alpha is None else alpha,
         dropout=dropout,
         rank_evaluations=rank_evaluations,
         sparsity=sparsity,
@@ -196,7 +200,7 @@ def tune(
             max_minutes=max_minutes,
             batch=batch,
             accumulation=accumulation,
-            learning_rate=learning_rate or (1e-4 if method == "full" else 1e-3),
+            learning_rate=(1e-4 if method == "full" else 1e-3) if learning_rate is None else learning_rate,
             loss=loss,  # type: ignore[arg-type]  # checked by it
             block_weight=block_weight,
             sampling="sandwich" if sandwich else "random" if method == "nls" else "active",

@@ -17,7 +17,16 @@ from nas.sequential import fit_in_sequence
 from nas.space import SearchSpace, Subnet
 from nas.study import Study, StudyError
 from nas.supernet import Supernet
-from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, TUNING_FILES, all_windows, file_windows, text_digest
+from nas.text import (
+    CALIBRATION_FILES,
+    SEARCH_FILES,
+    TEST_FILES,
+    TUNING_FILES,
+    all_windows,
+    file_windows,
+    shares,
+    text_digest,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,18 @@ class EvaluationProtocol:
     def tuning(self, tokenizer: Any, tokens: int) -> torch.Tensor:
         """Windows [N, `tokens`] that the search does not see: all of ours, or those of a user's text that calibrate."""
         if tuple(self.search_files) == tuple(self.calibration_files):
-            return self.calibration(tokenizer).flatten().unfold(0, tokens, tokens)
+            # of each file as much as calibrates: what follows is the search's
+            of_files = shares(self.calibration_windows, len(self.calibration_files))
+            counts = [windows * self.calibration_tokens // tokens for windows in of_files]
+            parts = [
+                file_windows(tokenizer, [file], count, tokens)
+                for file, count in zip(self.calibration_files, counts, strict=True)
+                if count
+            ]
+            if not parts:
+                most = max(of_files) * self.calibration_tokens
+                raise ValueError(f"wanted windows of at most {most} tokens of the study's text, got {tokens}; ask less")
+            return torch.cat(parts)
         return all_windows(tokenizer, TUNING_FILES, tokens)
 
     def search(self, tokenizer: Any) -> torch.Tensor:

@@ -62,6 +62,8 @@ def tune(
     Called again with the same arguments it goes on from the last checkpoint, or returns what is there. ValueError where
     `folder` holds something else.
     """
+    if settings.dropout and subnet.bits < 16:
+        raise ValueError(f"dropout goes with weights that are not rounded, got {subnet.precision}; leave it out")
     begun = begin(folder, supernet, windows, subnet.to_json(), json.dumps(asdict(settings), sort_keys=True))
     if (folder / TUNED_FILE).exists():
         tuned = adopt_tuned(supernet, folder)

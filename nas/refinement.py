@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from hw_profiles.profile import Progress
 from nas.additive import MULTIPLIERS, Latency, Option, part_costs, part_options
+from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
 from nas.evolution import keeps_attention
 from nas.quality import Quality
 from nas.space import PARTS, LayerChoice, Part, SearchSpace, Subnet
+from nas.study import Study
 
 #: A part of a layer.
 Place = tuple[int, Part]
@@ -77,6 +79,20 @@ def refine(
             break
         subnet, after = other, found
     return Refinement(subnet, before, after, done)
+
+
+def check_refinable(study: Study) -> None:
+    """ValueError where what is found would not be a trial like the study's others."""
+    name, arithmetic = repr(study.name), str(fast_dtype()).removeprefix("torch.")
+    if study.protocol.get("tasks"):
+        raise ValueError(f"wanted a study that goes by KL, as exchanges do, got {name}, which goes by tasks")
+    if not study.protocol["reform"]:
+        raise ValueError(f"wanted a study with fitted weights, got {name}, which was searched with --no-reform")
+    if study.protocol["dtype"] != arithmetic:
+        raise ValueError(
+            f"wanted a study computed in {arithmetic}, as this machine does, got {name} in {study.protocol['dtype']}; "
+            "refine where it was searched"
+        )
 
 
 def score_neighbours(

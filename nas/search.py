@@ -107,6 +107,8 @@ def _run_seeded(space: SearchSpace, evaluator: Evaluates, latency: Latency, run:
     if settings.budget_ms is not None:
         at_budget = [optimum(scores, latency, bits, settings.budget_ms) for bits in space.bits_choices]
         seeds = list(dict.fromkeys([*(seed for seed in at_budget if seed is not None), *seeds]))
+    evaluated = {trial.subnet for trial in run.trials}  # the full models
+    seeds = [seed for seed in seeds if seed not in evaluated]
     run.evaluate(seeds[: settings.evaluations], "seed")
     while run.left > 0 and settings.algorithm == "seeded":
         proposals = propose(space, scores, latency, run.trials, settings, min(settings.batch, run.left))

@@ -7,6 +7,7 @@ product evaluates in.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -214,6 +215,7 @@ def _of_file(file: Path) -> dict[str, Any]:
     """lm-eval's configuration of a task whose items are in `file`."""
     if not file.is_file():
         raise ValueError(f"wanted a file of multiple-choice items, but there is no {file}; check the path")
+    _check_items(file)
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     return {
         "task": f"{file.parent.name}_{file.stem}" if file.parent.name else file.stem,
@@ -226,6 +228,27 @@ def _of_file(file: Path) -> dict[str, Any]:
         "doc_to_target": "label",
         "metric_list": metrics,
     }
+
+
+def _check_items(file: Path) -> None:
+    """ValueError for the first line that is no item."""
+    lines = [(n, line) for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    for number, line in lines:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"wanted a JSON object in {file}, line {number}, got something else ({error})") from error
+        match item:
+            case {"context": str(), "choices": [_, _, *_] as choices, "label": int(label)} if all(
+                isinstance(choice, str) for choice in choices
+            ) and 0 <= label < len(choices):
+                continue
+        raise ValueError(
+            f"wanted an object with context, two choices or more, and the right one's index as label in {file}, line "
+            f"{number}, got {line[:80]}"
+        )
+    if not lines:
+        raise ValueError(f"wanted items, an object a line, in {file}, got an empty file")
 
 
 def _known(task: str, manager: TaskManager) -> str:

@@ -37,6 +37,8 @@ def token_windows(
     """
     first = _first(tokenizer)
     own = length - len(first)
+    if own < 1:
+        raise ValueError(f"wanted windows of more than {len(first)} tokens, got {length}; ask for longer ones")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][skipped:]
     available = len(ids) // own
     if windows < 1 or available < windows:
@@ -70,10 +72,10 @@ def file_windows(
 
     None of them is in the windows (number, length) `after` which they come, taken from the same files.
     """
-    skipped = [share * after[1] for share in _shares(after[0], len(files))]
+    skipped = [share * after[1] for share in shares(after[0], len(files))]
     parts = [
         token_windows(tokenizer, read_text(file, tokenizer), share, length, seed=seed, skipped=skip)
-        for file, share, skip in zip(files, _shares(windows, len(files)), skipped, strict=True)
+        for file, share, skip in zip(files, shares(windows, len(files)), skipped, strict=True)
         if share
     ]
     return torch.cat(parts)
@@ -85,11 +87,13 @@ def all_windows(tokenizer: Any, files: Sequence[Path], length: int) -> torch.Ten
     for file in files:
         text = read_text(file, tokenizer)
         tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        parts.append(token_windows(tokenizer, text, max(1, tokens // (length - len(_first(tokenizer)))), length))
+        own = max(1, length - len(_first(tokenizer)))
+        parts.append(token_windows(tokenizer, text, max(1, tokens // own), length))
     return torch.cat(parts)
 
 
-def _shares(windows: int, files: int) -> list[int]:
+def shares(windows: int, files: int) -> list[int]:
+    """As many from each, the first ones giving what is left over."""
     return [windows // files + (i < windows % files) for i in range(files)]
 
 

@@ -29,8 +29,12 @@ def as_files(names: Sequence[Path], cache_dir: Path) -> list[Path]:
 
 
 def _file(name: str, cache_dir: Path) -> Path:
-    folder = cache_dir / "text"
-    path = folder / f"{sha256(name.encode()).hexdigest()[:16]}.jsonl"
+    folder, stem = cache_dir / "text", sha256(name.encode()).hexdigest()[:16]
+    if files := _local_files(name):
+        stem += f"-{sha256(repr(files).encode()).hexdigest()[:8]}"
+    elif earlier := sorted(folder.glob(f"{stem}*.jsonl"), key=lambda file: file.stat().st_mtime_ns):
+        return earlier[-1]
+    path = folder / f"{stem}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -38,6 +42,13 @@ def _file(name: str, cache_dir: Path) -> Path:
             file.writelines(_lines(_rows(name), name))
         part.replace(path)
     return path
+
+
+def _local_files(name: str) -> list[tuple[str, int, int]]:
+    """What changes with the content of a data set that is a folder here; empty for one that is not."""
+    folder = Path(name.removeprefix(PREFIX).split(":")[0])
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    return [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _rows(name: str) -> Iterator[Mapping[str, Any]]:

@@ -225,7 +225,8 @@ class _Distillation(Trainer):
         compared = layers[:-1] if settings.block_weight else ()
         self._own_layers = [own for own, _ in compared]
         self._whole_layers = [whole for _, whole in compared]
-        self._calls = 0
+        #: The step, and which of its batches: an epoch's last step may have fewer.
+        self._pass = (-1, 0)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -259,8 +260,9 @@ class _Distillation(Trainer):
         """Of this step: a function of the seed and the step alone, so that a resumed run draws the same."""
         if self.adapter is None:
             return [lambda: None]
-        drawn = self.state.global_step * self.settings.accumulation + self._calls % self.settings.accumulation
-        self._calls += 1
+        step = self.state.global_step
+        self._pass = (step, self._pass[1] + 1 if self._pass[0] == step else 0)
+        drawn = step * self.settings.accumulation + self._pass[1]
         return self.adapter.passes(np.random.default_rng((self.settings.seed, drawn)), self.settings.sampling)
 
     def _loss(

@@ -31,7 +31,7 @@ from nas.own_weights import OwnLayers, has_own, load_own, save_own
 from nas.quality import Quality
 from nas.space import PARTS, Subnet
 from nas.sparsity.layerwise import PruningMethod
-from nas.sparsity.masks import parse_pattern
+from nas.sparsity.masks import check_sparsity, parse_pattern
 from nas.supernet import Supernet
 from nas.training import TrainingSettings
 
@@ -78,11 +78,18 @@ class TuneSettings:
             raise ValueError(f"lora has one rank, got {list(self.ranks)}; give one --rank, or --method nls")
         if self.method == "nls" and len(self.ranks) < 2:
             raise ValueError(f"nls chooses among ranks, got {list(self.ranks)}; give --rank several times")
+        if list(self.ranks) != sorted(set(self.ranks), reverse=True) or min(self.ranks, default=1) < 1:
+            raise ValueError(f"wanted ranks that differ, above 0 and largest first, got {list(self.ranks)}")
+        if self.training.sampling == "sandwich" and self.method != "nls":
+            raise ValueError(f"wanted nls, which has ranks to sandwich, got {self.method}; leave the sandwich out")
         if self.pruning not in get_args(PruningMethod):
             raise ValueError(f"wanted pruning by {' or '.join(get_args(PruningMethod))}, got {self.pruning}")
         if not 0 <= self.sparsity < 1 or self.rounds < 1:
             raise ValueError(f"wanted a sparsity from 0 to below 1 and a round at least, got {self.sparsity:g}")
-        if parse_pattern(self.pattern) is not None and self.method == "losa":
+        pattern = parse_pattern(self.pattern)
+        if pattern is not None and self.method != "losa":
+            check_sparsity(self.sparsity, pattern, inputs=pattern[1])
+        if pattern is not None and self.method == "losa":
             raise ValueError(f"losa prunes anywhere, got the pattern {self.pattern}; leave it out, or take lora")
         if self.method in ("losa", "prune") and not self.sparsity:
             raise ValueError(f"{self.method} makes weights sparse, got no sparsity; give one, such as 0.5")

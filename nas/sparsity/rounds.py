@@ -110,13 +110,12 @@ def _constrain(
     pruned: dict[str, torch.Tensor] | None,
 ) -> None:
     """New masks and ranks; with `pruned`, the base becomes what makes the merged weights these."""
-    of_groups = [ranks[_layer_of(paths[0], family)] for paths in adapter.groups]
+    adapter.activate(tuple(ranks[_layer_of(paths[0], family)] for paths in adapter.groups))
     for path, layer in adapter.layers.items():
         layer.mask = masks[path]
         if pruned is not None:
             with torch.no_grad():
                 layer.get_base_layer().weight.copy_((pruned[path] - layer.delta()) * masks[path])
-    adapter.activate(tuple(of_groups))
 
 
 def _layer_of(path: str, family: Family) -> int:

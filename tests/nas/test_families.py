@@ -75,7 +75,7 @@ def _writer(path, architecture, config):
     return writer
 
 
-def _write_gguf(path, model):
+def _write_gguf(path, model, rotary_factors=()):
     """A Llama as llama.cpp's converter writes it: q and k rows with the two rotary halves interleaved."""
     config, state = model.config, model.state_dict()
     writer = _writer(path, "llama", config)
@@ -94,6 +94,8 @@ def _write_gguf(path, model):
         if heads:
             tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(tensor.numpy()))
+    if rotary_factors:
+        writer.add_tensor("rope_freqs.weight", np.array(rotary_factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -260,6 +262,10 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="wanted a sound GGUF file"):
             load_model(str(tmp_path / "cut.gguf"))
+    _write_gguf(tmp_path / "scaled.gguf", tiny(vocabulary=len(_tokens()[0])).model, [1.0] * 16)
+    for read in (load_config, load_model):
+        with pytest.raises(ValueError, match=r"got rope_freqs\.weight .* load its Hugging Face folder"):
+            read(str(tmp_path / "scaled.gguf"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"wanted a folder with config\.json or one \.gguf file"):
         load_model(str(tmp_path / "empty"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from nas.adapters.elastic import attach
 from nas.families import LoadedModel
 from nas.space import LayerChoice, SearchSpace, Subnet
-from nas.sparsity import layerwise, losa
+from nas.sparsity import layerwise, losa, rounds
 from nas.sparsity.losa import (
     block_losses,
     layer_sparsities,
@@ -21,6 +22,25 @@ from nas.sparsity.losa import (
     schedule,
 )
 from nas.supernet import Supernet
+
+
+@pytest.mark.parametrize("ranks", [[6, 12, 16], [16, 6, 12]])
+def test_what_a_round_begins_with_is_the_pruned_model(tiny: Callable[..., LoadedModel], ranks: list[int]) -> None:
+    """Whatever the rank was before, and though what the adapter has learned stays in it."""
+    loaded = tiny()
+    adapter = attach(loaded.model, loaded.family, (16,), alpha=16.0)
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapter.layers.values():
+        for matrix in layer.matrices():
+            matrix.data.normal_(std=0.1, generator=generator)
+    pruned, masks = {}, {}
+    for path, layer in adapter.layers.items():
+        masks[path] = torch.rand(layer.merged_weight().shape, generator=generator) < 0.5
+        pruned[path] = layer.merged_weight() * masks[path]
+    rounds._constrain(adapter, loaded.family, masks, ranks, pruned)
+    for path, layer in adapter.layers.items():
+        torch.testing.assert_close(layer.merged_weight(), pruned[path])
+        assert layer.active_rank == ranks[int(path.split(".")[2])]
 
 
 def test_the_schedule_is_that_of_the_paper() -> None:

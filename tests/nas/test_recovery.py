@@ -257,6 +257,36 @@ def test_no_step_is_lost_to_the_schedule(make: Make, windows: torch.Tensor, tmp_
     assert tuned.after.kl < tuned.before.kl
 
 
+def test_batches_of_a_step_draw_the_same_whenever_they_are_drawn(
+    make: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    """Twelve windows in batches of four, two of them a step: every second step has one alone."""
+    often = replace(
+        SETTINGS["nls"],
+        training=replace(SETTINGS["nls"].training, steps=6, accumulation=2, checkpoint_s=0),
+    )
+
+    def run(folder: Path, stop_at: int | None) -> Tuned:
+        def progress(done: int, total: int, what: str) -> None:
+            if done == stop_at:
+                raise _StopError
+
+        supernet, evaluator = make()
+        return tune(supernet, _subnet(32), windows[:12], evaluator, often, folder, progress)
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(_StopError):
+        run(tmp_path / "stopped", 4)
+    assert run(tmp_path / "stopped", None).after.kl == whole.after.kl
+
+
+def test_dropout_needs_weights_that_are_not_rounded(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    supernet, evaluator = make()
+    with pytest.raises(ValueError, match="dropout goes with weights that are not rounded, got int8"):
+        tune(supernet, _subnet(8), windows, evaluator, replace(SETTINGS["lora"], dropout=0.1), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_time_ends_a_run(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
     supernet, evaluator = make()
     training = replace(TRAINING, steps=10**6, max_minutes=1 / 60)
@@ -403,8 +433,13 @@ def test_rounds_of_losa_go_on_where_they_stopped(make: Make, windows: torch.Tens
         {"method": "full", "separate": True},
         {"method": "losa", "sparsity": 0.5, "separate": True},
         {"pattern": "4:2"},
+        {"pattern": "2:4"},
+        {"sparsity": 0.3, "pattern": "2:4"},
+        {"method": "nls", "ranks": (8, 16)},
+        {"ranks": (0,)},
+        {"training": TrainingSettings(sampling="sandwich")},
     ],
 )
-def test_sparsities_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
+def test_settings_that_do_not_fit_each_other_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"got|take lora"):
         TuneSettings(**options)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 from nas import calibration, sequential
 from nas.evaluate import Evaluator
-from nas.refinement import knapsack, refine
+from nas.protocol import EvaluationProtocol
+from nas.refinement import check_refinable, knapsack, refine
 from nas.sequential import fit_in_sequence
 from nas.space import LayerChoice, SearchSpace, Subnet
 from nas.supernet import Supernet
@@ -88,6 +90,21 @@ def test_parts_keep_bits_of_their_own(tiny, windows):
     for before, after in zip(layers, found.subnet.layers, strict=True):
         assert after.attention_bits == (before.attention_bits if after.num_key_value_heads else 0)
         assert after.mlp_bits == (before.mlp_bits if after.intermediate_size else 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "got"),
+    [
+        ("tasks", ["items.jsonl"], "goes by KL, .* which goes by tasks"),
+        ("reform", False, "searched with --no-reform"),
+        ("dtype", "float64", "computed in .* in float64; refine where it was searched"),
+    ],
+)
+def test_studies_of_other_trials_are_refused(field, value, got):
+    protocol = EvaluationProtocol().to_dict()
+    check_refinable(SimpleNamespace(name="s", protocol=protocol))
+    with pytest.raises(ValueError, match=got):
+        check_refinable(SimpleNamespace(name="s", protocol=protocol | {field: value}))
 
 
 def test_what_cannot_be_refined_is_refused(tiny, windows):

@@ -107,6 +107,23 @@ def test_the_loss_of_choices_is_that_of_lm_evals_likelihoods(loaded: LoadedModel
     assert loss() == pytest.approx(sum(losses) / 20, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        ("{", "got something else"),
+        ('{"context": "a", "label": 0}', "the right one's index as label in .*line 2, got {"),
+        ('{"context": "a", "choices": ["b", "c"], "label": 7}', "line 2, got {"),
+        ('{"context": "a", "choices": ["b"], "label": 0}', "line 2, got {"),
+        (None, "got an empty file"),
+    ],
+)
+def test_items_that_make_no_sense_are_refused(loaded: LoadedModel, tmp_path: Path, line: str | None, got: str) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n' + line if line else "")
+    with pytest.raises(ValueError, match=got):
+        ChoiceLoss(loaded, [str(file)], limit=4)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_without_choices_has_no_such_loss(
     loaded: LoadedModel, items: Path, monkeypatch: pytest.MonkeyPatch

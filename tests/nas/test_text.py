@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from jinja2 import TemplateError
 
+from nas.protocol import protocol_on
 from nas.text import CALIBRATION_FILES, SEARCH_FILES, TEST_FILES, all_windows, file_windows, read_text, token_windows
 
 
@@ -59,6 +61,29 @@ def test_windows_after_others_of_the_same_files(tmp_path):
     assert file_windows(_letters, files, 2, 2, after=(3, 2)).tolist() == [[101, 102], [109, 110]]
     with pytest.raises(ValueError, match="wanted 2 windows of 4 tokens after 4 others, got text for 1"):
         file_windows(_letters, files, 4, 4, after=(2, 4))
+
+
+@pytest.mark.parametrize("tokens", [32, 96, 128])
+def test_tuning_windows_begin_anew_and_leave_the_searchs_text(tmp_path, monkeypatch, tokens):
+    """Of a user's own files, with a model whose texts begin with a token of their own."""
+    monkeypatch.setattr("nas.text._first", lambda tokenizer: [7])
+    files = [tmp_path / name for name in "abc"]
+    for number, file in enumerate(files):
+        file.write_text("".join(chr(1000 * number + 100 + i) for i in range(600)))
+    protocol = replace(
+        protocol_on(files), calibration_windows=8, calibration_tokens=64, search_windows=3, search_tokens=32
+    )
+    windows = protocol.tuning(_letters, tokens)
+    assert windows.shape[1] == tokens
+    assert (windows[:, 0] == 7).all()
+    assert not (windows[:, 1:] == 7).any()
+    assert not set(windows[:, 1:].flatten().tolist()) & set(protocol.search(_letters)[:, 1:].flatten().tolist())
+
+
+def test_windows_without_room_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("abc")
+    with pytest.raises(ValueError, match="wanted windows of more than 0 tokens, got 0"):
+        all_windows(_letters, [tmp_path / "a"], 0)
 
 
 class _Chat:

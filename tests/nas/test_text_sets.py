@@ -23,6 +23,9 @@ def test_a_data_set_becomes_a_file_once(tmp_path):
     files = as_files([Path(name), plain], tmp_path / "cache")
     assert files[1] == plain
     assert read_text(files[0], tokenizer=None) == "One é.\n\nTwo."
+    _write(tmp_path / "set", "train", [{"text": "Three."}])
+    files = as_files([Path(name), plain], tmp_path / "cache")
+    assert read_text(files[0], tokenizer=None) == "Three."
     shutil.rmtree(tmp_path / "set")
     assert as_files([Path(name)], tmp_path / "cache") == files[:1]
 
