@@ -97,7 +97,20 @@ class Manifest:
             fields["quality"] = TextQuality(**fields["quality"])
         fields["predictions"] = tuple(LatencyPrediction(**entry) for entry in fields["predictions"])
         fields["files"] = {str(name): int(size) for name, size in fields["files"].items()}
-        return cls(**fields)
+        manifest = cls(**fields)
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """ValueError for values that no card could be made of: a file may come from anywhere."""
+        said = [self.base_model, self.base_fingerprint, self.subnet_id, *self.versions, *self.versions.values()]
+        said += [text for text in (self.licence, self.tuning) if text is not None]
+        numbers = [value for found in self.predictions for value in (found.value_ms, found.low_ms, found.high_ms)]
+        numbers += [] if self.quality is None else [*asdict(self.quality).values()]
+        if not all(isinstance(text, str) for text in said) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("text or numbers of another type")
+        if "llm-nas" not in self.versions:
+            raise ValueError("no version of llm-nas")
 
 
 @dataclass(frozen=True)
@@ -149,12 +162,8 @@ class Parity:
             raise ValueError(f"wanted ascending positions below {ids.shape[1]}, got {positions.tolist()}")
 
 
-@contextmanager
-def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the name `directory`, manifest and all, only once it is complete.
-
-    Raises ArtefactError where `directory` holds something that is no earlier export.
-    """
+def check_replaceable(directory: Path) -> None:
+    """Raises ArtefactError where `directory` holds something that is no earlier export."""
     if (
         directory.exists()
         and (not directory.is_dir() or any(directory.iterdir()))
@@ -163,6 +172,16 @@ def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
         raise ArtefactError(
             f"{directory} exists and is no folder of ours to replace; give another --output or remove it"
         )
+
+
+@contextmanager
+def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the name `directory`, manifest and all, only once it is complete.
+
+    Raises ArtefactError as `check_replaceable`.
+    """
+    check_replaceable(directory)
+    directory = directory.resolve()  # a link stays one
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -171,8 +190,17 @@ def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
         sizes = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir()) if path.is_file()}
         complete = Manifest(**{**manifest.__dict__, "files": sizes})
         (unfinished / MANIFEST_FILE).write_text(complete.to_json())
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
+        earlier = directory.with_name(directory.name + ".earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if directory.exists():
+            directory.rename(earlier)
+        try:
+            unfinished.rename(directory)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(directory)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -179,9 +179,11 @@ def decoder_from_model(
     """
     config = model.config
     shape = decoder_shape(model)
-    only_local = bool(shape.windows) and all(shape.windows)
+    # a subnet's own: transformers has no frequencies for a kind of layer all of which are skipped
+    windows = [shape.window(i) for i, block in enumerate(shape.blocks) if block.num_attention_heads]
+    only_local = bool(windows) and all(windows)
     rope_theta, frequencies = _rotary(model, "sliding_attention" if only_local else "full_attention")
-    _, local_frequencies = _rotary(model, "sliding_attention") if any(shape.windows) else (0.0, frequencies)
+    _, local_frequencies = _rotary(model, "sliding_attention") if any(windows) else (0.0, frequencies)
     if shape.hidden_act not in HIDDEN_ACTS:
         wanted = ", ".join(HIDDEN_ACTS)
         raise ValueError(f"wanted {wanted} in the MLPs, got {shape.hidden_act!r}; export to huggingface")

@@ -16,6 +16,7 @@ from export.huggingface import write_huggingface
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
 from export.quantize import QuantizedWeight, as_half, dequantize, is_rounded, quantize
+from export.tokenizer_files import write_tokenizer
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 
 
@@ -48,7 +49,7 @@ def export_folder(
                     metadata["general.license"] = manifest.licence
                 write_gguf(decoder, unfinished, metadata)
                 return directory
-            tokenizer.save_pretrained(unfinished)
+            write_tokenizer(tokenizer, unfinished)
             generation.save_pretrained(unfinished)
             if manifest.format == "onnx":
                 write_onnx(decoder, unfinished)

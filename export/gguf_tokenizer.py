@@ -131,6 +131,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationCo
         f"tokenizer.ggml.{name}_token_id": int(index) for name, index in ids.items() if index is not None
     }
     metadata["tokenizer.ggml.add_bos_token"] = adds_bos(tokenizer)
-    if tokenizer.chat_template:
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name: for tools, say
+        template = template.get("default")
+    if template:
+        metadata["tokenizer.chat_template"] = template
     return metadata

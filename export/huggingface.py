@@ -22,6 +22,7 @@ from export.heterogeneous_gemma import (
     HeterogeneousGemma3ForCausalLM,
 )
 from export.heterogeneous_gpt import HeterogeneousGptConfig, HeterogeneousGptForCausalLM
+from export.tokenizer_files import write_tokenizer
 from hw_profiles.shapes import BlockShape, ModelShape
 
 #: Of one safetensors file: what file systems, hubs and resumed downloads are at ease with.
@@ -99,7 +100,7 @@ def plain_model(base_config: PreTrainedConfig, blocks: Sequence[BlockShape]) -> 
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return _on_cpu(model)
 
 
@@ -134,15 +135,18 @@ def write_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             "AutoModelForCausalLM": f"{module.stem}.{type(model).__name__}",
         }
     model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
-    # transformers 4 reads rope_theta only and would silently fall back to 10,000; of a layer's kind, Gemma's, too
+    # transformers 4 reads rope_theta and rope_scaling, and without them would silently take 10,000 and none; of a
+    # layer's kind, Gemma's, too
     config_file = directory / "config.json"
     config = json.loads(config_file.read_text())
     rope = config.get("rope_parameters")
     if rope is not None and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     elif rope is not None:
         config["rope_theta"] = rope["full_attention"]["rope_theta"]
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(directory)
+    write_tokenizer(tokenizer, directory)
     return directory

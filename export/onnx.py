@@ -136,8 +136,7 @@ class _Graph:
                 if attended:
                     skip = self._node("Add", [attended, skip], f"layers.{i}.added")
         normed, _ = self._norm("norm", hidden, skip, decoder.norm)
-        last = self._node("Gather", [normed, self._int64("last_position", [-1])], "last_hidden", axis=1)
-        self._capped(self._head(last))
+        self._capped(self._head(self._last_of_each(normed)))
         graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="llm-nas")
@@ -149,6 +148,18 @@ class _Graph:
         shape = self._node("Shape", ["attention_mask"], "mask_shape", start=1)
         length = self._node("Squeeze", [shape], "mask_length")
         self._node("Cast", [length], "total_sequence_length", to=TensorProto.INT32)
+
+    def _last_of_each(self, hidden: str) -> str:
+        """Of the tokens fed [B, S, hidden] each row's last that the mask keeps, [B, 1, hidden].
+
+        onnxruntime-genai fills shorter prompts of a batch up on the right.
+        """
+        fed = self._node("Shape", ["input_ids"], "tokens_fed", start=1)
+        past = self._node("Sub", ["mask_shape", fed], "past_tokens")
+        last = self._node("Sub", ["last_token", past], "last_fed")
+        known = self._node("Max", [last, self._int64("zero", [0])], "last_known")
+        rows = self._node("Unsqueeze", [known, self._int64("row_axes", [1, 2])], "last_rows")
+        return self._node("GatherND", [hidden, rows], "last_hidden", batch_dims=1)
 
     def _rotary(self) -> None:
         decoder = self.decoder

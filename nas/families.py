@@ -378,7 +378,8 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise _not_there(source, error) from error
-    return wrap(model, tokenizer, Path(source).name, _licence(source), window)
+    name = Path(source).name if Path(source).exists() else source  # an id with its owner is what a card links to
+    return wrap(model, tokenizer, name, _licence(source), window)
 
 
 def _licence(source: str) -> str | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -169,6 +170,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             f"wanted rotary embeddings with scaling {' or '.join(known)}, got {scaling}; load its Hugging Face folder "
             "instead"
         )
+    layers = {name.split(".")[1] for tensor in reader.tensors if (name := tensor.name).startswith("blk.")}
+    if metadata.get(f"{architecture}.block_count") != len(layers):  # looked at before a model of so many is built
+        said = metadata.get(f"{architecture}.block_count")
+        raise _damaged(path, ValueError(f"it says {said} layers, and has tensors of {len(layers)}"))
     if any(tensor.name == _ROTARY_FACTORS for tensor in reader.tensors):
         raise ValueError(
             f"wanted rotary embeddings without factors of their own, got {_ROTARY_FACTORS} (Llama 3.1 and later have "
@@ -178,7 +183,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"wanted a sound GGUF file, got {path}, which stops making sense: {error}; fetch it again")
+    said = shorten(str(error), 200)  # of missing tensors there may be thousands
+    return ValueError(f"wanted a sound GGUF file, got {path}, which stops making sense: {said}; fetch it again")
 
 
 def _config(metadata: Mapping[str, Any], *, tied: bool) -> Any:
@@ -187,7 +193,8 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> Any:
     name = metadata["general.architecture"]
     values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
     hidden, heads = values["embedding_length"], values["attention.head_count"]
-    tokens = {token: metadata.get(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos", "padding")}
+    tokens = {token: metadata.get(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos", "eot", "padding")}
+    ends = [end for end in dict.fromkeys((tokens["eos"], tokens["eot"])) if end is not None]
     architecture = _ARCHITECTURES[name]
     return AutoConfig.for_model(
         architecture.model_type,
@@ -202,7 +209,7 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> Any:
         rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
         tie_word_embeddings=tied,
         bos_token_id=tokens["bos"],
-        eos_token_id=tokens["eos"],
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
         pad_token_id=tokens["padding"],
         **architecture.own_config(values),
     )

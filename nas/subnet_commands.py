@@ -107,7 +107,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a subnet as a folder that stock runtimes load."""
-    from export.artefact import FORMATS
+    from export.artefact import FORMATS, check_replaceable
     from nas.artefacts import export_subnet, text_quality
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
@@ -125,10 +125,12 @@ def export(
             name: predictions_for(store, study.space, chosen, name, here.id, threads or here.cores, workloads)
             for name in formats
         }
+    folders = {name: output if len(formats) == 1 else output / name for name in formats}
+    for folder in folders.values():  # before the work
+        check_replaceable(folder)
     supernet, _, tuning = open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)
-    folders = {name: output if len(formats) == 1 else output / name for name in formats}
     for name, folder in folders.items():
         export_subnet(supernet, chosen, name, folder, windows, predictions[name], quality, tuning)
     result = {"subnet": chosen.id, "precision": chosen.precision, "folders": {n: str(f) for n, f in folders.items()}}

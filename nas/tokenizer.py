@@ -58,7 +58,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any:
         model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length", 1 << 20),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        **({"chat_template": template} if (template := metadata.get("tokenizer.chat_template")) else {}),
         **_special_tokens(metadata, tokens),
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ MANIFEST = Manifest(
     base_fingerprint="0123456789abcdef",
     subnet_id="g4-w96",
     predictions=(LatencyPrediction("decode", 128, 1, "laptop", 7.5, 7.0, 8.25),),
-    versions={"torch": "2"},
+    versions={"llm-nas": "1", "torch": "2"},
 )
 
 
@@ -64,6 +65,31 @@ def test_an_exception_leaves_the_earlier_export(exported: Path) -> None:
     assert (exported / "model.bin").read_bytes() == b"weights"
     assert read_manifest(exported).files["model.bin"] == 7
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_earlier_export(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".unfinished":
+            raise OSError("interrupted")
+        return plain(path, target)
+
+    plain = Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="interrupted"), whole_or_absent(exported, MANIFEST) as folder:
+        (folder / "model.bin").write_bytes(b"other")
+    assert (exported / "model.bin").read_bytes() == b"weights"
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
+def test_a_link_to_an_export_stays_one(exported: Path) -> None:
+    link = exported.with_name("link")
+    link.symlink_to(exported)
+    with whole_or_absent(link, MANIFEST) as folder:
+        (folder / "model.bin").write_bytes(b"new")
+    assert link.is_symlink()
+    assert read_manifest(exported).files == {"model.bin": 3}
 
 
 def test_while_it_is_written_nothing_looks_whole(tmp_path: Path) -> None:
@@ -172,6 +198,11 @@ def test_a_truncated_or_binary_manifest(exported: Path) -> None:
         {"files": {"model.bin": float("inf")}},
         {"files": {"model.bin": None}},
         {"surprise": 1},
+        {"versions": {}},
+        {"versions": {"llm-nas": 1}},
+        {"licence": 3},
+        {"quality": {"kl": "a", "perplexity": 1.0, "full_perplexity": 1.0, "tokens": 4}},
+        {"predictions": [{**asdict(MANIFEST.predictions[0]), "value_ms": "7"}]},
     ],
     ids=lambda fields: json.dumps(fields)[:40],
 )

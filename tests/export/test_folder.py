@@ -10,6 +10,7 @@ from export.decoder import decoder_from_model
 from export.folder import generation_config
 from export.onnx import write_genai_config, write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
+from export.tokenizer_files import write_tokenizer
 from hw_profiles.runtimes.openvino import compile_properties
 from tests.genai import genai_tokens
 
@@ -27,6 +28,31 @@ def test_a_text_ends_where_tokenizer_or_model_say(model: PreTrainedModel, tokeni
     model.generation_config.eos_token_id = [7, tiny_models.EOS, 9]
     found = generation_config(model, tokenizer)
     assert (found.eos_token_id, found.pad_token_id) == ([tiny_models.EOS, 7, 9], tiny_models.EOS)
+
+
+def test_prompts_of_a_batch_may_differ_in_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """onnxruntime-genai fills the shorter ones up on the right."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    decoder = decoder_from_model(model, "fp32")
+    write_tokenizer(tokenizer, tmp_path)
+    write_onnx(decoder, tmp_path)
+    write_genai_config(decoder, generation_config(model, tokenizer), tmp_path)
+    texts = ["the theme of it", "abc", "of a theme"]
+    loaded = genai.Model(str(tmp_path))
+    params = genai.GeneratorParams(loaded)
+    params.set_search_options(max_length=24, do_sample=False, batch_size=len(texts))
+    generator = genai.Generator(loaded, params)
+    prompts = genai.Tokenizer(loaded).encode_batch(texts)
+    generator.append_tokens(prompts)
+    for _ in range(6):
+        generator.generate_next_token()
+    longest = max(len(tokenizer(text)["input_ids"]) for text in texts)
+    for row, text in enumerate(texts):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        found = [int(token) for token in generator.get_sequence(row)][longest:]
+        assert found == tiny_models.greedy(model, ids, 6)
 
 
 def test_runtimes_end_at_any_of_several_tokens(

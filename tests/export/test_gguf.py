@@ -81,6 +81,11 @@ class TestGguf(WriterContract):
         wanted = decoder_from_model(model, precision).shape.weight_bytes(precision)
         assert 0 <= self.weight_bytes(tmp_path) - wanted <= 1024
 
+    @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+    def test_a_gemma_whose_attention_is_of_one_kind(self, kind: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="wanted layers of one shape"):
+            super().test_a_gemma_whose_attention_is_of_one_kind(kind, tmp_path)
+
     @pytest.mark.parametrize("factor", [None, 4.0])
     def test_gemma3(
         self, precision: Precision, factor: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

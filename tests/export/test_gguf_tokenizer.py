@@ -93,6 +93,15 @@ def test_a_text_that_ends_in_one_of_several_ways() -> None:
     assert metadata["tokenizer.ggml.add_bos_token"] is False
 
 
+def test_of_several_chat_templates_the_file_has_the_one_for_chats() -> None:
+    tokenizer = byte_level("gpt-2")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    metadata = tokenizer_metadata(tokenizer, len(tokenizer), GENERATION)
+    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    tokenizer.chat_template = {"tool_use": "{{ tools }}"}
+    assert "tokenizer.chat_template" not in tokenizer_metadata(tokenizer, len(tokenizer), GENERATION)
+
+
 def test_tokenizers_that_llamacpp_does_not_know_are_named() -> None:
     generation = GenerationConfig(eos_token_id=2)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))

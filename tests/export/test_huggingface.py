@@ -140,6 +140,27 @@ def test_config_serves_old_and_new_transformers(folders: dict[bool, Path], tied:
     assert config["model_type"] == "heterogeneous_llama"
 
 
+def test_scaled_rotary_embeddings_serve_old_and_new_transformers(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As in Llama 3.1. transformers 4 reads the two older fields, and knows no other class of fast tokenizers."""
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = tiny_models.llama_config(rope_parameters={"rope_theta": 300.0, **scaling})
+    model = tiny_models.randomise(LlamaForCausalLM(config))
+    write_huggingface(model, tokenizer, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (300.0, scaling)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {**scaling, "rope_theta": 300.0}.items() <= dict(loaded.config.rope_parameters).items()
+    ids = tiny_models.tokens(40)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
 def test_nothing_pickled_and_no_matrix_twice(folders: dict[bool, Path]) -> None:
     for tied, folder in folders.items():
         assert {path.suffix for path in folder.iterdir()} <= {".safetensors", ".json", ".py", ".jinja"}

@@ -126,6 +126,13 @@ class WriterContract:
             self.write(decoder, timed)
         )
 
+    @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+    def test_a_gemma_whose_attention_is_of_one_kind(self, kind: str, tmp_path: Path) -> None:
+        """The others' is skipped, and their rotary embedding with them."""
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        blocks = tuple(BlockShape(4, 2, 96) if found == kind else BlockShape(0, 0, 64) for found in kinds)
+        self._expect_parity(tiny_models.heterogeneous(blocks=blocks, family="gemma3_text"), tmp_path)
+
     def test_biases_and_activations(self, tmp_path: Path) -> None:
         for activation in self.activations:
             fields = {"attention_bias": True, "mlp_bias": True, "hidden_act": activation, "num_hidden_layers": 2}

@@ -75,7 +75,7 @@ def _writer(path, architecture, config):
     return writer
 
 
-def _write_gguf(path, model, rotary_factors=()):
+def _write_gguf(path, model, rotary_factors=(), ends=()):
     """A Llama as llama.cpp's converter writes it: q and k rows with the two rotary halves interleaved."""
     config, state = model.config, model.state_dict()
     writer = _writer(path, "llama", config)
@@ -86,6 +86,8 @@ def _write_gguf(path, model, rotary_factors=()):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(MERGES)
+    for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends, strict=False):
+        add(end)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -231,6 +233,12 @@ def test_a_folder_gives_the_model_that_was_saved(tiny, windows, tmp_path):
         assert torch.equal(loaded.model(windows).logits, original.model(windows).logits)
 
 
+def test_a_gguf_ends_texts_in_all_its_ways(tiny, tmp_path):
+    _write_gguf(tmp_path / "m.gguf", tiny(vocabulary=len(_tokens()[0])).model, ends=(2, 1))
+    assert load_config(str(tmp_path / "m.gguf")).eos_token_id == [2, 1]
+    assert load_model(str(tmp_path / "m.gguf")).model.generation_config.eos_token_id == [2, 1]
+
+
 def test_fingerprint_sees_one_changed_weight(tiny):
     model = tiny().model
     before = fingerprint(model)
@@ -263,6 +271,14 @@ def test_refusals_say_what_is_wanted(tiny, tmp_path):
         with pytest.raises(ValueError, match="wanted a sound GGUF file"):
             load_model(str(tmp_path / "cut.gguf"))
     _write_gguf(tmp_path / "scaled.gguf", tiny(vocabulary=len(_tokens()[0])).model, [1.0] * 16)
+    damaged = whole.replace(
+        b"llama.block_count" + (4).to_bytes(4, "little") + (3).to_bytes(4, "little"),
+        b"llama.block_count" + (4).to_bytes(4, "little") + (4000).to_bytes(4, "little"),
+    )
+    assert damaged != whole
+    (tmp_path / "deep.gguf").write_bytes(damaged)
+    with pytest.raises(ValueError, match="it says 4000 layers, and has tensors of 3"):
+        load_model(str(tmp_path / "deep.gguf"))
     for read in (load_config, load_model):
         with pytest.raises(ValueError, match=r"got rope_freqs\.weight .* load its Hugging Face folder"):
             read(str(tmp_path / "scaled.gguf"))
