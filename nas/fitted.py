@@ -47,6 +47,11 @@ class _Fitted(_Base):
 SCHEMA = Schema("fitted", _Base.metadata.sorted_tables)
 
 
+def sample_weights(training: Sequence[Measurement]) -> list[float]:
+    """What each counts in a fit."""
+    return [_REFERENCE_WEIGHT if m.role == "reference" else 1.0 for m in training]
+
+
 def fitted_predictor(store: Store, training: Sequence[Measurement], roles: Collection[Role]) -> LatencyPredictor:
     """Of measurements of one target, model and phase, those of `roles` that still hold.
 
@@ -93,7 +98,7 @@ def _kept_or_fitted(
         [m.workload for m in training],
         first.target.precision,
         0,  # seed
-        [_REFERENCE_WEIGHT if m.role == "reference" else 1.0 for m in training],
+        sample_weights(training),
     )
     digest = training_digest(*samples, target=target, runtime_version=version, priors=others)
     leaning = "with priors" if others else "alone"

@@ -12,6 +12,7 @@ from hw_profiles import Measurement, ModelShape, PlannedGraph, Store, Target
 from hw_profiles.planning import random_shapes, spread_densities
 from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PHASES
+from nas.fitted import sample_weights
 from nas.latency import TRAINING_ROLES
 from nas.space import SearchSpace
 from predictors import LatencyPredictor, most_informative
@@ -78,6 +79,7 @@ class Sampling:
                 [m.workload for m in of_phase],
                 self.target.precision,
                 seed=0,
+                weights=sample_weights(of_phase),
             )
             for of_phase in by_phase
             if of_phase
