@@ -37,8 +37,9 @@ from nas.evaluate import Evaluator
 from nas.families import load_model
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
 from nas.search import score_parts
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import Study
+from nas.subnet import Subnet
 from nas.terminal import progress_bar
 
 MOST_PREPARING_S = 180.0

@@ -29,8 +29,9 @@ from nas.families import load_model
 from nas.latency import LatencyModel
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
 from nas.search import SearchSettings, score_parts, search
-from nas.space import NARROW, NARROW_BITS, SearchSpace
+from nas.space import SearchSpace
 from nas.study import Study
+from nas.subnet import NARROW, NARROW_BITS
 from nas.terminal import progress_bar
 
 #: Of what the full model at NARROW_BITS takes.

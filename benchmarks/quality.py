@@ -40,8 +40,9 @@ from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.refinement import refine
 from nas.search import SearchSettings, score_parts, search
 from nas.sequential import MENDED, fit_in_sequence
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import Study
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.terminal import progress_bar
 from nas.text import CALIBRATION_FILES, DATA_FOLDER, TEST_FILES, file_windows

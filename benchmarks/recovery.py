@@ -32,7 +32,7 @@ from hw_profiles import detect
 from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
-from nas.space import Subnet
+from nas.subnet import Subnet
 from nas.supernet_tuning import tune_supernet
 from nas.terminal import progress_bar
 from nas.text import TUNING_FILES, all_windows

@@ -18,7 +18,7 @@ from torch import nn
 
 from nas.arithmetic import computing, fast_dtype
 from nas.calibration import moments
-from nas.space import PARTS
+from nas.subnet import PARTS
 from nas.supernet import Supernet
 
 _TOKENS_AT_ONCE = 4096

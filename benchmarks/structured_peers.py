@@ -19,7 +19,7 @@ from nas.calibration import Statistics, collect
 from nas.importance import keep_order
 from nas.own_weights import OwnWeights
 from nas.reformation import reform
-from nas.space import PARTS, Part
+from nas.subnet import PARTS, Part
 from nas.supernet import Supernet
 
 #: Weights of one part by name within its layer; empty where the part is skipped. Parts left out stay whole.

@@ -165,8 +165,8 @@ class Demo:
         from nas.latency import LatencyModel
         from nas.protocol import EvaluationProtocol, fit_winner, open_supernet, test_windows
         from nas.queries import find_subnet
-        from nas.space import LayerChoice, Subnet
         from nas.study import Study
+        from nas.subnet import LayerChoice, Subnet
 
         with Store(str(self.output / "llm-nas.db")) as store:
             study = Study.load(store, "demo")

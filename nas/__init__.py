@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from nas.report import write_report
     from nas.search import SearchSettings
     from nas.search import search as run_search
-    from nas.space import SearchSpace, Subnet
+    from nas.space import SearchSpace
     from nas.study import Study
+    from nas.subnet import Subnet
     from nas.supernet import Supernet
     from nas.tuned import TuneSettings
 
@@ -46,7 +47,7 @@ _ORIGINS = {
     "SearchSettings": "nas.search.SearchSettings",
     "SearchSpace": "nas.space.SearchSpace",
     "Study": "nas.study.Study",
-    "Subnet": "nas.space.Subnet",
+    "Subnet": "nas.subnet.Subnet",
     "Supernet": "nas.supernet.Supernet",
     "TuneSettings": "nas.tuned.TuneSettings",
     "answer_query": "nas.queries.answer_query",

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from hw_profiles.shapes import NARROW_HEAD_BITS, WIDE_BITS
 from nas.pareto import pareto_front
-from nas.space import NARROW_BITS, PARTS, SKIPPED, LayerChoice, Part, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import NARROW_BITS, PARTS, SKIPPED, LayerChoice, Part, Subnet
 
 Floats = NDArray[np.float64]
 #: Milliseconds of each subnet.

@@ -12,7 +12,7 @@ from export import LatencyPrediction, Manifest, Parity, export_folder
 from export.artefact import Format, TextQuality
 from nas.card import write_card
 from nas.evaluate import Evaluator
-from nas.space import Subnet
+from nas.subnet import Subnet
 from nas.supernet import Supernet
 
 _VERSIONED = ("torch", "transformers", "onnxruntime", "openvino")

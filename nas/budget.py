@@ -13,8 +13,8 @@ from hw_profiles import Workload
 from nas.latency import LatencyModel
 from nas.memory import Memory
 from nas.quality import Quality
-from nas.space import Subnet
 from nas.study import Trial
+from nas.subnet import Subnet
 
 #: By how much the upper end of a finalist's measurement lies above its median, about: a subnet whose middle is nearer
 #: to the budget is unlikely to be admitted once it was timed.

@@ -15,7 +15,7 @@ from hw_profiles.shapes import NARROW_HEAD_BITS, Precision
 from nas.arithmetic import computing, fast_dtype
 from nas.distillation import capped
 from nas.quality import Quality
-from nas.space import Part, Subnet
+from nas.subnet import Part, Subnet
 from nas.supernet import Supernet
 
 _TOKENS_AT_ONCE = 8192

@@ -14,7 +14,8 @@ from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.optimize import minimize
 
 from nas.pareto import hypervolume, pareto_front
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import Subnet
 
 Genes = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -21,7 +21,8 @@ from hw_profiles.shapes import HIDDEN_ACTS, VALUE_BYTES, ModelShape
 from nas.distillation import capped
 from nas.fused import unfused, unfused_config
 from nas.gguf_model import gguf_config, load_gguf
-from nas.space import Part, model_shape
+from nas.space import model_shape
+from nas.subnet import Part
 
 
 @dataclass(frozen=True)

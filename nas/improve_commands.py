@@ -36,7 +36,7 @@ from nas.terminal import emit, progress_bar
 
 if TYPE_CHECKING:  # they bring torch
     from nas.quality import Quality
-    from nas.space import Subnet
+    from nas.subnet import Subnet
 
 #: In place of a subnet's id, to `nas tune`.
 ALL_SUBNETS = "all"

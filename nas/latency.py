@@ -16,7 +16,8 @@ from hw_profiles.profile import repeat_noise
 from hw_profiles.shapes import PRECISIONS, Phase, Precision
 from hw_profiles.staleness import installed_version, usable
 from nas.fitted import fitted_predictor
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import Subnet
 from predictors import AdditiveTable, LatencyPrediction, LatencyPredictor, describe_workloads, mape, spearman, within
 
 Floats = NDArray[np.float64]

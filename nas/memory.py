@@ -12,7 +12,8 @@ from hw_profiles.measurement import MemoryMeasurement
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import StaleProfileError, installed_version
 from nas.latency import ProfileMissingError
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import Subnet
 from predictors import MemoryPrediction, MemoryPredictor, mape
 from predictors.memory import MINIMUM_SAMPLES
 

@@ -12,7 +12,7 @@ from export.quantize import fake_quantize
 from hw_profiles.shapes import BLOCK_BITS
 from nas.calibration import is_complete, load_layer, save_layer
 from nas.rounded_parts import RoundedWeights, pack_rounded, unpack_rounded
-from nas.space import PARTS, Part, Subnet
+from nas.subnet import PARTS, Part, Subnet
 
 
 @dataclass(frozen=True, eq=False)

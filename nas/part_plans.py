@@ -13,7 +13,7 @@ from hw_profiles.profile import Progress
 from nas.calibration import LayerStatistics, Statistics, find_layer, load_layer, save_layer
 from nas.importance import DAMPING, keep_order
 from nas.reformation import Reformed, reform
-from nas.space import PARTS, Part
+from nas.subnet import PARTS, Part
 
 #: Channels dropped at a step of the elimination: at least so many, and of wide MLPs a forty-eighth, for a step passes
 #: over two matrices that no cache holds.

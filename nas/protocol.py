@@ -14,8 +14,9 @@ from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, load_model
 from nas.sequential import fit_in_sequence
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import Study, StudyError
+from nas.subnet import Subnet
 from nas.supernet import Supernet
 from nas.text import (
     CALIBRATION_FILES,

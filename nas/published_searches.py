@@ -21,7 +21,8 @@ from pymoo.operators.sampling.rnd import IntegerRandomSampling
 
 from nas.additive import Latency
 from nas.evolution import keeps_attention
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 
 Floats = NDArray[np.float64]
 Batches = Generator[list[Subnet], Sequence[float], None]

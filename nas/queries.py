@@ -14,8 +14,9 @@ from hw_profiles.staleness import StaleProfileError
 from nas.budget import Answer, Budget, BudgetUnmetError, admitted, describe, hopeful
 from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
 from nas.memory import Memory, MemoryModel
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import Study, StudyError, Trial
+from nas.subnet import Subnet
 
 if TYPE_CHECKING:  # an answer from the database waits for neither torch nor matplotlib
     from export import LatencyPrediction

@@ -23,10 +23,10 @@ from nas.adapters.linear import ElasticLinear, GridLinear
 from nas.evaluate import Evaluator
 from nas.own_weights import OwnLayers, OwnWeights
 from nas.quality import Quality
-from nas.space import PARTS, Subnet
 from nas.sparsity.layerwise import prune
 from nas.sparsity.masks import parse_pattern, sparsity_of
 from nas.sparsity.rounds import LARGEST_RANK, tune_in_rounds
+from nas.subnet import PARTS, Subnet
 from nas.supernet import Supernet
 from nas.training import TrainingResult, train
 from nas.tuned import (

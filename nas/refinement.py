@@ -17,8 +17,9 @@ from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
 from nas.evolution import keeps_attention
 from nas.quality import Quality
-from nas.space import PARTS, LayerChoice, Part, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import Study
+from nas.subnet import PARTS, LayerChoice, Part, Subnet
 
 #: A part of a layer.
 Place = tuple[int, Part]

@@ -28,7 +28,7 @@ from nas.report_plots import (
     precision_name,
     quality_figure,
 )
-from nas.space import Subnet
+from nas.subnet import Subnet
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from hw_profiles.shapes import BLOCK_BITS
 from nas.latency import LatencyCurve
 from nas.pareto import pareto_front
-from nas.space import Subnet
+from nas.subnet import Subnet
 
 if TYPE_CHECKING:
     from nas.report import MeasuredLatency, ReportData, TrialPoint

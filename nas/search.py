@@ -19,8 +19,9 @@ from nas.additive import AdditiveScores, Latency, fill_in, ladder, optimum, scor
 from nas.evolution import choose_batch, evolve, keeps_attention
 from nas.published_searches import PUBLISHED
 from nas.quality import Quality
-from nas.space import NARROW, NARROW_BITS, PARTS, Part, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
+from nas.subnet import NARROW, NARROW_BITS, PARTS, Part, Subnet
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_JUDGED_TRIALS
 

@@ -38,8 +38,8 @@ from nas.importance import normalise
 from nas.own_weights import OwnLayers, OwnWeights, has_own, load_own, load_own_layer, save_own_layer
 from nas.rounded_parts import RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
-from nas.space import PARTS, Part, Subnet
 from nas.stream_checkpoint import StreamCheckpoint
+from nas.subnet import PARTS, Part, Subnet
 from nas.supernet import Supernet
 
 #: Ridge relative to each input's own energy.

@@ -19,7 +19,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from hw_profiles import Store
 from hw_profiles.schema import Schema
 from nas.quality import Quality
-from nas.space import SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import Subnet
 
 #: full: all layers kept; seed: an additive solution; search: proposed by evolution on the predictors.
 TrialRole = Literal["full", "seed", "search", "refined"]

@@ -35,8 +35,8 @@ from nas.terminal import EXIT_UNMET, emit, note, os_error_sentence, progress_bar
 
 if TYPE_CHECKING:  # they bring torch
     from nas.protocol import EvaluationProtocol
-    from nas.space import Subnet
     from nas.study import Study
+    from nas.subnet import Subnet
     from nas.supernet import Supernet
 
 

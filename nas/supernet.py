@@ -37,7 +37,8 @@ from nas.part_plans import (
 )
 from nas.rounded_parts import RoundedParts, RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
-from nas.space import PARTS, SKIPPED, Part, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import PARTS, SKIPPED, Part, Subnet
 
 #: Of what is rounded, in files: raise it when they change their meaning.
 _ROUNDING_VERSION = 1

@@ -17,7 +17,7 @@ from nas.adapters.elastic import attach
 from nas.adapters.shared import Factors, SharedAdapter, deltas
 from nas.calibration import load_layer, save_layer
 from nas.evaluate import Evaluator
-from nas.space import Subnet
+from nas.subnet import Subnet
 from nas.supernet import Supernet
 from nas.training import train
 from nas.tuned import CHECKPOINTS, TuneSettings, begin, write_json

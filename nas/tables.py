@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # they bring torch
     from nas.latency import LatencyModel
     from nas.memory import MemoryProfile
     from nas.refinement import Refinement
-    from nas.space import SearchSpace, Subnet
+    from nas.space import SearchSpace
     from nas.study import Trial
+    from nas.subnet import Subnet
     from nas.supernet_tuning import TunedSupernet
     from nas.tasks import Score
     from nas.tuned import Tuned

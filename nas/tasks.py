@@ -24,7 +24,7 @@ from nas.distillation import capped
 from nas.families import LoadedModel
 from nas.quality import Quality
 from nas.search import Evaluates
-from nas.space import Part, Subnet
+from nas.subnet import Part, Subnet
 
 try:
     import datasets

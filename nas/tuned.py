@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from nas.calibration import statistics_key
 from nas.own_weights import OwnLayers, has_own, load_own, save_own
 from nas.quality import Quality
-from nas.space import PARTS, Subnet
 from nas.sparsity.layerwise import PruningMethod
 from nas.sparsity.masks import check_sparsity, parse_pattern
+from nas.subnet import PARTS, Subnet
 from nas.supernet import Supernet
 from nas.training import TrainingSettings
 

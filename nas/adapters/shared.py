@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nas.adapters.elastic import Ranks, Sampling, SuperAdapter
-from nas.space import PARTS, Subnet
+from nas.subnet import PARTS, Subnet
 from nas.supernet import Supernet
 
 #: Of one layer, by name of the weight within it.

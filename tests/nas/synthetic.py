@@ -14,7 +14,8 @@ from hw_profiles.memory import memory_plan
 from hw_profiles.shapes import BLOCK_BITS, Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
-from nas.space import LayerChoice, Part, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Part, Subnet
 
 Floats = NDArray[np.float64]
 PART_WEIGHTS: dict[Part, float] = {"attention": 0.6, "mlp": 1.0}

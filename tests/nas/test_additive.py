@@ -7,7 +7,8 @@ import pytest
 from hw_profiles import BlockShape
 from nas.additive import AdditiveScores, fill_in, ladder, optimum, part_options, scored_choices
 from nas.pareto import pareto_front
-from nas.space import PARTS, LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import PARTS, LayerChoice, Subnet
 from tests.nas.synthetic import latency_ms, tiny_space
 
 

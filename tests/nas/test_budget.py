@@ -9,8 +9,8 @@ from nas.budget import Answer, Budget, BudgetUnmetError, Latency, admitted, desc
 from nas.latency import Timed, timed_together
 from nas.memory import Memory
 from nas.quality import Quality
-from nas.space import LayerChoice, Subnet
 from nas.study import Trial
+from nas.subnet import LayerChoice, Subnet
 from predictors import LatencyPrediction
 from tests.nas.synthetic import tiny_space
 

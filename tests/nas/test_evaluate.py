@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from nas import calibration, evaluate
 from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 

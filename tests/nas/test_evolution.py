@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from nas.evolution import ChangeShared, ShiftCapacity, choose_batch, evolve
 from nas.pareto import hypervolume
-from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import SKIPPED, LayerChoice, Subnet
 from tests.nas.synthetic import latency_ms, lost, tiny_space
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ from nas.latency import (
     latency_curves,
     timed_together,
 )
-from nas.space import Subnet
+from nas.subnet import Subnet
 from tests.nas.synthetic import VERSION, fill_profile, measurement, shape_ms, tiny_space
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")

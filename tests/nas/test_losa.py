@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 from nas.adapters.elastic import attach
 from nas.families import LoadedModel
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.sparsity import layerwise, losa, rounds
 from nas.sparsity.losa import (
     block_losses,
@@ -21,6 +21,7 @@ from nas.sparsity.losa import (
     redundancy,
     schedule,
 )
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 

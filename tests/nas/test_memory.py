@@ -9,7 +9,7 @@ from hw_profiles.runtimes.fake import FakeRuntime
 from hw_profiles.staleness import StaleProfileError
 from nas.latency import ProfileMissingError
 from nas.memory import MemoryModel, memory_profile
-from nas.space import Subnet
+from nas.subnet import Subnet
 from tests.nas.synthetic import BASELINE_BYTES, fill_memory, shape_peak_bytes, tiny_space
 
 DEVICE = Device("Some CPU", 2, 8 * 2**30, ("avx2",), "Linux", "x86_64")

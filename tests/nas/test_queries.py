@@ -16,8 +16,8 @@ from hw_profiles.timing import measure
 from nas.budget import Answer, Budget, BudgetUnmetError
 from nas.latency import ProfileMissingError
 from nas.queries import answer_query, find_subnet, predictions_for, report_data
-from nas.space import Subnet
 from nas.study import Study, StudyError, Trial
+from nas.subnet import Subnet
 from tests.nas.synthetic import (
     SyntheticEvaluator,
     fill_memory,

@@ -13,7 +13,8 @@ from nas.families import LoadedModel
 from nas.own_weights import load_own
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
-from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import SKIPPED, LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.training import Loss, TrainingSettings, last_checkpoint
 from nas.tuned import TUNED_FILE, Tuned, TuneSettings, adopt_tuned

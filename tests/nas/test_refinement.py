@@ -10,7 +10,8 @@ from nas.evaluate import Evaluator
 from nas.protocol import EvaluationProtocol
 from nas.refinement import check_refinable, knapsack, refine
 from nas.sequential import fit_in_sequence
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 from .synthetic import latency_ms

@@ -30,7 +30,7 @@ from nas.report_plots import (
     quality_figure,
     save_figure,
 )
-from nas.space import LayerChoice, Subnet
+from nas.subnet import LayerChoice, Subnet
 
 HOSTILE = "<script>alert('$x_1^2$')</script> & \"co\""
 VOID_ELEMENTS = {"meta", "br"}

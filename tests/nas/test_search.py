@@ -14,8 +14,9 @@ from hw_profiles import Store
 from nas.pareto import hypervolume
 from nas.quality import Quality
 from nas.search import SearchSettings, quality_features, search
-from nas.space import SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.study import ALGORITHMS, Algorithm, Study, Trial
+from nas.subnet import SKIPPED, LayerChoice, Subnet
 from tests.nas.synthetic import SyntheticEvaluator, latency_ms, tiny_space
 
 SETTINGS = SearchSettings(evaluations=26, batch=6, seeds_per_bits=5, population=24, generations=8)

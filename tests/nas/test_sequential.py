@@ -8,7 +8,8 @@ from nas import calibration, sequential
 from nas.families import LoadedModel
 from nas.importance import keep_order
 from nas.sequential import fit_in_sequence
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 LAYERS = (LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0))

@@ -15,7 +15,8 @@ from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
 from nas.families import load_model
 from nas.recovery import tune
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.text import CALIBRATION_FILES, TEST_FILES, file_windows
 from nas.training import TrainingSettings

@@ -7,7 +7,8 @@ import pytest
 from transformers import LlamaConfig
 
 from hw_profiles.shapes import BlockShape
-from nas.space import PARTS, SKIPPED, LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import PARTS, SKIPPED, LayerChoice, Subnet
 from tests.nas.synthetic import tiny_space
 
 

@@ -10,10 +10,11 @@ import torch
 from nas import calibration
 from nas.adapters.elastic import attach
 from nas.families import FAMILIES, LoadedModel
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
 from nas.sparsity import layerwise
 from nas.sparsity.layerwise import prune
 from nas.sparsity.masks import Pattern, check_sparsity, parse_pattern, sparsegpt, sparsity_of, wanda
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 PROJECTIONS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]

@@ -14,7 +14,8 @@ from nas.calibration import collect
 from nas.families import FAMILIES, LoadedModel, wrap
 from nas.part_plans import part_order
 from nas.rounding import output_error
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 
 SUBNET = Subnet((LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0)), 32)

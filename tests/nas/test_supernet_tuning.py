@@ -11,7 +11,8 @@ from nas.adapters.elastic import attach
 from nas.adapters.shared import SharedAdapter, deltas
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.supernet_tuning import SHIFT_FILE, TunedSupernet, shift_by, tune_supernet
 from nas.training import TrainingSettings

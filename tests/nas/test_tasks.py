@@ -9,7 +9,8 @@ from lm_eval.models.huggingface import HFLM
 
 from export.huggingface import write_huggingface
 from nas.families import LoadedModel, load_model
-from nas.space import LayerChoice, SearchSpace, Subnet
+from nas.space import SearchSpace
+from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.tasks import ChoiceLoss, LoadedModelScorer, evaluate_tasks
 from tests.nas.tiny_llama import save_tiny_llama
