@@ -1,6 +1,5 @@
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from nas.rounding import output_error
 from nas.space import SearchSpace
 from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
+from tests.export import tiny_models
 
 SUBNET = Subnet((LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0)), 32)
 
@@ -187,7 +187,7 @@ def test_a_head_of_other_bits_than_the_embedding_is_stored_beside_it(tiny, windo
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
             parameter.data = dequantize(quantized[name])
-    write_huggingface(model, SimpleNamespace(save_pretrained=lambda directory: None), tmp_path)
+    write_huggingface(model, tiny_models.tokenizer(), tmp_path)
     shipped = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         found = shipped(windows).logits
