@@ -182,16 +182,17 @@ def whole_or_absent(directory: Path, manifest: Manifest) -> Iterator[Path]:
     """
     check_replaceable(directory)
     directory = directory.resolve()  # a link stays one
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, earlier = (directory.with_name(directory.name + suffix) for suffix in (".unfinished", ".earlier"))
+    if earlier.exists() and not directory.exists():
+        earlier.rename(directory)  # killed between the two renames below
+    for left in (unfinished, earlier):
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
         sizes = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir()) if path.is_file()}
         complete = Manifest(**{**manifest.__dict__, "files": sizes})
         (unfinished / MANIFEST_FILE).write_text(complete.to_json())
-        earlier = directory.with_name(directory.name + ".earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
         if directory.exists():
             directory.rename(earlier)
         try:

@@ -123,10 +123,11 @@ def _locked(folder: Path, refusal: str) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
         yield
-    except BlockingIOError:
-        raise ValueError(refusal) from None
     finally:
         os.close(descriptor)
 

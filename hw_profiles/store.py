@@ -70,7 +70,8 @@ class Store:
     def devices(self) -> list[Device]:
         with self.transaction() as session:
             rows = session.scalars(select(DeviceRow).order_by(DeviceRow.id)).all()
-            return [_device(row.description) for row in rows]
+            with self._readable_rows():
+                return [_device(row.description) for row in rows]
 
     def add_measurements(self, measurements: Sequence[Measurement]) -> None:
         """Add all or, on an error, none. A measurement that is there already is kept and the new one dropped."""
@@ -171,6 +172,7 @@ class Store:
 
     @contextmanager
     def _readable_rows(self) -> Iterator[None]:
+        """Rows that are none of ours, or damaged, end in one sentence."""
         try:
             yield
         except (KeyError, TypeError, AttributeError, ValueError) as error:

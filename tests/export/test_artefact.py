@@ -83,6 +83,14 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_earlier_export(
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
 
 
+def test_a_kill_between_the_names_is_mended(exported: Path) -> None:
+    exported.rename(exported.with_name("out.earlier"))
+    with pytest.raises(OSError, match="full"), whole_or_absent(exported, MANIFEST):
+        raise OSError("disk full")
+    assert (exported / "model.bin").read_bytes() == b"weights"
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
 def test_a_link_to_an_export_stays_one(exported: Path) -> None:
     link = exported.with_name("link")
     link.symlink_to(exported)

@@ -318,6 +318,31 @@ def test_a_migration_that_fails_leaves_the_old_version(database_url: str, monkey
         assert [m.shape for m in store.measurements()] == [shape(8)]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE measurements SET shape = '{}'",
+        "UPDATE measurements SET shape = 'x'",
+        "UPDATE measurements SET references_ms = '[]'",
+        "UPDATE measurements SET created_at = 'yesterday'",
+        "UPDATE devices SET description = '{}'",
+    ],
+)
+def test_a_row_that_is_none_of_ours(sqlite_store: Store, change: str) -> None:
+    sqlite_store.add_measurements([measurement(8)])
+    with sqlite_store.transaction() as session:
+        session.execute(text(change))
+    with pytest.raises(StoreError, match=r"profiles.db holds a row that this version cannot read .*restore a copy"):
+        (sqlite_store.devices(), sqlite_store.measurements())
+
+
+@pytest.mark.parametrize("name", ["what?.db", "a%20b.db", "what?timeout=x.db"])
+def test_a_path_may_hold_what_has_a_meaning_in_urls(tmp_path: Path, name: str) -> None:
+    with Store(str(tmp_path / name)) as store:
+        store.add_device(DEVICE)
+    assert (tmp_path / name).exists()
+
+
 def test_a_file_that_is_no_database(path: Path) -> None:
     path.write_bytes(b"important notes, not a database\n" * 100)
     with pytest.raises(StoreError, match=r"profiles.db: file is not a database; .*another path"):
@@ -375,6 +400,12 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["oracle://host/db", "nonsense://", "mysql+nothing://host"])
 def test_other_databases_are_refused(url: str) -> None:
     with pytest.raises(StoreError, match="must be SQLite or PostgreSQL: wanted a path or a URL"):
+        Store(url)
+
+
+@pytest.mark.parametrize("url", ["postgresql://host:port/d", "sqlite:///profiles.db?timeout=abc"])
+def test_urls_with_damaged_parts_are_refused(url: str) -> None:
+    with pytest.raises(StoreError, match=r"wanted a path or a URL|names an option that the database does not have"):
         Store(url)
 
 
