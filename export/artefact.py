@@ -109,8 +109,6 @@ class Manifest:
         numbers += [] if self.quality is None else [*asdict(self.quality).values()]
         if not all(isinstance(text, str) for text in said) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("text or numbers of another type")
-        if "llm-nas" not in self.versions:
-            raise ValueError("no version of llm-nas")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ MANIFEST = Manifest(
     base_fingerprint="0123456789abcdef",
     subnet_id="g4-w96",
     predictions=(LatencyPrediction("decode", 128, 1, "laptop", 7.5, 7.0, 8.25),),
-    versions={"llm-nas": "1", "torch": "2"},
+    versions={"torch": "2"},
 )
 
 
@@ -206,7 +206,6 @@ def test_a_truncated_or_binary_manifest(exported: Path) -> None:
         {"files": {"model.bin": float("inf")}},
         {"files": {"model.bin": None}},
         {"surprise": 1},
-        {"versions": {}},
         {"versions": {"llm-nas": 1}},
         {"licence": 3},
         {"quality": {"kl": "a", "perplexity": 1.0, "full_perplexity": 1.0, "tokens": 4}},
