@@ -34,6 +34,7 @@ from hw_profiles import Store, detect
 from nas.additive import optimum
 from nas.arithmetic import fast_dtype
 from nas.evaluate import Evaluator
+from nas.extraction import extract
 from nas.families import load_model
 from nas.protocol import EvaluationProtocol, open_evaluator, open_supernet
 from nas.search import score_parts
@@ -110,7 +111,7 @@ def measure(source: str, rounds: int, cache: Path) -> Seconds:
         scoring_s, scores = clocked(score_parts, space, evaluator, study, progress)
     seconds = Seconds(preparing_s, scoring_s)
     everywhere = Evaluator(supernet, evaluator.windows)
-    of_full = log_probabilities(supernet.extract(space.full(32)), evaluator.windows)
+    of_full = log_probabilities(extract(supernet, space.full(32)), evaluator.windows)
 
     def parameters(subnets: Sequence[Subnet]) -> NDArray[np.float64]:
         return np.array([space.model_shape(subnet).parameters for subnet in subnets], dtype=np.float64)
@@ -120,7 +121,7 @@ def measure(source: str, rounds: int, cache: Path) -> Seconds:
     found = [optimum(scores, parameters, BITS, limit) for limit in limits]
     subnets = [space.full(BITS), *(subnet for subnet in found if subnet is not None)]
     for number, subnet in enumerate(subnets):
-        model = supernet.extract(subnet)
+        model = extract(supernet, subnet)
         same_as_plain(Evaluator(supernet, evaluator.windows, torch.float32), model, subnet, of_full)
         seconds.first.append(clocked(evaluator.evaluate, subnet)[0])
         for _ in range(rounds):

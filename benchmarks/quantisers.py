@@ -50,6 +50,7 @@ from export.openvino import write_openvino
 from export.verify import logit_agreement
 from hw_profiles import detect, runtime
 from hw_profiles.shapes import Precision
+from nas.extraction import extract, rounded_matrices
 from nas.families import LoadedModel, load_model
 from nas.protocol import EvaluationProtocol, fit_winner, open_supernet, test_windows
 from nas.space import SearchSpace
@@ -205,7 +206,7 @@ class Quantisers:
             return
         supernet = self.fitted if weights == "fitted" else self.supernet
         subnet = supernet.space.full().at(precision)
-        write(decoder_from_model(supernet.extract(subnet), precision, supernet.quantized(subnet)), folder)
+        write(decoder_from_model(extract(supernet, subnet), precision, rounded_matrices(supernet, subnet)), folder)
 
     def write_gguf(self, decoder: Decoder, folder: Path) -> None:
         generation = generation_config(self.loaded.model, self.loaded.tokenizer)

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hw_profiles import detect
+from nas.extraction import extract
 from nas.protocol import EvaluationProtocol, open_evaluator
 from nas.recovery import tune
 from nas.sequential import fit_in_sequence
@@ -237,7 +238,7 @@ class Recovery:
         self.begin(subnet)
         before = before or self.judged(subnet)
         tuned = self.tuned(subnet, settings, method)
-        shapes = {n: t.shape for n, t in self.run.supernet.extract(subnet, shared=True).state_dict().items()}
+        shapes = {n: t.shape for n, t in extract(self.run.supernet, subnet, shared=True).state_dict().items()}
         parameters = sum(rank * sum(shapes[f"{path}.weight"]) for path, rank in tuned.ranks.items())
         after = self.judged_with_adapter(subnet, self.path(method)) if settings.separate else self.judged(subnet)
         spent = (tuned.steps, tuned.tokens, tuned.seconds / 60)
@@ -272,7 +273,7 @@ class Recovery:
 
     def judged_with_adapter(self, subnet: Subnet, folder: Path) -> dict[str, float]:
         """With the adapter that was left in `folder`, as stock PEFT loads it."""
-        model = PeftModel.from_pretrained(self.run.supernet.extract(subnet), str(folder / ADAPTER_FOLDER)).eval()
+        model = PeftModel.from_pretrained(extract(self.run.supernet, subnet), str(folder / ADAPTER_FOLDER)).eval()
         return self.run.perplexities(lambda tokens: model(tokens).logits)
 
     def of_tuned_supernet(self, settings: TuneSettings, method: str) -> Row:

@@ -74,6 +74,8 @@ class Manifest:
     licence: str | None = None
     #: How its weights were trained, in words; None where they were not.
     tuning: str | None = None
+    #: `genai_special_tokens` of the tokenizer, in the format that onnxruntime-genai runs.
+    genai_special_tokens: bool | None = None
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +11,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from export.artefact import Manifest, Parity, whole_or_absent
 from export.decoder import decoder_from_model
+from export.genai_config import write_genai_config
 from export.gguf import write_gguf
 from export.gguf_tokenizer import tokenizer_metadata
 from export.huggingface import write_huggingface
-from export.onnx import write_genai_config, write_onnx
+from export.onnx import write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
 from export.quantize import QuantizedWeight, as_half, dequantize, is_rounded, quantize
-from export.tokenizer_files import write_tokenizer
+from export.tokenizer_files import genai_special_tokens, write_tokenizer
 from hw_profiles.shapes import BLOCK_BITS, HEAD_BITS, Precision
 
 
@@ -35,6 +37,8 @@ def export_folder(
     `model` itself is given the rounded weights for it; those that it had stay as they are.
     """
     precision = manifest.precision
+    if manifest.format == "onnx":
+        manifest = replace(manifest, genai_special_tokens=genai_special_tokens(tokenizer))
     with whole_or_absent(directory, manifest) as unfinished:
         parity.save(unfinished)
         if manifest.format == "huggingface":

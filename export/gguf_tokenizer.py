@@ -77,6 +77,14 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def prepends_space(state: dict[str, Any]) -> bool:
+    """Whether a space is put before a text, by the JSON of a fast tokenizer."""
+    normalizers = (state["normalizer"] or {}).get("normalizers", [state["normalizer"]])
+    return any(step and step["type"] == "Prepend" for step in normalizers) or any(
+        step.get("prepend_scheme") in ("first", "always") for step in _cuts(state["pre_tokenizer"])
+    )
+
+
 def _pre_tokenizer_name(state: dict[str, Any]) -> str:
     found = _cuts(state["pre_tokenizer"])
     for name, make in PRE_TOKENIZERS.items():
@@ -106,15 +114,11 @@ def _falling_back_on_bytes(
             types[i] = int(TokenType.BYTE)
     if (unknown := state["model"]["unk_token"]) is not None:
         types[index[unknown]] = int(TokenType.UNKNOWN)
-    normalizers = (state["normalizer"] or {}).get("normalizers", [state["normalizer"]])
-    spaced = any(step and step["type"] == "Prepend" for step in normalizers) or any(
-        step.get("prepend_scheme") in ("first", "always") for step in _cuts(state["pre_tokenizer"])
-    )
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": spaced,
+        "tokenizer.ggml.add_space_prefix": prepends_space(state),
     }
 
 

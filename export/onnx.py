@@ -7,9 +7,8 @@ must not pay the head once per token.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -17,10 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.decoder import Array, AttentionWeights, Decoder, HalfMatrix, Matrix, MlpWeights, Norm, PackedMatrix, stacked
-from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
-
-if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
-    from transformers import GenerationConfig
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, Precision
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -34,70 +30,28 @@ _MICROSOFT = "com.microsoft"
 ACCURACY_LEVEL = 4
 
 
+def check_precision(precision: Precision) -> None:
+    """Raises ValueError at bf16: ONNX Runtime's CPU provider has no kernel that multiplies bf16 matrices."""
+    if precision == "bf16":
+        raise ValueError(
+            "wanted a precision that ONNX Runtime has kernels for on a CPU, got bf16; take another or openvino"
+        )
+
+
 def write_onnx(decoder: Decoder, directory: Path) -> Path:
     """Write `model.onnx` and `model.onnx.data` and return the path of the former.
 
     Inputs `input_ids` [B, S], `attention_mask` [B, P + S], `past_key_values.{i}.key|value` [B, KV heads, P, head_dim]
     with i counting the layers that keep attention; outputs `logits` [B, 1, V] and `present.{i}.key|value`.
 
-    Raises ValueError at bf16: ONNX Runtime's CPU provider has no kernel that multiplies bf16 matrices.
+    Raises ValueError as `check_precision` does.
     """
-    if decoder.precision == "bf16":
-        raise ValueError(
-            "wanted a precision that ONNX Runtime has kernels for on a CPU, got bf16; take another or openvino"
-        )
+    check_precision(decoder.precision)
     path = directory / MODEL_FILE
     with (directory / DATA_FILE).open("wb") as data:
         model = _Graph(decoder, data).model()
     onnx.save_model(model, path)
     return path
-
-
-def write_genai_config(decoder: Decoder, generation: GenerationConfig, directory: Path) -> None:
-    """Write `genai_config.json`, with which onnxruntime-genai runs the folder.
-
-    Its `num_hidden_layers` counts KV cache slots, so layers without attention are left out of it.
-    """
-    shape = decoder.shape
-    config = {
-        "model": {
-            "type": "llama",
-            "vocab_size": shape.vocab_size,
-            "context_length": decoder.max_position_embeddings,
-            # it refuses null
-            **{
-                name: getattr(generation, name)
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-                if getattr(generation, name) is not None
-            },
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": MODEL_FILE,
-                "head_size": shape.head_dim,
-                "hidden_size": shape.hidden_size,
-                "num_attention_heads": max(block.num_attention_heads for block in shape.blocks),
-                "num_key_value_heads": max(block.num_key_value_heads for block in shape.blocks),
-                "num_hidden_layers": len(shape.attention_blocks),
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": False,
-            "max_length": decoder.max_position_embeddings,
-            "past_present_share_buffer": True,
-        },
-    }
-    (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _Graph:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from export.gguf_tokenizer import adds_bos, prepends_space
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -18,29 +21,29 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
     file = directory / "tokenizer_config.json"
     config = {name: value for name, value in json.loads(file.read_text()).items() if value is not None}
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "GemmaTokenizer" if _has_gemmas_pieces(directory) else "PreTrainedTokenizerFast"
+        like_gemmas = _has_pieces(tokenizer) and genai_special_tokens(tokenizer) is not None
+        config["tokenizer_class"] = "GemmaTokenizer" if like_gemmas else "PreTrainedTokenizerFast"
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def is_read_by_genai(directory: Path) -> bool:
-    """Whether onnxruntime-genai's own tokenizer gives the tokens of the one in a folder.
+def genai_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    """What onnxruntime-genai's own tokenizer needs as `add_special_tokens` to give this one's tokens; None where it
+    gives others.
 
-    Not where pieces with bytes to fall back on begin with a space put before the text, as Llama 2's do.
+    That is where pieces with bytes to fall back on begin with a space put before the text, as Llama 2's do.
     """
-    if not (directory / "tokenizer.json").is_file():
-        return False
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    return not tokenizer["model"].get("byte_fallback") or _has_gemmas_pieces(directory)
+    if _has_pieces(tokenizer) and prepends_space(_state(tokenizer)):
+        return None
+    return adds_bos(tokenizer)
 
 
-def adds_first_token(directory: Path) -> bool:
-    """Whether texts begin with a token of their own, which onnxruntime-genai's tokenizer has to be told."""
-    file = directory / "tokenizer.json"
-    processor = (json.loads(file.read_text())["post_processor"] if file.is_file() else None) or {}
-    return any(step.get("special_tokens") for step in (processor, *processor.get("processors", ())))
+def _has_pieces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what is no piece of the vocabulary is said in bytes, as by SentencePiece."""
+    return bool(_state(tokenizer)["model"].get("byte_fallback"))
 
 
-def _has_gemmas_pieces(directory: Path) -> bool:
-    """Whether spaces become a letter of the pieces, and none is put before a text."""
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    return bool(tokenizer["model"].get("byte_fallback")) and (tokenizer["normalizer"] or {}).get("type") == "Replace"
+def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The JSON of a fast tokenizer, and of another one of no kind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = {"model": {}} if backend is None else json.loads(backend.to_str())
+    return state

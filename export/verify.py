@@ -20,6 +20,7 @@ from export.builders import BUILDERS, RUNTIME_OF_FORMAT
 from export.generation import MAX_TOKENS, generate, not_working, open_session
 from hw_profiles.measurement import median_error
 from hw_profiles.memory import Footprint, measure_memory
+from hw_profiles.profile import Progress
 from hw_profiles.references import at_profile_speed
 from hw_profiles.runtimes import Runtime, Session, runtime
 from hw_profiles.shapes import ModelShape, Precision, Workload
@@ -112,6 +113,7 @@ def verify(
     references: Mapping[tuple[Format, Precision], ProfiledReferences] = MappingProxyType({}),
     memory_of: Collection[Path] = (),
     limits_ms: Mapping[tuple[Path, Workload], float] = MappingProxyType({}),
+    progress: Progress = lambda done, total, what: None,
 ) -> list[Verification]:
     """Check each folder, then time them all interleaved, so that their latencies compare.
 
@@ -131,8 +133,10 @@ def verify(
             for directory, manifest in zip(directories, manifests, strict=True)
         }
 
-    sessions, checked = load(), []
+    sessions, stages = load(), len(directories) + MOST_TIMINGS
+    checked: list[tuple[LogitAgreement, LogitAgreement, str]] = []
     for directory, manifest in zip(directories, manifests, strict=True):
+        progress(len(checked), stages, f"parity of {directory.name}")
         parity = Parity.load(directory)
         if parity.logits.shape[-1] != manifest.shape.vocab_size:
             raise ArtefactError(
@@ -159,6 +163,7 @@ def verify(
         written, references_of = _write_references(names, manifests, beside, Path(scratch))
         batches: list[dict[tuple[str, Workload], Timing]] = []
         while True:
+            progress(len(directories) + len(batches), stages, "timing")
             if batches:
                 sessions.clear()  # before there are two of each
                 sessions |= load()

@@ -166,12 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(_parser().parse_args(arguments))
     except KeyboardInterrupt:
         return _fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
-    except (ValueError, RuntimeError) as error:  # the latter is what runtimes raise for files they refuse
-        return _fail(str(error), EXIT_BAD_INPUT)
-    except MemoryError as error:
-        return _fail(
-            f"there is not memory enough: {error or 'nothing more was to be had'}; ask for less", EXIT_BAD_INPUT
-        )
+    except (ValueError, RuntimeError, MemoryError) as error:  # the second is what runtimes raise for files they refuse
+        return _fail(str(error) or "there is not memory enough; ask for less", EXIT_BAD_INPUT)
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_BAD_INPUT)
     return 0

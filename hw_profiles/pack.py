@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 from hw_profiles.devices import Device, Target
 from hw_profiles.measured import MAX_MEASUREMENTS, MeasuredFile
@@ -164,6 +164,8 @@ def write_pack(
     PackPlan.from_json(content, "the plan")  # what the device would refuse is refused here
     if path.is_dir():
         raise ValueError(f"wanted the name of a zip file to write, got the folder {path}; give a file in it")
+    if path.exists() and path.stat().st_size and not is_zipfile(path):
+        raise ValueError(f"wanted the name of a new file, or of an earlier pack, got {path}; give another name")
     files = plan.files
     _check_room(path, sum(shape.weight_bytes(precision) for (_, precision, _), shape in files.items()))
     part = path.with_name(path.name + ".part")

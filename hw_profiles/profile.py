@@ -98,7 +98,6 @@ def profile(
     memory_bytes = min(BATCH_MEMORY_BYTES, device.memory_bytes // 4 or BATCH_MEMORY_BYTES)
     beside = _references_in_memory(references, target.precision, memory_bytes)
     run = _Run(results, target, beside, build, runtime, rounds, decode_steps, scratch)
-    run.remember_speed()
     pending = run.pending(planned, workloads)
     done = len(planned) - sum(map(len, pending.values()))
     progress(done, len(planned), f"{done} graphs are stored already")
@@ -156,11 +155,15 @@ class _Run:
     decode_steps: int
     scratch: Path | None
     #: What each reference took by what was stored before this call.
-    earlier_ms: dict[tuple[str, Workload], float] = field(default_factory=dict)
+    earlier_ms: dict[tuple[str, Workload], float] = field(default_factory=dict, init=False)
     #: Of references: their speed now, relative to when what is stored was timed.
     speed: dict[tuple[str, Workload], float] = field(default_factory=dict)
     #: Geometric means of every batch timed by this call.
     references_ms: dict[Workload, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for shape in self.references:
+            self.earlier_ms.update({(shape.id, work): value_ms for work, value_ms in self.known_ms(shape).items()})
 
     @property
     def full(self) -> ModelShape:
@@ -181,11 +184,6 @@ class _Run:
             if missing:
                 groups.setdefault(missing, []).append(graph)
         return groups
-
-    def remember_speed(self) -> None:
-        """That of what is stored, before anything is added."""
-        for shape in self.references:
-            self.earlier_ms.update({(shape.id, work): value_ms for work, value_ms in self.known_ms(shape).items()})
 
     def known_ms(self, reference: ModelShape) -> dict[Workload, float]:
         """What it takes on the workloads that it was timed on."""

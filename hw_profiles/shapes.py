@@ -51,12 +51,14 @@ class BlockShape:
     def __post_init__(self) -> None:
         heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
         if min(heads, groups, width) < 0:
-            raise ValueError(f"a block's sizes must be 0 or more, got {self}")
+            raise ValueError(f"a block's sizes must be 0 or more, got {heads=} {groups=} {width=}")
         if (heads == 0) != (groups == 0) or (groups and heads % groups):
             raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads=} {groups=}")
         for bits, size in ((self.attention_bits, heads), (self.mlp_bits, width)):
             if bits not in (0, WIDE_BITS) or (bits and not size):
-                raise ValueError(f"bits of a part must be 0 or {WIDE_BITS}, and 0 of a skipped one, got {self}")
+                raise ValueError(
+                    f"bits of a part must be 0 or {WIDE_BITS}, and 0 of a skipped one, got {bits=} {size=}"
+                )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -286,4 +288,6 @@ class Workload:
         if self.phase not in PHASES:
             raise ValueError(f"phase must be prefill or decode, got {self.phase!r}")
         if self.tokens < (1 if self.phase == "prefill" else 0) or self.batch_size < 1:
-            raise ValueError(f"a workload needs tokens and a batch of at least 1, got {self}")
+            raise ValueError(
+                f"{self.phase} needs tokens and a batch of at least 1, got {self.tokens} and {self.batch_size}"
+            )

@@ -70,7 +70,7 @@ class Store:
     def devices(self) -> list[Device]:
         with self.transaction() as session:
             rows = session.scalars(select(DeviceRow).order_by(DeviceRow.id)).all()
-            with self._readable_rows():
+            with self.readable_rows():
                 return [_device(row.description) for row in rows]
 
     def add_measurements(self, measurements: Sequence[Measurement]) -> None:
@@ -112,7 +112,7 @@ class Store:
             query = query.filter_by(reference_id=reference_id)
         if runtime_version is not None:
             query = query.filter_by(runtime_version=runtime_version)
-        with self.transaction() as session, self._readable_rows():
+        with self.transaction() as session, self.readable_rows():
             found = [_from_row(row) for row in session.scalars(query)]
         profile_ms = _profile_ms(found)
         return [
@@ -126,7 +126,7 @@ class Store:
         query = select(MemoryMeasurementRow).order_by(MemoryMeasurementRow.id).filter_by(**asdict(target))
         if reference_id is not None:
             query = query.filter_by(reference_id=reference_id)
-        with self.transaction() as session, self._readable_rows():
+        with self.transaction() as session, self.readable_rows():
             return [_from_memory_row(row) for row in session.scalars(query)]
 
     def targets(self) -> list[Target]:
@@ -171,7 +171,7 @@ class Store:
         session.execute(insert(table).on_conflict_do_nothing(), rows)
 
     @contextmanager
-    def _readable_rows(self) -> Iterator[None]:
+    def readable_rows(self) -> Iterator[None]:
         """Rows that are none of ours, or damaged, end in one sentence."""
         try:
             yield
@@ -224,6 +224,8 @@ def _engine(url: str) -> Engine:
     except (ArgumentError, ValueError) as error:
         raise StoreError(f"wanted a path or a URL such as postgresql://user@host/name, got {url}: {error}") from error
     where = parsed.render_as_string(hide_password=True)
+    if parsed.database == "":  # SQLite would take it for memory, where whoever wrote $DATABASE loses all
+        raise StoreError(f"wanted a file or a server to keep measurements in, got {url!r}; give a path")
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):

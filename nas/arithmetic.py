@@ -23,6 +23,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if _product_s(torch.float32) > _WORTH_HALVES * _product_s(torch.bfloat16) else torch.float32
 
 
+def fast_dtype_name() -> str:
+    """What a study's protocol says of it."""
+    return str(fast_dtype()).removeprefix("torch.")
+
+
 def _product_s(dtype: torch.dtype) -> float:
     """The least of several times, of a product that is done before others get the processor."""
     x, y = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)

@@ -12,6 +12,7 @@ from export import LatencyPrediction, Manifest, Parity, export_folder
 from export.artefact import Format, TextQuality
 from nas.card import write_card
 from nas.evaluate import Evaluator
+from nas.extraction import extract, rounded_matrices
 from nas.subnet import Subnet
 from nas.supernet import Supernet
 
@@ -48,9 +49,9 @@ def export_subnet(
         tuning=tuning,
         versions={package: version(package) for package in ("llm-nas", *_VERSIONED)},
     )
-    model = supernet.extract(subnet, shared=True)
+    model = extract(supernet, subnet, shared=True)
     evidence = parity(supernet, subnet, windows)
-    export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, supernet.quantized(subnet))
+    export_folder(model, supernet.loaded.tokenizer, manifest, evidence, directory, rounded_matrices(supernet, subnet))
     write_card(directory)
     return directory
 

@@ -42,8 +42,8 @@ class Budget:
                 "a query needs a budget; give --tpot-ms, --ttft-ms, --memory-mb, --max-size-mb or "
                 "--max-parameters-ratio"
             )
-        if any(limit is not None and limit <= 0 for limit in limits):
-            raise ValueError(f"budgets must be above 0, got {self}")
+        if wrong := [limit for limit in limits if limit is not None and not limit > 0]:
+            raise ValueError(f"budgets must be above 0, got {wrong[0]:g}")
 
     @property
     def memory_workloads(self) -> tuple[Workload, Workload]:

@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from export.artefact import Format, Manifest, model_bytes, read_manifest
-from export.tokenizer_files import adds_first_token, is_read_by_genai
 from hw_profiles.devices import Device
 
 CARD_FILE = "README.md"
@@ -49,8 +48,6 @@ def write_card(directory: Path) -> None:
         own_code=next((file for file in manifest.files if file.endswith(".py")), ""),
         arithmetic="bf16" if manifest.precision == "bf16" else "f32",
         library=_LIBRARIES[manifest.format],
-        needs_transformers=manifest.format == "onnx" and not is_read_by_genai(directory),
-        adds_first_token=adds_first_token(directory),
         parameters=manifest.shape.parameters,
         wide_parts=sum((block.attention_bits > 0) + (block.mlp_bits > 0) for block in blocks),
         size_bytes=model_bytes(manifest),

@@ -31,12 +31,15 @@ from nas.options import (
     MemoryLimit,
     PromptTokens,
     RuntimeName,
+    Seed,
     StudyName,
     SupernetFolder,
     Threads,
     TpotLimit,
     TtftLimit,
+    count,
     device_and_threads,
+    limit,
     objectives,
     one_of_precisions,
 )
@@ -95,22 +98,22 @@ def profile(
     cpus: Cpus = None,
     prompt_tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Prompt lengths, of which any in between can be asked for; 16, 128 and 512 by default."),
+        count("Prompt lengths, of which any in between can be asked for; 16, 128 and 512 by default."),
     ] = None,
     context_tokens: Annotated[
-        list[int] | None, typer.Option(help="Context lengths, likewise; 0, 128 and 1,024 by default.")
+        list[int] | None, count("Context lengths, likewise; 0, 128 and 1,024 by default.", least=0)
     ] = None,
-    batch_size: Annotated[list[int], typer.Option(help="Sequences run at once, likewise.")] = [1],  # noqa: B006
+    batch_size: Annotated[list[int], count("Sequences run at once, likewise.")] = [1],  # noqa: B006
     anchors: Annotated[
-        int, typer.Option(help="Most random graphs that the predictors are fitted on; fewer where more do not help.")
+        int, count("Most random graphs that the predictors are fitted on; fewer where more do not help.", least=0)
     ] = 12,
-    heldout: Annotated[int, typer.Option(help="Random graphs that they are judged on.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Graphs of the latter timed twice, for the noise floor.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds that every graph is timed in.")] = 3,
+    heldout: Annotated[int, count("Random graphs that they are judged on.", least=0)] = 8,
+    repeats: Annotated[int, count("Graphs of the latter timed twice, for the noise floor.", least=0)] = 2,
+    rounds: Annotated[int, count("Rounds that every graph is timed in.")] = 3,
     memory_graphs: Annotated[
-        int, typer.Option(help="Graphs run in processes of their own for their memory, a quarter held out; 0 for none.")
+        int, count("Graphs run in processes of their own for their memory, a quarter held out; 0 for none.", least=0)
     ] = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     transfer_from: Annotated[
         str | None,
         typer.Option(help="Id of a profiled device, or auto: time fewer graphs, and lean on the most similar profile."),
@@ -180,9 +183,9 @@ def search(
     model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, or GGUF file.")],
     study_name: StudyName,
     runtime_name: RuntimeName = "openvino",
-    evaluations: Annotated[int, typer.Option(help="Subnets evaluated on text.")] = 100,
+    evaluations: Annotated[int, count("Subnets evaluated on text.")] = 100,
     objective: Annotated[list[str], typer.Option(help="kl, and tpot_ms or ttft_ms.")] = ["kl", "tpot_ms"],  # noqa: B006
-    budget_ms: Annotated[float | None, typer.Option(help="Latency near which a good answer is wanted most.")] = None,
+    budget_ms: Annotated[float | None, limit("Latency near which a good answer is wanted most.")] = None,
     algorithm: Annotated[Algorithm, typer.Option(help="The others are to compare with.")] = "seeded",
     device: DeviceId = None,
     threads: Threads = None,
@@ -207,10 +210,10 @@ def search(
             "scores you report should not be among them."
         ),
     ] = [],  # noqa: B006
-    task_items: Annotated[int, typer.Option(help="Items of each task that a subnet is judged on.")] = 64,
+    task_items: Annotated[int, count("Items of each task that a subnet is judged on.")] = 64,
     supernet_folder: SupernetFolder = None,
     reform: Annotated[bool, typer.Option(help="Least-squares weights; off to see what they are worth.")] = True,
-    seed: int = 0,
+    seed: Seed = 0,
     allow_stale: AllowStale = False,
     trust_remote_code: bool = False,
     database: Database = DATABASE,
@@ -233,8 +236,6 @@ def search(
         from nas.tasks import ChoiceLoss, TaskEvaluator
 
     workloads = objectives(prompt_tokens, context_tokens, batch_size)
-    if task_items < 1:
-        raise ValueError(f"--task-items must be at least 1, got {task_items}")
     if len(objective) != 2 or objective[0] != "kl" or objective[1] not in workloads:
         raise ValueError(f"objectives must be kl and one of {', '.join(workloads)}, got {', '.join(objective)}")
     settings = SearchSettings(evaluations=evaluations, seed=seed, budget_ms=budget_ms, algorithm=algorithm)
@@ -289,10 +290,8 @@ def query(
     tpot_ms: TpotLimit = None,
     ttft_ms: TtftLimit = None,
     memory_mb: MemoryLimit = None,
-    max_size_mb: Annotated[
-        float | None, typer.Option(help="Limit of the weights' size on disk, in 10^6 bytes.")
-    ] = None,
-    max_parameters_ratio: Annotated[float | None, typer.Option(help="Limit relative to the full model.")] = None,
+    max_size_mb: Annotated[float | None, limit("Limit of the weights' size on disk, in 10^6 bytes.")] = None,
+    max_parameters_ratio: Annotated[float | None, limit("Limit relative to the full model.")] = None,
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
     threads: Threads = None,
@@ -300,7 +299,7 @@ def query(
     prompt_tokens: PromptTokens = 128,
     context_tokens: ContextTokens = 128,
     batch_size: BatchSize = 1,
-    measure: Annotated[int, typer.Option(help="Finalists timed on this machine before one is returned.")] = 0,
+    measure: Annotated[int, count("Finalists timed on this machine before one is returned.", least=0)] = 0,
     allow_stale: AllowStale = False,
     database: Database = DATABASE,
     as_json: Json = False,
@@ -382,12 +381,9 @@ def main() -> None:
         code = fail(error.format_message(), EXIT_BAD_INPUT) if error.format_message() else EXIT_BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
         code = fail("stopped; run the same command again to go on from here", EXIT_INTERRUPTED)
-    except (ValueError, ImportError, RuntimeError) as error:  # the last is what runtimes raise for files they refuse
-        code = fail(str(error), EXIT_BAD_INPUT)
-    except MemoryError as error:
-        code = fail(
-            f"there is not memory enough: {error or 'nothing more was to be had'}; ask for less", EXIT_BAD_INPUT
-        )
+    # RuntimeError is what runtimes raise for files they refuse
+    except (ValueError, ImportError, RuntimeError, MemoryError) as error:
+        code = fail(str(error) or "there is not memory enough; ask for less", EXIT_BAD_INPUT)
     except SafetensorError as error:
         code = fail(safetensors_error_sentence(error), EXIT_BAD_INPUT)
     except OSError as error:

@@ -6,9 +6,9 @@ A model is a Hugging Face id, a local folder, or a .gguf file. Shape letters: N 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from hw_profiles.devices import detect
 from hw_profiles.shapes import HIDDEN_ACTS, VALUE_BYTES, ModelShape
 from nas.distillation import capped
+from nas.fingerprint import fingerprint
 from nas.fused import unfused, unfused_config
 from nas.gguf_model import gguf_config, load_gguf
 from nas.space import model_shape
@@ -250,10 +251,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     if isinstance(source, Path):
         config = gguf_config(source)
     else:
-        try:
+        with _sound(source):
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except OSError as error:
-            raise _not_there(source, error) from error
     config, _ = within_window(config)
     config = _rewritten_config(config, _family(config))
     _check_activation(config)
@@ -334,20 +333,6 @@ def _locate(model: str) -> Path | str:
     return str(path) if path.exists() else model
 
 
-def fingerprint(model: Any) -> str:
-    """Sixteen hex digits over the config and, per tensor, the exact sum of its bit patterns and a strided sample."""
-    volatile = ("_name_or_path", "transformers_version", "quantization_config", "dtype", "torch_dtype", "architectures")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        bits = tensor.detach().float().contiguous().view(torch.int32).flatten()
-        # summed two at a time, wrapping around: an integer sum does not depend on the number of threads
-        words = bits.view(torch.int64) if bits.numel() % 2 == 0 else bits
-        digest.update(f"{name}{tuple(tensor.shape)}{int(words.numpy().sum())}".encode())
-        digest.update(bits[:: max(1, bits.numel() // 256)].numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _family(config: Any) -> Family:
     row = FAMILIES.get(config.model_type)
     if row is None:
@@ -372,13 +357,13 @@ def _load_huggingface(source: str, trust_remote_code: bool) -> LoadedModel:
 
     logging.disable_progress_bar()  # ours tell what a user waits for
     options = {"trust_remote_code": trust_remote_code}
-    try:
-        config, window = within_window(AutoConfig.from_pretrained(source, **options))
-        dtype = "auto" if _kept_as_stored(config) else torch.float32
+    with _sound(source):
+        config = AutoConfig.from_pretrained(source, **options)
+    config, window = within_window(config)
+    dtype = "auto" if _kept_as_stored(config) else torch.float32
+    with _sound(source):
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except OSError as error:
-        raise _not_there(source, error) from error
     name = Path(source).name if Path(source).exists() else source  # an id with its owner is what a card links to
     return wrap(model, tokenizer, name, _licence(source), window)
 
@@ -397,6 +382,13 @@ def _licence(source: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _not_there(source: str, error: OSError) -> ValueError:
-    reason = str(error).splitlines()[0]
-    return ValueError(f"wanted a Hugging Face model with its tokenizer at {source}, got: {reason}")
+@contextmanager
+def _sound(source: str) -> Iterator[None]:
+    """ValueError for whatever transformers raises for files that are not there, damaged, or of another kind."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"wanted a Hugging Face model with its tokenizer at {source}, got: {reason}") from error

@@ -24,10 +24,13 @@ from nas.options import (
     PrecisionName,
     PromptTokens,
     RuntimeName,
+    Seed,
     StudyName,
     SupernetFolder,
     Threads,
+    count,
     device_and_threads,
+    limit,
     objectives,
     one_of_precisions,
 )
@@ -45,7 +48,7 @@ ALL_SUBNETS = "all"
 def refine(
     study_name: StudyName,
     subnet: Annotated[str, typer.Option(help="Id of a trial: the answer of nas query.")],
-    rounds: Annotated[int, typer.Option(help="Exchanges, each fitted; less where one finds nothing better.")] = 1,
+    rounds: Annotated[int, count("Exchanges, each fitted; less where one finds nothing better.")] = 1,
     objective: Annotated[str, typer.Option(help="tpot_ms or ttft_ms: what must not grow.")] = "tpot_ms",
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
@@ -131,11 +134,11 @@ def tune(
     separate: Annotated[
         bool, typer.Option(help="Leave the adapter beside the weights, a folder that stock PEFT loads.")
     ] = False,
-    rounds: Annotated[int, typer.Option(help="losa: turns.")] = 5,
+    rounds: Annotated[int, count("losa: turns.")] = 5,
     rank: Annotated[
-        list[int] | None, typer.Option(help="Of the adapter, 32 by default; of nls 32, 24 and 16; losa finds its own.")
+        list[int] | None, count("Of the adapter, 32 by default; of nls 32, 24 and 16; losa finds its own.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of the adapter; twice the largest rank by default.")] = None,
+    alpha: Annotated[float | None, limit("Of the adapter; twice the largest rank by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
     loss: Annotated[
         str, typer.Option(help="kl: to the full model; text: likelihood of the text itself; both: their mean.")
@@ -147,14 +150,14 @@ def tune(
     sandwich: Annotated[
         bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
     ] = False,
-    rank_evaluations: Annotated[int, typer.Option(help="nls: choices of ranks evaluated in the end.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 400,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop then, if that is sooner.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows at once.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Such batches a step.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    rank_evaluations: Annotated[int, count("nls: choices of ranks evaluated in the end.")] = 24,
+    steps: Annotated[int, count("Steps of the optimiser.")] = 400,
+    max_minutes: Annotated[float | None, limit("Stop then, if that is sooner.")] = None,
+    batch: Annotated[int, count("Windows at once.")] = 8,
+    accumulation: Annotated[int, count("Such batches a step.")] = 1,
+    tokens: Annotated[int, count("Tokens of a window.", least=2)] = 256,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Its largest; 0.001 for adapters and 0.0001 for full by default.")
+        float | None, limit("Its largest; 0.001 for adapters and 0.0001 for full by default.")
     ] = None,
     text: Annotated[
         list[Path],
@@ -163,7 +166,7 @@ def tune(
     precision: PrecisionName = None,
     fit: Annotated[bool, typer.Option(help="Begin with weights fitted in sequence, as nas export does.")] = True,
     supernet_folder: SupernetFolder = None,
-    seed: int = 0,
+    seed: Seed = 0,
     model: ModelMoved = None,
     trust_remote_code: bool = False,
     database: Database = DATABASE,
@@ -180,8 +183,6 @@ def tune(
     from nas.training import TrainingSettings
     from nas.tuned import TuneSettings, one_of_methods
 
-    if tokens < 2:
-        raise ValueError(f"wanted --tokens of 2 or more, the window of text, got {tokens}")
     method = one_of_methods(method)
     ranks = tuple(rank or {"nls": (32, 24, 16), "losa": (16,)}.get(method, (32,)))
     settings = TuneSettings(

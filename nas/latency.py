@@ -31,6 +31,10 @@ _CURVE_POINTS = 40
 LOAD_NOISE = 0.02
 
 
+#: Profiles that a sentence names of those that there are.
+_MOST_NAMED = 4
+
+
 class ProfileMissingError(ValueError):
     """The device was not profiled for what is asked."""
 
@@ -84,7 +88,7 @@ class LatencyModel:
         if not predictors:
             raise ProfileMissingError(
                 f"{runtime} with {threads} threads was not profiled for {workload.phase} at {workload.tokens} tokens "
-                f"and this model (profiled: {_profiled(store) or 'nothing'}); run nas profile first"
+                f"and this model (profiled: {_profiled(store, runtime)}); run nas profile first"
             )
         return cls(space, workload, predictors, measured)
 
@@ -257,12 +261,16 @@ def latency_curves(
     return curves
 
 
-def _profiled(store: Store) -> str:
-    """For people: every target with its workloads."""
-    of_targets: dict[tuple[str, str], list[Workload]] = {}
+def _profiled(store: Store, runtime: str) -> str:
+    """For people: what was profiled of the runtime, or else of others, on any device."""
+    found: dict[tuple[str, int, Phase], list[Workload]] = {}
     for m in filter(lambda m: m.is_full_model, store.measurements(roles=["reference"])):
-        of_targets.setdefault((m.target.key, m.workload.phase), []).append(m.workload)
-    return ", ".join(f"{key} {describe_workloads(workloads)}" for (key, _), workloads in sorted(of_targets.items()))
+        found.setdefault((m.target.runtime, m.target.threads, m.workload.phase), []).append(m.workload)
+    some = {key: workloads for key, workloads in found.items() if key[0] == runtime} or found
+    said = [f"{name} with {n} threads {describe_workloads(work)}" for (name, n, _), work in sorted(some.items())]
+    if len(said) > _MOST_NAMED:
+        said = [*said[:_MOST_NAMED], f"{len(said) - _MOST_NAMED} more that nas devices lists"]
+    return ", ".join(said) or "nothing"
 
 
 def _measurements(

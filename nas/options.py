@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +11,31 @@ from hw_profiles import RUNTIMES, Store, Workload, detect
 from hw_profiles.devices import pin
 from hw_profiles.shapes import PRECISIONS, Precision
 
+#: Above any limit, and any count, that a device has today.
+_LARGEST_LIMIT = 1e9
+_LARGEST_COUNT = 2**24
+
 
 def _pin(cpus: str | None) -> None:
     if cpus is not None:
         pin(cpus)
+
+
+def _check_limit(value: float | None) -> float | None:
+    """What is infinite, or no number at all, would let everything pass, or nothing."""
+    if value is not None and not 0 < value <= _LARGEST_LIMIT:
+        raise typer.BadParameter(f"wanted a number above 0, and at most {_LARGEST_LIMIT:g}, got {value:g}.")
+    return value
+
+
+def limit(help_: str) -> Any:
+    """An option for a limit of time, size or ratio."""
+    return typer.Option(callback=_check_limit, help=help_)
+
+
+def count(help_: str, least: int = 1, most: int = _LARGEST_COUNT) -> Any:
+    """An option for how many of something, or several such."""
+    return typer.Option(min=least, max=most, help=help_)
 
 
 Database = Annotated[str, typer.Option(envvar="NAS_DATABASE", help="SQLite file or SQLAlchemy URL.")]
@@ -28,22 +49,22 @@ RuntimeName = Annotated[str, typer.Option("--runtime", help=f"One of {RUNTIME_NA
 Cpus = Annotated[
     str | None, typer.Option("--cpus", callback=_pin, help="Keep to these, such as 0-3,8: a device of its own.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads; all cores of the device by default.")]
+Threads = Annotated[int | None, count("Threads; all cores of the device by default.", most=1024)]
 DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
-PromptTokens = Annotated[int, typer.Option(help="Prompt length that TTFT is for.")]
-ContextTokens = Annotated[int, typer.Option(help="Context length that TPOT is for.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences run at once; a token of each is one TPOT.")]
-TpotLimit = Annotated[float | None, typer.Option(help="Limit of the time per output token.")]
+Seed = Annotated[int, count("Of all that is drawn.", least=0, most=2**32 - 1)]
+PromptTokens = Annotated[int, count("Prompt length that TTFT is for.")]
+ContextTokens = Annotated[int, count("Context length that TPOT is for.", least=0)]
+BatchSize = Annotated[int, count("Sequences run at once; a token of each is one TPOT.")]
+TpotLimit = Annotated[float | None, limit("Limit of the time per output token.")]
 ModelMoved = Annotated[
     str | None, typer.Option("--model", help="Where the study's model is, if it moved since the search.")
 ]
 AllowStale = Annotated[
     bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
 ]
-TtftLimit = Annotated[float | None, typer.Option(help="Limit of the time to the first token.")]
+TtftLimit = Annotated[float | None, limit("Limit of the time to the first token.")]
 MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes."),
+    float | None, limit("Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes.")
 ]
 
 #: Of the two options above by default.

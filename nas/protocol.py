@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hw_profiles.profile import Progress
-from nas.arithmetic import fast_dtype
+from nas.arithmetic import fast_dtype_name
 from nas.evaluate import Evaluator
 from nas.families import LoadedModel, load_model
 from nas.sequential import fit_in_sequence
@@ -65,7 +65,7 @@ class EvaluationProtocol:
             del fields["tuned"]
         if not self.tasks:
             del fields["tasks"], fields["task_items"]
-        return {**fields, "dtype": str(fast_dtype()).removeprefix("torch.")}
+        return {**fields, "dtype": fast_dtype_name()}
 
     def calibration(self, tokenizer: Any) -> torch.Tensor:
         return file_windows(tokenizer, self.calibration_files, self.calibration_windows, self.calibration_tokens)
@@ -150,7 +150,12 @@ def open_study(
         made = "a tuned supernet" if study.protocol.get("tuned") else "one that is not tuned"
         raise StudyError(f"study {study.name!r} was made of {made}, got --supernet {tuned}; name what it was made of")
     source = model or study.model
-    loaded = load_model(source, trust_remote_code=trust_remote_code)
+    try:
+        loaded = load_model(source, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if model is not None:
+            raise
+        raise StudyError(f"{error}; give --model where study {study.name!r} has its model now") from error
     if loaded.fingerprint != study.fingerprint:
         raise StudyError(f"{source} is not the model that study {study.name!r} was made of; give --model")
     protocol = protocol_on(study.text, reform=bool(study.protocol["reform"]), tuned=digest)

@@ -21,6 +21,7 @@ from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
 from nas.adapters.elastic import Ranks, SuperAdapter, attach, hill_climb, rank_groups
 from nas.adapters.linear import ElasticLinear, GridLinear
 from nas.evaluate import Evaluator
+from nas.extraction import extract, extracted_layers, rounded_matrices
 from nas.own_weights import OwnLayers, OwnWeights
 from nas.quality import Quality
 from nas.sparsity.layerwise import prune
@@ -39,6 +40,7 @@ from nas.tuned import (
     begin,
     keep,
     part_weights,
+    read_started,
     write_json,
 )
 
@@ -72,7 +74,9 @@ def tune(
         return tuned
     before = _before(begun, evaluator, subnet)
     student = _student(supernet, subnet)
-    grids = {n: q for n, q in supernet.quantized(subnet).items() if n.startswith(f"{supernet.loaded.family.layers}.")}
+    grids = {
+        n: q for n, q in rounded_matrices(supernet, subnet).items() if n.startswith(f"{supernet.loaded.family.layers}.")
+    }
     paths = [path for group in rank_groups(student, supernet.loaded.family) for path in group]
     job = _Job(supernet, subnet, student, paths, {path: grids[f"{path}.weight"] for path in paths} if grids else {})
     pruned = None
@@ -115,20 +119,24 @@ def tune(
 
 def _before(started: Path, evaluator: Evaluator, subnet: Subnet) -> Quality:
     """Quality before tuning, as noted when it began; ValueError where it began with other weights."""
-    fields = json.loads(started.read_text())
+    fields = read_started(started)
     now = evaluator.evaluate(subnet)
     if "before" not in fields:
         write_json(started, {**fields, "before": asdict(now)})
         return now
-    before = Quality(**fields["before"])
-    if not math.isclose(before.kl, now.kl, rel_tol=1e-3, abs_tol=1e-9):
+    try:
+        before = Quality(**fields["before"])
+        differs = not math.isclose(before.kl, now.kl, rel_tol=1e-3, abs_tol=1e-9)
+    except TypeError as error:
+        raise ValueError(f"{started} does not hold the quality that nas tune noted; name another folder") from error
+    if differs:
         raise ValueError(f"{started.parent} holds what began with other weights of {subnet.id}; name another folder")
     return before
 
 
 def _student(supernet: Supernet, subnet: Subnet) -> Any:
     """The extracted model with the weights that the supernet evaluates, or such as round to them on their grid."""
-    student = supernet.extract(subnet)
+    student = extract(supernet, subnet)
     state = student.state_dict()
     if subnet.bits == 16:
         matrices = {name: tensor for name, tensor in state.items() if is_rounded(name, tensor)}
@@ -137,7 +145,7 @@ def _student(supernet: Supernet, subnet: Subnet) -> Any:
         layers = f"{supernet.loaded.family.layers}."
         rounded = {
             name: _within_cells(state[name], quantized) if name.startswith(layers) else dequantize(quantized)
-            for name, quantized in supernet.quantized(subnet).items()
+            for name, quantized in rounded_matrices(supernet, subnet).items()
         }
     student.load_state_dict(rounded, strict=False)
     return student
@@ -184,7 +192,7 @@ class _Job:
         if settings.method == "prune":
             return None, TrainingResult(0, 0.0)
         teacher, checkpoints = self.supernet.loaded, folder / CHECKPOINTS
-        layers = list(self.supernet.extracted_layers(self.subnet))
+        layers = list(extracted_layers(self.supernet, self.subnet))
         if settings.method == "full":
             for path in self.paths:
                 linear = self.student.get_submodule(path)
@@ -257,7 +265,7 @@ class _Job:
     def own_layers(self, adapter: SuperAdapter | None) -> OwnLayers:
         """The weights as they are now, those of `adapter` merged; what tuning does not touch stays the subnet's."""
         own: OwnLayers = [{} for _ in self.subnet.layers]
-        for index, layer_path in self.supernet.extracted_layers(self.subnet).items():
+        for index, layer_path in extracted_layers(self.supernet, self.subnet).items():
             shared = part_weights(self.supernet, self.subnet, index)
             for part in PARTS:
                 weights = OwnWeights({}, {})
@@ -292,7 +300,7 @@ class _Job:
     def check_sparsity(self, own: OwnLayers) -> float:
         """The share of zeros shipped; RuntimeError where one that was pruned came back."""
         shipped = {}
-        for index, layer_path in self.supernet.extracted_layers(self.subnet).items():
+        for index, layer_path in extracted_layers(self.supernet, self.subnet).items():
             for weights in own[index].values():
                 for name, tensor in weights.rounded.items():
                     found = tensor.integers if isinstance(tensor, QuantizedWeight) else tensor

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hw_profiles.profile import Progress
 from nas.additive import MULTIPLIERS, Latency, Option, part_costs, part_options
-from nas.arithmetic import fast_dtype
+from nas.arithmetic import fast_dtype_name
 from nas.evaluate import Evaluator
 from nas.evolution import keeps_attention
 from nas.quality import Quality
@@ -84,7 +84,7 @@ def refine(
 
 def check_refinable(study: Study) -> None:
     """ValueError where what is found would not be a trial like the study's others."""
-    name, arithmetic = repr(study.name), str(fast_dtype()).removeprefix("torch.")
+    name, arithmetic = repr(study.name), fast_dtype_name()
     if study.protocol.get("tasks"):
         raise ValueError(f"wanted a study that goes by KL, as exchanges do, got {name}, which goes by tasks")
     if not study.protocol["reform"]:

@@ -15,10 +15,8 @@ from markupsafe import Markup
 
 from nas.latency import LatencyCurve
 from nas.pareto import pareto_front
+from nas.plot_style import DARK_COLOURS, LIGHT_COLOURS, MIXED
 from nas.report_plots import (
-    DARK_COLOURS,
-    LIGHT_COLOURS,
-    MIXED,
     curves_figure,
     error_figure,
     inline_svg,
@@ -139,8 +137,19 @@ class ReportData:
         return max((trial for trial in self.trials if trial.role == "full"), key=lambda t: t.bits, default=None)
 
 
+def _is_page(path: Path) -> bool:
+    """Whether a file is empty or begins as reports do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(100).lstrip().lower()
+    return not beginning or beginning.startswith(b"<!doctype html")
+
+
 def write_report(data: ReportData, path: Path) -> Path:
-    """Write the page at `path`: whole or not at all."""
+    """Write the page at `path`: whole or not at all. ValueError where another file, or a folder, is there."""
+    if path.exists() and not _is_page(path):
+        raise ValueError(f"wanted the name of a new file, or of an earlier report, got {path}; give another --output")
     html = render(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

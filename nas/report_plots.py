@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -16,11 +16,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from hw_profiles.shapes import BLOCK_BITS
 from nas.latency import LatencyCurve
 from nas.pareto import pareto_front
+from nas.plot_style import (
+    ERROR_BANDS,
+    GRID,
+    HOLLOW_ROLES,
+    INK,
+    LABEL_BOX,
+    LIGHT_COLOURS,
+    LINE_STYLES,
+    MIXED,
+    MUTED,
+    OTHER_ROLE,
+    PAPER,
+    ROLES,
+    STYLE,
+    TOKENS_AT_ZERO,
+    WIDTH_INCHES,
+    colour_of,
+    identity_axes,
+    log_axis,
+    time_axis,
+)
 from nas.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -28,76 +49,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 P = TypeVar("P", "MeasuredLatency", LatencyCurve)
-
-# The precisions' colours are Okabe and Ito's (safe for the colour-blind), brighter where the page is dark.
-LIGHT_COLOURS = {
-    "paper": "#fefefe",
-    "ink": "#1f2328",
-    "muted": "#68707a",
-    "grid": "#e2e5e9",
-    "fp32": "#009e73",
-    "bf16": "#a8508a",
-    "int8": "#0072b2",
-    "int4": "#d55e00",
-    "mixed": "#e69f00",
-}
-DARK_COLOURS = {
-    "paper": "#14171a",
-    "ink": "#e4e7ea",
-    "muted": "#98a1ab",
-    "grid": "#2d3339",
-    "fp32": "#2cc69b",
-    "bf16": "#d98cc0",
-    "int8": "#56b4e9",
-    "int4": "#f0883e",
-    "mixed": "#f5c242",
-}
-PAPER, INK, MUTED, GRID = (LIGHT_COLOURS[name] for name in ("paper", "ink", "muted", "grid"))
-
-#: What subnets are called of whose parts some have 8 bits and some 4.
-MIXED = "mixed"
-#: Marker and area by role; a precision has a colour, so hollow and filled tell seeds from searched subnets.
-ROLES: dict[str, tuple[str, float]] = {
-    "search": ("o", 26),
-    "seed": ("o", 26),
-    "refined": ("*", 60),
-    "baseline": ("^", 38),
-    "full": ("D", 44),
-}
-OTHER_ROLE = ("s", 26)
-HOLLOW_ROLES = ("seed",)
-
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": PAPER,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9,
-    "figure.facecolor": PAPER,
-    "font.size": 9,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
-LABEL_BOX = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-WIDTH_INCHES = 6.6
-#: Relative errors up to which the ground is shaded, and how strongly; the wider first.
-ERROR_BANDS = ((0.10, 0.45), (0.05, 0.9))
-LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (1, 1)), (0, (5, 2, 1, 2)))
-TOKENS_AT_ZERO = 32
 
 
 def pareto_figure(data: ReportData) -> Figure:
@@ -111,8 +62,8 @@ def pareto_figure(data: ReportData) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 4.4), layout="constrained")
         axes = figure.add_subplot(xlabel="TPOT, ms per token", ylabel="KL to the full model, nats per token")
-        _time_axis(axes, [*tpot_ms, *budget_ms, *interval_ms])
-        _log_axis(axes, "y", kl, margin=0.1)
+        time_axis(axes, [*tpot_ms, *budget_ms, *interval_ms])
+        log_axis(axes, "y", kl, margin=0.1)
 
         for limit_ms in budget_ms:
             axes.axvspan(limit_ms, axes.get_xlim()[1], color=GRID, alpha=0.45, linewidth=0, zorder=0)
@@ -128,7 +79,7 @@ def pareto_figure(data: ReportData) -> Figure:
                 some = [i for i, trial in enumerate(data.trials) if (trial.role, trial.precision) == (role, precision)]
                 if some:
                     marker, area = ROLES.get(role, OTHER_ROLE)
-                    colour = _colour(precision)
+                    colour = colour_of(precision)
                     axes.scatter(
                         tpot_ms[some],
                         kl[some],
@@ -152,7 +103,7 @@ def pareto_figure(data: ReportData) -> Figure:
 def layers_figure(subnet: Subnet, full: Subnet) -> Figure:
     """What each layer keeps, over what it has in the full model: KV groups above, FFN width below."""
     pairs = list(zip(subnet.layers, full.layers, strict=True))
-    colour = _colour(subnet.precision)
+    colour = colour_of(subnet.precision)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.3), layout="constrained")
         groups, widths = figure.subplots(2, 1, sharex=True)
@@ -205,8 +156,8 @@ def quality_figure(quality: Sequence[tuple[float, float]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES / 2, 3.1), layout="constrained")
         axes = figure.add_subplot(xlabel="measured KL", ylabel="predicted KL")
-        _identity(axes, [*predicted, *measured])
-        axes.scatter(measured, predicted, s=20, color=_colour("int8"), edgecolor=PAPER, linewidth=0.5, gid="quality")
+        identity_axes(axes, [*predicted, *measured])
+        axes.scatter(measured, predicted, s=20, color=colour_of("int8"), edgecolor=PAPER, linewidth=0.5, gid="quality")
     return figure
 
 
@@ -235,16 +186,12 @@ def precision_name(bits: int) -> str:
     return next((name for name, own in BLOCK_BITS.items() if own == bits), f"{bits} bits")
 
 
-def _colour(precision: str) -> str:
-    return LIGHT_COLOURS[precision] if precision in (*BLOCK_BITS, MIXED) else MUTED
-
-
 def _mark_chosen(
     axes: Axes, x: float, y: float, trial: TrialPoint, predicted: tuple[float, float, float] | None
 ) -> None:
     if predicted:
         axes.hlines(y, predicted[1], predicted[2], color=INK, linewidth=2, zorder=2.8, gid="interval")
-    colour = _colour(trial.precision)
+    colour = colour_of(trial.precision)
     axes.plot(x, y, marker="*", markersize=15, color=colour, markeredgecolor=INK, zorder=3, gid="chosen")
     text = f"chosen: {trial.subnet_id}\n{trial.tpot_ms:.3g} ms, KL {trial.kl:.2g}"
     below = (0.03, 0.6 * axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
@@ -263,7 +210,7 @@ def _label_full(axes: Axes, x: float, y: float, trial: TrialPoint) -> None:
 
 def _pareto_legend(data: ReportData) -> list[Line2D]:
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=_colour(precision), label=precision)
+        Line2D([], [], linestyle="", marker="o", color=colour_of(precision), label=precision)
         for precision in (*BLOCK_BITS, MIXED)
         if precision in {trial.precision for trial in data.trials}
     ]
@@ -308,7 +255,7 @@ def _panels(
                     draw(axes, some, precisions)
                     axes.set_title(f"{runtime}, {phase}")
         legend: list[Artist] = [
-            Line2D([], [], linestyle="", marker="o", color=_colour(name), label=name) for name in precisions
+            Line2D([], [], linestyle="", marker="o", color=colour_of(name), label=name) for name in precisions
         ]
         legend += handles
         figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 6))
@@ -316,17 +263,17 @@ def _panels(
 
 
 def _latency_panel(axes: Axes, points: Sequence[MeasuredLatency], precisions: Sequence[str]) -> None:
-    _identity(axes, [value for point in points for value in (point.measured_ms, point.low_ms, point.high_ms)])
+    identity_axes(axes, [value for point in points for value in (point.measured_ms, point.low_ms, point.high_ms)])
     for precision in precisions:
         some = [point for point in points if point.precision == precision]
         measured = [point.measured_ms for point in some]
         lows, highs = [point.low_ms for point in some], [point.high_ms for point in some]
-        axes.vlines(measured, lows, highs, color=_colour(precision), linewidth=0.9, alpha=0.6)
+        axes.vlines(measured, lows, highs, color=colour_of(precision), linewidth=0.9, alpha=0.6)
         axes.scatter(
             measured,
             [point.predicted_ms for point in some],
             s=16,
-            color=_colour(precision),
+            color=colour_of(precision),
             edgecolor=PAPER,
             linewidth=0.4,
             zorder=3,
@@ -346,7 +293,7 @@ def _error_panel(axes: Axes, points: Sequence[MeasuredLatency], precisions: Sequ
             [point.parameters / 1e6 for point in some],
             [errors[id(point)] for point in some],
             s=16,
-            color=_colour(precision),
+            color=colour_of(precision),
             edgecolor=PAPER,
             linewidth=0.4,
             zorder=3,
@@ -362,7 +309,7 @@ def _curves_panel(axes: Axes, curves: Sequence[LatencyCurve], styles: Mapping[in
     # logarithmic, and yet with room for a context of 0
     axes.set_xscale("function", functions=(lambda x: np.log2(x + TOKENS_AT_ZERO), lambda y: 2**y - TOKENS_AT_ZERO))
     for curve in curves:
-        colour = _colour(curve.precision)
+        colour = colour_of(curve.precision)
         tokens, values_ms = zip(*curve.predicted, strict=True)
         axes.plot(tokens, values_ms, color=colour, linewidth=1.2, linestyle=styles[curve.batch_size], gid="predicted")
         tokens, values_ms = zip(*curve.measured, strict=True)
@@ -376,46 +323,10 @@ def _curves_panel(axes: Axes, curves: Sequence[LatencyCurve], styles: Mapping[in
             zorder=3,
             gid=f"curves-{curve.precision}",
         )
-    _log_axis(axes, "y", [ms for curve in curves for _, ms in (*curve.predicted, *curve.measured)])
+    log_axis(axes, "y", [ms for curve in curves for _, ms in (*curve.predicted, *curve.measured)])
     axes.xaxis.set_major_locator(FixedLocator(sorted({tokens for curve in curves for tokens, _ in curve.measured})))
     prompt = curves[0].phase == "prefill"
     axes.set(xlabel="prompt tokens" if prompt else "context tokens", ylabel="TTFT, ms" if prompt else "TPOT, ms")
-
-
-def _identity(axes: Axes, values: Iterable[float]) -> None:
-    """Equal log axes with the line where prediction and truth agree, and 10 % to either side."""
-    values = [value for value in values if value > 0]
-    _log_axis(axes, "x", values)
-    _log_axis(axes, "y", values)
-    line = np.array(axes.get_xlim())
-    axes.fill_between(line, 0.9 * line, 1.1 * line, color=GRID, linewidth=0, alpha=0.7)
-    axes.plot(line, line, color=MUTED, linewidth=0.8)
-    axes.set_aspect("equal")
-
-
-def _time_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Linear, or logarithmic where the slowest takes more than four times as long as the fastest."""
-    if max(values) > 4 * min(values):
-        _log_axis(axes, "x", values)
-    else:
-        room = 0.08 * (max(values) - min(values) or max(values))
-        axes.set_xlim(min(values) - room, max(values) + room)
-
-
-def _log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float], margin: float = 0.06) -> None:
-    """Plain numbers on a log scale: the coarsest ladder with four of them in sight, else even steps."""
-    shown = np.log10(np.array(list(values)))
-    room = max(margin * np.ptp(shown), 0.03)
-    low, high = float(10 ** (shown.min() - room)), float(10 ** (shown.max() + room))
-    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    ladders = [np.outer(powers, steps).ravel() for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))]
-    ladders.append(np.array(MaxNLocator(4).tick_values(low, high)))
-    ticks = [ladder[(low <= ladder) & (ladder <= high)].tolist() for ladder in ladders]
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(FixedLocator(next((some for some in ticks if len(some) >= 4), ticks[-1])))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _above_zero(values: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -68,7 +68,10 @@ class SearchSettings:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"wanted an algorithm out of {', '.join(ALGORITHMS)}, got {self.algorithm}")
         if self.evaluations < 1 or self.batch < 1 or self.population < 4:
-            raise ValueError(f"a search needs evaluations and a batch of at least 1, a population of 4, got {self}")
+            raise ValueError(
+                "a search needs evaluations and a batch of at least 1 and a population of 4, got "
+                f"{self.evaluations}, {self.batch} and {self.population}"
+            )
 
 
 def search(

@@ -99,7 +99,8 @@ SCHEMA = Schema("nas", _Base.metadata.sorted_tables, migrations=[_version_2, _ve
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """`model` is what `nas.families.load_model` takes; `protocol` says how quality is measured, and on which text.
+    """`model` is what `nas.families.load_model` takes, a file or folder by its whole path; `protocol` says how quality
+    is measured, and on which text.
 
     `text` says where that is, if it is a user's own.
     """
@@ -123,7 +124,7 @@ class Study:
         protocol: Mapping[str, object],
         text: Sequence[Path] = (),
     ) -> Study:
-        """The study of that name, made now if there is none; the same text may have moved since.
+        """The study of that name, made now if there is none; the same model and text may have moved since.
 
         Raises StudyError where the name belongs to a study of another model, space or protocol.
         """
@@ -134,6 +135,7 @@ class Study:
         }
         with store.transaction() as session:
             SCHEMA.open(session.connection())
+            model = _from_anywhere(model)
             _insert_new(session, _Study, name=name, model=model, created_at=_now(), **wanted)
             row = session.get_one(_Study, name)
             differing = [what for what, value in wanted.items() if getattr(row, what) != value]
@@ -142,7 +144,7 @@ class Study:
                 raise StudyError(
                     f"study {name!r} was made for another {what} (it is of {row.model}); give another --study name"
                 )
-            row.text = json.dumps([str(file.resolve()) for file in text])
+            row.model, row.text = model, json.dumps([str(file.resolve()) for file in text])
         return cls(store, name, model, fingerprint, space, protocol, text)
 
     @classmethod
@@ -154,14 +156,15 @@ class Study:
             if row is None:
                 names = ", ".join(sorted(session.scalars(select(_Study.name)))) or "none"
                 raise StudyError(f"there is no study {name!r} in {store.where} (there: {names}); run nas search first")
-            space, protocol = SearchSpace.from_json(row.space), json.loads(row.protocol)
-            text = tuple(Path(file) for file in json.loads(row.text))
+            with store.readable_rows():
+                space, protocol = SearchSpace.from_json(row.space), dict(json.loads(row.protocol))
+                text = tuple(Path(file) for file in json.loads(row.text))
             return cls(store, name, row.model, row.fingerprint, space, protocol, text)
 
     def trials(self) -> list[Trial]:
         """In the order they were made."""
         query = select(_Trial).filter_by(study=self.name).order_by(_Trial.created_at, _Trial.subnet_id)
-        with self.store.transaction() as session:
+        with self.store.transaction() as session, self.store.readable_rows():
             return [_trial(row) for row in session.scalars(query)]
 
     def add(self, trial: Trial) -> None:
@@ -180,12 +183,18 @@ class Study:
 
     def scores(self) -> dict[str, float]:
         """KL of single replaced parts, by the name that `add_score` was given."""
-        with self.store.transaction() as session:
-            return {row.name: row.kl for row in session.scalars(select(_Score).filter_by(study=self.name))}
+        with self.store.transaction() as session, self.store.readable_rows():
+            return {row.name: float(row.kl) for row in session.scalars(select(_Score).filter_by(study=self.name))}
 
     def add_score(self, name: str, kl: float) -> None:
         with self.store.transaction() as session:
             _insert_new(session, _Score, study=self.name, name=name, kl=kl)
+
+
+def _from_anywhere(model: str) -> str:
+    """A Hugging Face id as it is, and the path of what lies here whole: commands may run in any folder."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
@@ -195,9 +204,11 @@ def _insert_new(session: Session, table: type[_Base], **row: object) -> None:
 
 
 def _trial(row: _Trial) -> Trial:
-    role: TrialRole = row.role  # type: ignore[assignment]
-    quality = Quality(row.kl, row.perplexity, row.tokens, row.seconds, row.task_loss)
-    return Trial(Subnet.from_json(row.subnet), quality, role, row.additive_kl)
+    if row.role not in get_args(TrialRole):
+        raise ValueError(f"a trial of no known role, {row.role!r}")
+    task_loss, additive_kl = (None if value is None else float(value) for value in (row.task_loss, row.additive_kl))
+    quality = Quality(float(row.kl), float(row.perplexity), int(row.tokens), float(row.seconds), task_loss)
+    return Trial(Subnet.from_json(row.subnet), quality, row.role, additive_kl)  # type: ignore[arg-type]
 
 
 def _now() -> str:

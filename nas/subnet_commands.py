@@ -29,6 +29,7 @@ from nas.options import (
     TpotLimit,
     TtftLimit,
     TunedFolder,
+    count,
     one_of_precisions,
 )
 from nas.terminal import EXIT_UNMET, emit, note, os_error_sentence, progress_bar
@@ -47,7 +48,7 @@ def evaluate(
         list[str],
         typer.Option(help="Name of an lm-eval task, or a .jsonl file of context, choices and label; several if given."),
     ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(help="Items of each task; all by default.")] = None,
+    limit: Annotated[int | None, count("Items of each task; all by default.")] = None,
     precision: PrecisionName = None,
     fit: Fit = True,
     tuned: TunedFolder = None,
@@ -64,8 +65,6 @@ def evaluate(
     from nas.queries import find_subnet
     from nas.study import Study
 
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}")
     with Store(database) as store:
         study = Study.load(store, study_name)
         chosen = find_subnet(study, subnet, None if precision is None else one_of_precisions(precision))
@@ -90,7 +89,8 @@ def export(
     subnet: SubnetName,
     output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
     format_: Annotated[
-        list[str], typer.Option("--format", help="Of several, each gets a folder of its name in --output.")
+        list[str],
+        typer.Option("--format", help="openvino, onnx, gguf or huggingface; of several, each in a folder of --output."),
     ] = ["openvino"],  # noqa: B006
     precision: PrecisionName = None,
     fit: Fit = True,
@@ -108,6 +108,7 @@ def export(
 ) -> None:
     """Write a subnet as a folder that stock runtimes load."""
     from export.artefact import FORMATS, check_replaceable
+    from export.onnx import check_precision
     from nas.artefacts import export_subnet, text_quality
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
@@ -128,6 +129,8 @@ def export(
     folders = {name: output if len(formats) == 1 else output / name for name in formats}
     for folder in folders.values():  # before the work
         check_replaceable(folder)
+    if "onnx" in formats:
+        check_precision(chosen.precision)
     supernet, _, tuning = open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)
@@ -149,7 +152,7 @@ def verify(
     cpus: Cpus = None,
     prompt: Annotated[str, typer.Option(help="What 40 tokens are generated after.")] = "The capital of France is",
     rounds: Annotated[
-        int, typer.Option(help="Rounds that every folder is timed in; up to three times as many for a close budget.")
+        int, count("Rounds that every folder is timed in; up to three times as many for a close budget.")
     ] = 10,
     study_name: Annotated[
         str | None, typer.Option("--study", help="Hold limits against the milliseconds of this study's profile.")
@@ -166,6 +169,8 @@ def verify(
     from export import verify as run_verify
     from nas.card import record_verification
 
+    if not prompt.strip():
+        raise ValueError("wanted a --prompt to generate after, got none; give a few words")
     decode, prefill = Workload("decode", context_tokens), Workload("prefill", prompt_tokens)
     limits_ms = {work: ms for work, ms in ((prefill, ttft_ms), (decode, tpot_ms)) if ms is not None}
     threads = threads or detect().cores
@@ -178,16 +183,18 @@ def verify(
         with Store(database) as store:
             base = Study.load(store, study_name).space.base
             references = profiled_references(store, base, wanted, threads, list(limits_ms))
-    checked = run_verify(
-        [*directories, *beside],
-        threads=threads,
-        workloads=[prefill, decode],
-        prompt=prompt,
-        rounds=rounds,
-        references=references,
-        memory_of=directories if memory_mb is not None else (),
-        limits_ms={(folder, work): limit_ms for folder in directories for work, limit_ms in limits_ms.items()},
-    )
+    with progress_bar("verify") as progress:
+        checked = run_verify(
+            [*directories, *beside],
+            threads=threads,
+            workloads=[prefill, decode],
+            prompt=prompt,
+            rounds=rounds,
+            references=references,
+            memory_of=directories if memory_mb is not None else (),
+            limits_ms={(folder, work): limit_ms for folder in directories for work, limit_ms in limits_ms.items()},
+            progress=progress,
+        )
     max_memory_bytes = None if memory_mb is None else round(memory_mb * 1e6)
     rows = [
         tables.verification_fields(result, prefill, decode, limits_ms, max_memory_bytes)
@@ -195,14 +202,14 @@ def verify(
         else tables.verification_fields(result, prefill, decode, {}, None)
         for result in checked
     ]
-    generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]
-    emit({"folders": rows}, as_json, tables.verifications(rows), *generated)
-    for row in rows:
+    for row in rows:  # before it is said: whoever reads may have gone
         if Path(row["directory"]) in directories:
             try:
                 record_verification(Path(row["directory"]), row, detect(), threads)
             except OSError as error:
                 note(f"{row['directory']}: not written into its card ({os_error_sentence(error)})")
+    generated = [f"{row['directory']}: {row['generated']!r}" for row in rows]
+    emit({"folders": rows}, as_json, tables.verifications(rows), *generated)
     if not all(row["parity_holds"] and row["within_budget"] for row in rows):
         raise typer.Exit(EXIT_UNMET)
 

@@ -5,7 +5,6 @@ Nothing is masked and nothing is trained. RoPE frequencies, the attention scale 
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import weakref
@@ -38,7 +37,7 @@ from nas.part_plans import (
 from nas.rounded_parts import RoundedParts, RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import SearchSpace
-from nas.subnet import PARTS, SKIPPED, Part, Subnet
+from nas.subnet import PARTS, Part, Subnet
 
 #: Of what is rounded, in files: raise it when they change their meaning.
 _ROUNDING_VERSION = 1
@@ -281,46 +280,6 @@ class Supernet:
                     weights |= {n: t.float() for n, t in self._original[layer].items() if n.startswith(f"{norm}.")}
         return weights
 
-    def extract(self, subnet: Subnet, *, shared: bool = False) -> Any:
-        """A Hugging Face model with `subnet`'s weights in fp32, not yet rounded; standing alone, or with `shared` made
-        of the supernet's own tensors, which nobody may then change in place.
-
-        Of the family's own architecture where that can say it, with the layers kept renumbered; else heterogeneous. A
-        head that is rounded to other bits than the embedding is not tied to it.
-        """
-        from export.huggingface import heterogeneous_model, is_plain, plain_model
-
-        blocks = self.space.model_shape(subnet).blocks
-        make = plain_model if is_plain(self.loaded.config, blocks) else heterogeneous_model
-        config = copy.deepcopy(self.loaded.config)
-        config.tie_word_embeddings = self.ends.tied and not subnet.head_bits
-        model = make(config, blocks)
-        family = self.loaded.family
-        state = {
-            f"{path}.{name}": tensor
-            for index, path in self.extracted_layers(subnet).items()
-            for name, tensor in self.layer_weights(subnet, index).items()
-        }
-        embedding, head = self.ends.exact()
-        for path in (family.final_norm, *([family.positions] if self.loaded.has_learned_positions else [])):
-            state |= {f"{path}.{name}": t.float() for name, t in self.model.get_submodule(path).state_dict().items()}
-        state |= {f"{family.embedding}.weight": embedding, f"{family.head}.weight": head}
-        model.load_state_dict(state, strict=True, assign=shared)
-        model.tie_weights()
-        model.generation_config = copy.deepcopy(self.model.generation_config)
-        model.requires_grad_(False).eval()
-        return model
-
-    def extracted_layers(self, subnet: Subnet) -> dict[int, str]:
-        """Paths in `extract`'s model of the layers that are there."""
-        from export.huggingface import is_plain
-
-        kept = list(range(self.space.depth))
-        if is_plain(self.loaded.config, self.space.model_shape(subnet).blocks):
-            kept = [index for index in kept if subnet.layers[index] != SKIPPED]
-            return {index: f"{self.loaded.family.layers}.{number}" for number, index in enumerate(kept)}
-        return {index: f"{self.loaded.family.layers}.{index}" for index in kept}
-
     def _rounded(self, layer: int, part: Part, choice: int, precision: Precision) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         bits = BLOCK_BITS[precision]
@@ -366,21 +325,12 @@ class Supernet:
             return torch.arange(size)
         return grouped_rows(self.plan(layer, part).order[:choice], size // self.full_size(part))
 
-    def quantized(self, subnet: Subnet) -> dict[str, QuantizedWeight]:
-        """The integers and scales of every matrix that `subnet` rounds, by name in `extract(subnet)`'s state dict."""
-        if subnet.bits >= 16:
-            return {}
-        quantized: dict[str, QuantizedWeight] = {}
-        for index, path in self.extracted_layers(subnet).items():
-            for part in PARTS:
-                if not (size := subnet.layers[index].size(part)):
-                    continue
-                own, part_bits = self._own_weights(subnet, index, part), BLOCK_BITS[subnet.part_precision(index, part)]
-                rounded = self._quantized(index, part, size, part_bits) if own is None else own.rounded
-                for name, tensor in rounded.items():
-                    if isinstance(tensor, QuantizedWeight):
-                        quantized[f"{path}.{name}"] = tensor
-        return quantized | self.ends.quantized(subnet.precision, subnet.head_bits)
+    def rounded_part(self, subnet: Subnet, layer: int, part: Part) -> RoundedWeights:
+        """Of a part that `subnet` keeps at bits below 16, by name within the layer, with integers for matrices."""
+        if (own := self._own_weights(subnet, layer, part)) is not None:
+            return own.rounded
+        bits = BLOCK_BITS[subnet.part_precision(layer, part)]
+        return self._quantized(layer, part, subnet.layers[layer].size(part), bits)
 
     def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""

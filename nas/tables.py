@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from hw_profiles import Workload
 from hw_profiles.staleness import ProfileSummary
@@ -29,6 +29,11 @@ if TYPE_CHECKING:  # they bring torch
     from nas.tuned import Tuned
 
 Fields = dict[str, Any]
+
+
+def whole_column(head: str, values: Sequence[str]) -> Column:
+    """Of what is copied into the next command: other columns give way where a terminal is narrow."""
+    return Column(head, no_wrap=True, min_width=max(map(len, [head, *values])))
 
 
 def workload_name(workload: Workload) -> str:
@@ -52,8 +57,9 @@ def summary_fields(summary: ProfileSummary) -> Fields:
 
 
 def profiled(summaries: Sequence[ProfileSummary]) -> Table:
-    columns = ("device", "target", "graphs", "for memory", "workload", "repeat noise", "runtime version", "last")
-    table = Table(*columns, title="Profiled")
+    columns = ("target", "graphs", "for memory", "workload", "repeat noise", "runtime version", "last")
+    device = whole_column("device", [summary.target.device_id for summary in summaries])
+    table = Table(device, *columns, title="Profiled")
     for summary in summaries:
         fields = summary_fields(summary)
         noises = [summary.repeat_noise.get(workload) for workload in summary.workloads]
@@ -153,8 +159,8 @@ def _quality_fields(quality: Quality) -> Fields:
 def trials(study_name: str, rows: Sequence[Fields], count: int = 12) -> Table:
     """The best of a search, by the rows' `kl`, or `task_loss` where they have it."""
     best = sorted(rows, key=lambda row: float(row["task_loss" if "task_loss" in row else "kl"]))[:count]
-    heads = ("subnet" if name == "id" else name for name in rows[0])
-    table = Table(*heads, title=f"Study {study_name}")
+    others = (name for name in rows[0] if name != "id")
+    table = Table(whole_column("subnet", [row["id"] for row in best]), *others, title=f"Study {study_name}")
     for row in best:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     return table
@@ -358,8 +364,8 @@ def verification_fields(
 
 def verifications(rows: Sequence[Fields]) -> Table:
     table = Table(
-        "folder", "precision", "MB", "max logit diff", "mean KL", "as shipped", "TTFT ms", "TPOT ms",
-        "at the profile's speed", "peak MB", "parity", "budget",
+        whole_column("folder", [row["directory"] for row in rows]), "precision", "MB", "max logit diff", "mean KL",
+        "as shipped", "TTFT ms", "TPOT ms", "at the profile's speed", "peak MB", "parity", "budget",
     )  # fmt: skip
     for row in rows:
         at_profile_speed = [row["ttft_at_profile_speed_ms"], row["tpot_at_profile_speed_ms"]]

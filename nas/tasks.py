@@ -240,7 +240,7 @@ def _check_items(file: Path) -> None:
             raise ValueError(f"wanted a JSON object in {file}, line {number}, got something else ({error})") from error
         match item:
             case {"context": str(), "choices": [_, _, *_] as choices, "label": int(label)} if all(
-                isinstance(choice, str) for choice in choices
+                isinstance(choice, str) and choice for choice in choices
             ) and 0 <= label < len(choices):
                 continue
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ EXIT_INTERRUPTED = 130
 
 # what is printed may hold a model's own words: no markup in it
 _errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-_output = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+_output = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
 
 
 @contextmanager
@@ -44,15 +45,22 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             bar.update(bar.tasks[0].id, completed=done, total=total, what=what)
 
         yield update
+        for task in bar.tasks:  # what ended well is done, also where it took less than was thought
+            bar.update(task.id, completed=task.total, what="")
 
 
 def emit(result: dict[str, Any], as_json: bool, *renderables: Any) -> None:
-    """Print the result as one JSON object, or the renderables for people."""
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-        return
-    for renderable in renderables:
-        _output.print(renderable, soft_wrap=isinstance(renderable, str))
+    """Print the result as one JSON object, or the renderables for people; OSError where nobody can read them."""
+    try:
+        if as_json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+            return
+        for renderable in renderables:
+            _output.print(renderable, soft_wrap=isinstance(renderable, str))
+    except OSError:
+        # what is left of it would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def note(text: str) -> None:

@@ -65,8 +65,11 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.accumulation) < 1 or not 0 < self.learning_rate < 1:
-            raise ValueError(f"steps, batch and accumulation must be at least 1, the learning rate below, got {self}")
-        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(
+                "steps, batch and accumulation must be at least 1 and the learning rate between 0 and 1, got "
+                f"{self.steps}, {self.batch}, {self.accumulation} and {self.learning_rate:g}"
+            )
+        if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"--max-minutes must be above 0, got {self.max_minutes:g}")
         for value, known in ((self.loss, get_args(Loss)), (self.sampling, get_args(Sampling))):
             if value not in known:

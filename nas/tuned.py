@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -97,8 +98,11 @@ class TuneSettings:
             raise ValueError("full tunes all weights, got a sparsity; take lora or nls for that")
         if self.separate and self.method not in ("lora", "nls"):
             raise ValueError(f"{self.method} leaves no adapter beside the weights; take lora or nls for a separate one")
-        if not 0 <= self.dropout < 1 or self.alpha <= 0 or self.rank_evaluations < 1:
-            raise ValueError(f"wanted alpha above 0, dropout below 1 and an evaluation at least, got {self}")
+        if not 0 <= self.dropout < 1 or not 0 < self.alpha < math.inf or self.rank_evaluations < 1:
+            raise ValueError(
+                f"wanted alpha above 0, a dropout from 0 to below 1 and an evaluation at least, got {self.alpha:g}, "
+                f"{self.dropout:g} and {self.rank_evaluations}"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def begin(folder: Path, supernet: Supernet, windows: torch.Tensor, *others: str)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     started = folder / _STARTED_FILE
     if started.exists():
-        if json.loads(started.read_text())["digest"] != digest:
+        if read_started(started)["digest"] != digest:
             raise ValueError(
                 f"{folder} holds what was tuned with another subnet, text or settings; name another, or delete it"
             )
@@ -148,6 +152,16 @@ def begin(folder: Path, supernet: Supernet, windows: torch.Tensor, *others: str)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(started, {"digest": digest})
     return started
+
+
+def read_started(started: Path) -> dict[str, Any]:
+    """What `begin` noted, and whoever tunes since; ValueError for a file that is another's, or damaged."""
+    try:
+        fields = json.loads(started.read_text())
+        fields["digest"]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"wanted what nas tune noted in {started}, got something else; name another folder") from error
+    return fields  # type: ignore[no-any-return]
 
 
 def keep(tuned: Tuned, own: OwnLayers, folder: Path) -> None:

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from export.decoder import decoder_from_model
 from export.folder import generation_config
-from export.onnx import write_genai_config, write_onnx
+from export.genai_config import write_genai_config
+from export.onnx import write_onnx
 from export.openvino import write_openvino, write_openvino_tokenizer
 from export.tokenizer_files import write_tokenizer
 from hw_profiles.runtimes.openvino import compile_properties

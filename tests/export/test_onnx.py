@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import export.onnx
 from export.decoder import Decoder, decoder_from_model, random_decoder
-from export.onnx import DATA_FILE, MODEL_FILE, write_genai_config, write_onnx
+from export.genai_config import write_genai_config
+from export.onnx import DATA_FILE, MODEL_FILE, write_onnx
 from hw_profiles.runtimes import Session, runtime
 from hw_profiles.shapes import BlockShape, Precision
 from tests.genai import genai_tokens

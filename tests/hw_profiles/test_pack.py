@@ -276,6 +276,16 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert [entry.name for entry in tmp_path.iterdir()] == ["temporary"]
 
 
+def test_a_file_that_is_no_pack_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "llm-nas.db"
+    path.write_bytes(b"SQLite format 3\0 and weeks of measurements")
+    with pytest.raises(ValueError, match="wanted the name of a new file, or of an earlier pack, got"):
+        write_pack(path, PLAN, {"fake": Builder()})
+    assert path.read_bytes().endswith(b"weeks of measurements")
+    for _ in range(2):
+        write_pack(tmp_path / "pack.zip", PLAN, {"fake": Builder()})
+
+
 def test_a_graph_that_does_not_load_is_left_out(tmp_path: Path, run: Run) -> None:
     broken = PLANNED[5].shape
 

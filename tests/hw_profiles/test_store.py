@@ -403,6 +403,13 @@ def test_other_databases_are_refused(url: str) -> None:
         Store(url)
 
 
+@pytest.mark.parametrize("url", ["", "sqlite:///"])
+def test_an_empty_name_is_not_taken_for_memory(url: str) -> None:
+    """Of a variable that was not set: what is measured must not end with the process."""
+    with pytest.raises(StoreError, match="wanted a file or a server to keep measurements in"):
+        Store(url)
+
+
 @pytest.mark.parametrize("url", ["postgresql://host:port/d", "sqlite:///profiles.db?timeout=abc"])
 def test_urls_with_damaged_parts_are_refused(url: str) -> None:
     with pytest.raises(StoreError, match=r"wanted a path or a URL|names an option that the database does not have"):

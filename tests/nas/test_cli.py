@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import re
@@ -6,14 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from sqlalchemy import text
 
@@ -28,7 +32,8 @@ from nas.memory import Memory
 from nas.protocol import EvaluationProtocol
 from nas.space import SearchSpace
 from nas.study import Study, Trial
-from nas.tables import answer_fields, space_fields
+from nas.tables import answer_fields, space_fields, trial_fields
+from nas.tables import trials as trials_table
 from nas.terminal import emit, progress_bar
 from nas.text import SEARCH_FILES
 from tests.nas.synthetic import VERSION, SyntheticEvaluator, fill_memory, fill_profile, tiny_space
@@ -145,10 +150,38 @@ MISTAKES = {
         "none",
     ): "no device 'none' in sqlite:///llm-nas.db",
     ("search", "./nonesuch.gguf", "--study", "s"): "there is no nonesuch.gguf; check the path",
-    ("search", "bloom", "--study", "s", "--evaluations", "0"): "a batch of at least 1",
+    (
+        "search",
+        "bloom",
+        "--study",
+        "s",
+        "--evaluations",
+        "0",
+    ): "'--evaluations': Input should be greater than or equal to 1",
     ("search", "bloom", "--study", "s", "--objective", "kl"): "objectives must be kl and one of tpot_ms, ttft_ms",
     ("query", "--study", "s"): "a query needs a budget; give --tpot-ms",
-    ("query", "--study", "s", "--tpot-ms", "-1"): "budgets must be above 0",
+    ("query", "--study", "s", "--tpot-ms", "-1"): "'--tpot-ms': wanted a number above 0, and at most 1e+09, got -1",
+    ("query", "--study", "s", "--tpot-ms", "nan"): "above 0, and at most 1e+09, got nan",
+    ("query", "--study", "s", "--max-size-mb", "inf"): "above 0, and at most 1e+09, got inf",
+    ("query", "--study", "s", "--tpot-ms", "9", "--threads", "0"): "'--threads': Input should be greater",
+    ("query", "--study", "s", "--tpot-ms", "9", "--batch-size", "99999999999"): "'--batch-size': Input should be less",
+    (
+        "report",
+        "--study",
+        "s",
+        "--threads",
+        "1",
+        "--output",
+        "",
+    ): "wanted the name of a new file, or of an earlier report, got .",
+    ("profile", "bloom", "--anchors", "-1"): "'--anchors': Input should be greater than or equal to 0",
+    ("profile", "bloom", "--seed", "-1"): "'--seed': Input should be greater than or equal to 0",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--alpha", "nan"): "'--alpha': wanted a number above",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--dropout", "nan"): "0 to below 1 and an evaluation",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x"): "but there is no /models/tiny; check the path; give "
+    "--model where study 's' has its model now",
+    ("verify", "bloom", "--prompt", " "): "wanted a --prompt to generate after, got none",
+    ("devices", "--database", ""): "wanted a file or a server to keep measurements in",
     ("query", "--study", "s", "--memory-mb", "9", "--threads", "1"): "the memory of openvino with 1 threads was not "
     "measured for prefill at 128 tokens and decode at 128 tokens of this model",
     (
@@ -159,7 +192,7 @@ MISTAKES = {
         "9",
     ): "no study 'none' in sqlite:///llm-nas.db (there: s); run nas search",
     ("query", "--study", "s", "--tpot-ms", "9", "--threads", "7"): "7 threads was not profiled for decode at 128 "
-    "tokens and this model (profiled: openvino/int4/1 thread decode at 128 tokens, openvino/",
+    "tokens and this model (profiled: openvino with 1 threads decode at 128 tokens, openvino with",
     ("export", "--study", "none", "--subnet", "full", "--output", "x"): "no study 'none'",
     ("export", "--study", "s", "--subnet", "nope", "--output", "x"): "study 's' has no subnet 'nope'",
     ("export", "--study", "s", "--subnet", "full", "--output", "x", "--format", "exe"): "--format must be among",
@@ -375,6 +408,48 @@ except SystemExit as exit_:
     assert WITHOUT_TORCH[arguments] in run.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_takes_nothing(study: Study, tmp_path: Path) -> None:
+    """A sentence where the disk is full, and no complaint of Python's own as it ends."""
+    devices = [sys.executable, "-m", "nas", "devices", "--json"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(devices, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (2, f"nas: {FULL}\n")
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *devices], cwd=tmp_path, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_control_c_while_the_command_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "nas", "devices"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "importing\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (130, "nas: stopped before it began\n")
+
+
+def test_ids_are_whole_on_a_narrow_terminal(study: Study) -> None:
+    rows = [trial_fields(trial, {"tpot_ms": 1.0}) for trial in study.trials()]
+    console = Console(width=60, file=io.StringIO())
+    console.print(trials_table("s", rows))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(row["id"] in shown for row in rows)
+
+
+def test_a_bar_ends_full(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the work took fewer steps than was thought, but not where it was stopped."""
+    with progress_bar("work") as progress:
+        progress(3, 10, "on and on")
+    assert "10/10" in capsys.readouterr().err
+    with suppress(ValueError), progress_bar("work") as progress:
+        progress(3, 10, "on and on")
+        raise ValueError
+    assert "3/10" in capsys.readouterr().err
+
+
 def test_a_models_words_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     words = f"[/b] [red]a[/red] :smile: {'long ' * 60}end"
     emit({}, False, words)
@@ -387,8 +462,7 @@ def test_a_bar_that_never_moves_is_not_shown(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
     with progress_bar("busy") as progress:
         progress(1, 3, "first")
-        progress(2, 3, "second")
-    assert "2/3" in capsys.readouterr().err
+    assert "busy" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -563,6 +637,7 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     check_refining(nas, trials, on_device)
     check_bf16(nas, on_device)
     check_fp16(nas, on_device)
+    check_recorded_before_it_is_said(nas, tmp_path / "fp16" / "onnx", on_device, monkeypatch)
     check_damaged_folders(nas, tmp_path, on_device)
 
 
@@ -883,6 +958,16 @@ def check_bf16(nas: Nas, on_device: tuple[str, ...]) -> None:
     refused = nas(*export, "none", "--format", "onnx", *on_device)
     assert refused.code == 2
     assert "got bf16; take another or openvino" in refused.json["error"]
+
+
+def check_recorded_before_it_is_said(
+    nas: Nas, folder: Path, on_device: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "verification.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.subnet_commands.emit", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        assert nas("verify", str(folder), "--rounds", "1", *on_device).code == 2
+    assert (folder / "verification.json").exists()
 
 
 def check_fp16(nas: Nas, on_device: tuple[str, ...]) -> None:

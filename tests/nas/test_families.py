@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 from hw_profiles import Workload
 from nas import families
 from nas.distillation import capped
-from nas.families import FAMILIES, fingerprint, load_config, load_model, within_window, wrap
+from nas.families import FAMILIES, load_config, load_model, within_window, wrap
+from nas.fingerprint import fingerprint
 from nas.profiling import workloads_of
 from nas.space import model_shape
 from nas.tokenizer import tokenizer_from_gguf
@@ -417,6 +418,20 @@ def test_the_licence_is_that_of_the_models_own_card(tiny, tmp_path, card, licenc
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert load_model(str(tmp_path)).licence == licence
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00"])
+def test_damaged_files_are_told_in_a_sentence(tiny, tmp_path, name, content):
+    tiny().model.save_pretrained(tmp_path)
+    tokenizer_from_gguf(_metadata()).save_pretrained(tmp_path)
+    assert (tmp_path / name).exists()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"wanted a Hugging Face model with its tokenizer at .*, got: "):
+        load_model(str(tmp_path))
+    if name == "config.json":
+        with pytest.raises(ValueError, match=r"wanted a Hugging Face model with its tokenizer at .*, got: "):
+            load_config(str(tmp_path))
 
 
 def test_texts_longer_than_learned_positions_are_refused(tiny):

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_what_is_missing_is_named(store: Store) -> None:
     with pytest.raises(ProfileMissingError, match=r"\(profiled: nothing\); run nas profile"):
         fit(store)
     fill_profile(store, SPACE, DEVICE, "openvino", [DECODE], precisions=["int8"])
-    there = r"profiled: openvino/int8/1 thread decode at 16 tokens\)"
+    there = r"profiled: openvino with 1 threads decode at 16 tokens\)"
     for options in ({"workload": PREFILL}, {"runtime": "onnxruntime"}, {"threads": 2}):
         with pytest.raises(ProfileMissingError, match=there):
             fit(store, **options)  # type: ignore[arg-type]
@@ -111,7 +112,7 @@ def test_any_workload_between_those_profiled_is_answered(store: Store) -> None:
     assert model.predict(subnets[1:]).value_ms == pytest.approx(expected, rel=0.02)
     assert model.timed(subnets[0]) is None  # timed, but on another workload
     assert model.timed(SPACE.full(4)) is None
-    with pytest.raises(ProfileMissingError, match=r"prefill at 65 tokens.*1 thread prefill at 16 to 64 tokens"):
+    with pytest.raises(ProfileMissingError, match=r"prefill at 65 tokens.*1 threads prefill at 16 to 64 tokens"):
         fit(store, Workload("prefill", 65))
 
 
@@ -120,9 +121,14 @@ def test_a_thread_count_that_was_not_profiled_is_answered_with_those_that_were(s
     with pytest.raises(ProfileMissingError) as missing:
         fit(store, threads=3)
     assert str(missing.value) == (
-        "openvino with 3 threads was not profiled for decode at 16 tokens and this model (profiled: openvino/int8/1 "
-        "thread decode at 16 tokens, openvino/int8/1 thread prefill at 16 tokens); run nas profile first"
+        "openvino with 3 threads was not profiled for decode at 16 tokens and this model (profiled: openvino with 1 "
+        "threads decode at 16 tokens, openvino with 1 threads prefill at 16 tokens); run nas profile first"
     )
+    found = store.measurements()
+    for threads in (2, 4, 8):
+        store.add_measurements([replace(m, target=replace(m.target, threads=threads)) for m in found])
+    with pytest.raises(ProfileMissingError, match=r"and this model \(profiled: .*, 4 more that nas devices lists\)"):
+        fit(store, threads=3)
 
 
 def test_versions_of_the_runtime_are_not_mixed(store: Store) -> None:

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from export.quantize import QuantizedWeight, dequantize
 from nas.evaluate import Evaluator
+from nas.extraction import extract, rounded_matrices
 from nas.families import LoadedModel
 from nas.own_weights import load_own
 from nas.recovery import tune
@@ -85,8 +86,8 @@ def test_all_families_are_tuned_and_extracted(
     before = evaluator.evaluate(subnet)
     tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["lora"], tmp_path / "tuned")
     assert tuned.after.kl < 0.95 * before.kl
-    extracted = supernet.extract(subnet)
-    for name, packed in supernet.quantized(subnet).items():
+    extracted = extract(supernet, subnet)
+    for name, packed in rounded_matrices(supernet, subnet).items():
         extracted.get_parameter(name).copy_(dequantize(packed))
     with torch.no_grad():
         found = extracted(windows).logits
@@ -100,9 +101,9 @@ def test_what_is_trained_is_what_is_extracted_and_shipped(
     supernet, evaluator = make()
     subnet = _subnet(4)
     tune(supernet, subnet, windows, evaluator, SETTINGS[method], tmp_path)
-    model = supernet.extract(subnet)
+    model = extract(supernet, subnet)
     state = model.state_dict()
-    quantized = supernet.quantized(subnet)
+    quantized = rounded_matrices(supernet, subnet)
     for name, integers in quantized.items():
         # within half a step of what was trained, or at the end of the grid
         step = integers.scales.float().abs().repeat_interleave(32, 1)
@@ -120,7 +121,7 @@ def test_what_is_trained_is_what_is_extracted_and_shipped(
 def test_the_adapter_fits_the_untuned_model_in_stock_peft(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
     supernet, evaluator = make()
     subnet = _subnet(32)
-    untuned = supernet.extract(subnet)
+    untuned = extract(supernet, subnet)
     tuned = tune(supernet, subnet, windows, evaluator, SETTINGS["nls"], tmp_path)
     stock = PeftModel.from_pretrained(untuned, str(tmp_path / "adapter"))
     with torch.no_grad():
@@ -138,7 +139,7 @@ def test_the_loss_may_look_behind_each_layer(make: Make, windows: torch.Tensor, 
         settings = TuneSettings("full", training=replace(TRAINING, block_weight=weight, steps=40))
         tune(supernet, subnet, windows, evaluator, settings, tmp_path / str(weight))
         with torch.no_grad():
-            found = supernet.extract(subnet)(windows, output_hidden_states=True).hidden_states[1]
+            found = extract(supernet, subnet)(windows, output_hidden_states=True).hidden_states[1]
             supernet.activate_full_model()
             states = supernet.model(windows, output_hidden_states=True).hidden_states[1:3]
         cosines = [torch.nn.functional.cosine_similarity(found, wanted, dim=-1).mean() for wanted in states]
@@ -390,9 +391,9 @@ def test_a_separate_adapter_leaves_the_base_sparse(
     base = evaluator.evaluate(subnet)
     assert base.kl == tuned.pruned.kl
     assert tuned.after.kl < base.kl
-    model = supernet.extract(subnet)
+    model = extract(supernet, subnet)
     if bits == 4:
-        model.load_state_dict({n: dequantize(q) for n, q in supernet.quantized(subnet).items()}, strict=False)
+        model.load_state_dict({n: dequantize(q) for n, q in rounded_matrices(supernet, subnet).items()}, strict=False)
     stock = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
     teacher = make()[0].loaded.model
     with torch.no_grad():

@@ -10,7 +10,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hw_profiles.shapes import PRECISIONS
 from nas.latency import LatencyCurve
+from nas.plot_style import DARK_COLOURS, LIGHT_COLOURS, MIXED, colour_of
 from nas.report import (
     FileRow,
     LatencyError,
@@ -209,6 +211,21 @@ def test_a_report_that_cannot_be_drawn_leaves_the_old_one(data: ReportData, tmp_
     with pytest.raises(ValueError, match="shorter"):
         write_report(replace(data, full=Subnet(data.full.layers[:3], 8)), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == html
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(data: ReportData, tmp_path: Path) -> None:
+    (tmp_path / "llm-nas.db").write_bytes(b"SQLite format 3\0 and weeks of measurements")
+    for path in (tmp_path / "llm-nas.db", tmp_path):
+        with pytest.raises(ValueError, match="wanted the name of a new file, or of an earlier report, got"):
+            write_report(data, path)
+    assert (tmp_path / "llm-nas.db").read_bytes().endswith(b"weeks of measurements")
+
+
+def test_every_precision_has_a_colour_of_its_own() -> None:
+    for colours in (LIGHT_COLOURS, DARK_COLOURS):
+        assert len({colours[name] for name in (*PRECISIONS, MIXED)}) == len(PRECISIONS) + 1
+    assert [colour_of(name) for name in (*PRECISIONS, MIXED)] == [LIGHT_COLOURS[n] for n in (*PRECISIONS, MIXED)]
+    assert colour_of("3 bits") == LIGHT_COLOURS["muted"]
 
 
 def test_pareto_figure_draws_each_trial_once_and_the_brute_force_front(data: ReportData) -> None:

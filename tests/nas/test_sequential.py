@@ -5,6 +5,7 @@ import torch
 
 from export.quantize import dequantize
 from nas import calibration, sequential
+from nas.extraction import extract, rounded_matrices
 from nas.families import LoadedModel
 from nas.importance import keep_order
 from nas.sequential import fit_in_sequence
@@ -180,7 +181,7 @@ def test_what_is_extracted_is_what_is_active(tiny, windows, bits):
     supernet.prepare(windows)
     subnet = Subnet(LAYERS, bits)
     fit_in_sequence(supernet, subnet, windows)
-    model, quantized = supernet.extract(subnet), supernet.quantized(subnet)
+    model, quantized = extract(supernet, subnet), rounded_matrices(supernet, subnet)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and bits < 16:
             parameter.copy_(dequantize(quantized[name]))
@@ -196,13 +197,15 @@ def test_mixed_parts_are_fitted_at_their_bits_and_kept(tiny, windows, tmp_path):
     supernet.prepare(windows)
     subnet = Subnet.of_parts([replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in LAYERS], 4)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
-    wanted, quantized = _logits(supernet, windows, subnet), supernet.quantized(subnet)
+    wanted, quantized = _logits(supernet, windows, subnet), rounded_matrices(supernet, subnet)
     assert {w.bits for name, w in quantized.items() if "mlp" in name} == {8}
     assert {w.bits for name, w in quantized.items() if "self_attn" in name} == {4}
     supernet.prepare(windows)  # forgets what it adopted
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
     assert torch.equal(_logits(supernet, windows, subnet), wanted)
-    assert {name: w.bits for name, w in supernet.quantized(subnet).items()} == {n: w.bits for n, w in quantized.items()}
+    assert {name: w.bits for name, w in rounded_matrices(supernet, subnet).items()} == {
+        n: w.bits for n, w in quantized.items()
+    }
 
 
 @pytest.mark.parametrize("bits", [32, 16, 4])

@@ -13,6 +13,7 @@ from export.generation import generate
 from hw_profiles import Workload
 from nas.artefacts import export_subnet
 from nas.evaluate import Evaluator
+from nas.extraction import extract
 from nas.families import load_model
 from nas.recovery import tune
 from nas.space import SearchSpace
@@ -73,7 +74,7 @@ def test_quality_and_extraction(smollm2):
     supernet.activate(mixed)
     with torch.no_grad():
         wanted = supernet.model(windows[:1, :64]).logits
-        got = supernet.extract(mixed)(windows[:1, :64]).logits
+        got = extract(supernet, mixed)(windows[:1, :64]).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     supernet.activate(supernet.space.full(32))
 
@@ -100,7 +101,7 @@ def exported(smollm2, tmp_path_factory):
     subnet = Subnet((LayerChoice(3, 1536), LayerChoice(2, 1152), LayerChoice(3, 768)) * 10, 32)
     windows, parent = file_windows(smollm2.tokenizer, TEST_FILES, 1, 128), tmp_path_factory.mktemp("exported")
     folders = {name: export_subnet(supernet, subnet, name, parent / name, windows) for name in FORMATS}
-    model = supernet.extract(subnet)
+    model = extract(supernet, subnet)
     supernet.activate(supernet.space.full(32))
     return model, folders
 

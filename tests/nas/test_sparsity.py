@@ -9,6 +9,7 @@ import torch
 
 from nas import calibration
 from nas.adapters.elastic import attach
+from nas.extraction import extract
 from nas.families import FAMILIES, LoadedModel
 from nas.space import SearchSpace
 from nas.sparsity import layerwise
@@ -428,7 +429,7 @@ def test_an_extracted_model_with_uneven_layers_is_pruned(
     loaded = tiny(model_type)
     supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.5, 1)))
     supernet.prepare(windows)
-    model, by_hand = supernet.extract(UNEVEN), supernet.extract(UNEVEN)
+    model, by_hand = extract(supernet, UNEVEN), extract(supernet, UNEVEN)
     assert model.config.model_type == "heterogeneous_llama"
     full = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     masks = prune(model, loaded.family, windows, 0.5, method=method)
@@ -448,7 +449,7 @@ def test_the_active_subnet_of_a_supernet_without_some_parts_is_pruned(
     loaded = tiny()
     supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.5, 1)))
     supernet.prepare(windows)
-    extracted = prune(supernet.extract(UNEVEN), loaded.family, windows, 0.5)
+    extracted = prune(extract(supernet, UNEVEN), loaded.family, windows, 0.5)
     supernet.activate(UNEVEN)
     active = prune(loaded.model, loaded.family, windows, 0.5)
     assert active.keys() == extracted.keys()

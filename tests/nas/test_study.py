@@ -62,12 +62,46 @@ def test_what_goes_in_comes_out_in_order_to_the_last_bit(store: Store, database_
         )
 
 
-def test_creating_again_opens_it_and_model_paths_may_differ(store: Store) -> None:
+def test_creating_again_opens_it_and_the_model_may_have_moved(store: Store) -> None:
     trials = random_trials(2)
     Study.create(store, "s", "here", "0123", SPACE, PROTOCOL).add(trials[0])
     again = Study.create(store, "s", "moved/there", "0123", SPACE, dict(reversed(PROTOCOL.items())))
     again.add(trials[1])
     assert again.trials() == trials
+    assert Study.load(store, "s").model == again.model == "moved/there"
+
+
+def test_a_model_that_lies_here_is_found_from_elsewhere(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Study.create(store, "s", "./tiny", "0123", SPACE, PROTOCOL).model == str(tmp_path / "tiny")
+    assert Study.load(store, "s").model == str(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE studies SET space = '{}'",
+        "UPDATE studies SET space = 'x'",
+        "UPDATE studies SET protocol = '3'",
+        "UPDATE studies SET text = '3'",
+        "UPDATE trials SET subnet = '[]'",
+        "UPDATE trials SET role = 'judge'",
+        "UPDATE trials SET kl = 'good'",
+        "UPDATE trials SET tokens = 'many'",
+        "UPDATE scores SET kl = 'good'",
+    ],
+)
+def test_a_row_that_is_none_of_ours(sqlite_store: Store, change: str) -> None:
+    study = Study.create(sqlite_store, "s", "m", "0123", SPACE, PROTOCOL)
+    study.add(random_trials(1)[0])
+    study.add_score("attention 0", 0.5)
+    with sqlite_store.transaction() as session:
+        session.execute(text(change))
+    with pytest.raises(StoreError, match=r"holds a row that this version cannot read .*restore a copy"):
+        (Study.load(sqlite_store, "s"), study.trials(), study.scores())
 
 
 @pytest.mark.parametrize(

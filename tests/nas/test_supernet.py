@@ -10,6 +10,7 @@ from export.huggingface import write_huggingface
 from export.quantize import dequantize, is_rounded, quantize
 from nas import calibration, families, part_plans
 from nas.calibration import collect
+from nas.extraction import extract, rounded_matrices
 from nas.families import FAMILIES, LoadedModel, wrap
 from nas.part_plans import part_order
 from nas.rounding import output_error
@@ -78,8 +79,8 @@ def test_a_large_model_is_put_together_layer_by_layer(tiny, windows, tmp_path, m
             torch.testing.assert_close(lean.loaded.logits(windows), wanted)
         lean.ends.activate("fp32")
         assert _places(lean) == loaded
-        for name, quantized in roomy.quantized(subnet).items():
-            assert torch.equal(quantized.integers, lean.quantized(subnet)[name].integers)
+        for name, quantized in rounded_matrices(roomy, subnet).items():
+            assert torch.equal(quantized.integers, rounded_matrices(lean, subnet)[name].integers)
     assert list(tmp_path.glob("rounded-*/*.safetensors"))
     assert torch.equal(_logits(lean, windows, lean.space.full(32)), _logits(roomy, windows, roomy.space.full(32)))
 
@@ -112,7 +113,7 @@ def test_weights_in_half_precision_are_computed_with_in_fp32(tiny_model, windows
         halved.activate(subnet)
         with torch.no_grad():
             torch.testing.assert_close(halved.loaded.logits(windows), wanted)
-        extracted, theirs = halved.extract(subnet, shared=True), exact.extract(subnet)
+        extracted, theirs = extract(halved, subnet, shared=True), extract(exact, subnet)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(extracted.state_dict()[name], tensor)
     halved.ends.activate("fp32")
@@ -130,7 +131,7 @@ def test_models_that_fill_the_memory_are_lean(tiny, monkeypatch):
 def test_extraction_computes_what_activation_computes(tiny, windows, variant):
     supernet = _supernet(tiny(**variant), windows)
     for subnet in (SUBNET, supernet.space.full(32)):
-        extracted = supernet.extract(subnet)
+        extracted = extract(supernet, subnet)
         with torch.no_grad():
             got = extracted(windows).logits
         torch.testing.assert_close(got, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
@@ -143,14 +144,14 @@ def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, win
     supernet = _supernet(loaded, windows)
     kept, skipped = LayerChoice(2, 64), LayerChoice(0, 0)
     for layers, count in (((skipped, kept, kept), 2), ((LayerChoice(3, 128),) * 3, 3)):
-        extracted = supernet.extract(Subnet(layers, 32))
+        extracted = extract(supernet, Subnet(layers, 32))
         assert type(extracted) is type(loaded.model)
         assert len(extracted.model.layers) == extracted.config.num_hidden_layers == count
         with torch.no_grad():
             got = extracted(windows).logits
         torch.testing.assert_close(got, _logits(supernet, windows, Subnet(layers, 32)), rtol=1e-4, atol=1e-4)
-    names = set(supernet.extract(Subnet((skipped, kept, kept), 4)).state_dict())
-    assert set(supernet.quantized(Subnet((skipped, kept, kept), 4))) < names
+    names = set(extract(supernet, Subnet((skipped, kept, kept), 4)).state_dict())
+    assert set(rounded_matrices(supernet, Subnet((skipped, kept, kept), 4))) < names
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,7 +163,7 @@ def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, 
     layers = [replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in SUBNET.layers]
     mixed = Subnet.of_parts(layers, 4, head_bits)
     assert mixed.is_mixed
-    model, quantized = supernet.extract(mixed), supernet.quantized(mixed)
+    model, quantized = extract(supernet, mixed), rounded_matrices(supernet, mixed)
     assert model.config.tie_word_embeddings == (tied and not head_bits)
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
@@ -183,7 +184,7 @@ def test_a_head_of_other_bits_than_the_embedding_is_stored_beside_it(tiny, windo
     supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
     supernet.prepare(windows)
     subnet = Subnet(layers, 4, head_bits=4)
-    model, quantized = supernet.extract(subnet, shared=True), supernet.quantized(subnet)
+    model, quantized = extract(supernet, subnet, shared=True), rounded_matrices(supernet, subnet)
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
             parameter.data = dequantize(quantized[name])
@@ -213,8 +214,8 @@ def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
 def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits, model_type):
     supernet = _supernet(tiny(model_type), windows)
     subnet = Subnet(SUBNET.layers, bits)
-    model = supernet.extract(subnet)
-    quantized = supernet.quantized(subnet)
+    model = extract(supernet, subnet)
+    quantized = rounded_matrices(supernet, subnet)
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
             assert quantized[name].bits == (8 if "embed" in name or "head" in name else bits)
@@ -230,7 +231,7 @@ def test_active_weights_at_16_bits_are_halves(tiny, windows, tied, half):
     supernet = _supernet(tiny(tied=tied), windows)
     subnet = SUBNET.at(half)
     supernet.activate(SUBNET.at("bf16"))  # which leaves nothing of the other behind
-    model = supernet.extract(subnet)
+    model = extract(supernet, subnet)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.copy_(parameter.bfloat16() if half == "bf16" else parameter.half())
@@ -238,7 +239,7 @@ def test_active_weights_at_16_bits_are_halves(tiny, windows, tied, half):
         wanted = model(windows).logits
     torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.equal(_logits(supernet, windows, SUBNET), wanted)
-    assert supernet.quantized(subnet) == {}
+    assert rounded_matrices(supernet, subnet) == {}
 
 
 def test_parts_keep_whole_groups_and_the_best_weights_for_them(tiny, windows, tmp_path):

@@ -8,6 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from export.huggingface import write_huggingface
+from nas.extraction import extract
 from nas.families import LoadedModel, load_model
 from nas.space import SearchSpace
 from nas.subnet import LayerChoice, Subnet
@@ -64,7 +65,7 @@ def test_an_active_subnet_scores_as_lm_eval_scores_its_folder(loaded: LoadedMode
     supernet.prepare(torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0)))
     subnet = Subnet((LayerChoice(2, 64), LayerChoice(0, 128), LayerChoice(1, 0), LayerChoice(2, 96)), 32)
     (items.parent / "exported").mkdir()
-    folder = write_huggingface(supernet.extract(subnet), loaded.tokenizer, items.parent / "exported")
+    folder = write_huggingface(extract(supernet, subnet), loaded.tokenizer, items.parent / "exported")
     wanted = _alone(folder, _task(items))
     supernet.activate(subnet)
     (found,) = evaluate_tasks(loaded, [str(items)], dtype=torch.float32).values()
@@ -115,6 +116,7 @@ def test_the_loss_of_choices_is_that_of_lm_evals_likelihoods(loaded: LoadedModel
         ('{"context": "a", "label": 0}', "the right one's index as label in .*line 2, got {"),
         ('{"context": "a", "choices": ["b", "c"], "label": 7}', "line 2, got {"),
         ('{"context": "a", "choices": ["b"], "label": 0}', "line 2, got {"),
+        ('{"context": "a", "choices": ["b", ""], "label": 0}', "line 2, got {"),
         (None, "got an empty file"),
     ],
 )
