@@ -48,21 +48,19 @@ def keeps_attention(subnet: Subnet) -> bool:
     return any(layer.num_key_value_heads for layer in subnet.layers)
 
 
-def choose_batch(
-    candidates: Sequence[Subnet], predicted: Floats, known: Floats, reference: Floats, count: int
-) -> list[int]:
+def choose_batch(predicted: Floats, known: Floats, reference: Floats, count: int) -> list[int]:
     """Indices of `count` candidates, each adding the most hypervolume to what is known and chosen before it.
 
     `predicted` [n, 2], `known` [m, 2] and `reference` [2] are on the same scale. Candidates that add none come last,
     the most distant from what is chosen first.
     """
-    if not candidates:
+    if not len(predicted):
         return []
     front = known[pareto_front(known)] if len(known) else known.reshape(0, 2)
     scale = np.maximum(np.ptp(predicted, axis=0), 1e-9)
     chosen: list[int] = []
-    while len(chosen) < min(count, len(candidates)):
-        rest = [i for i in range(len(candidates)) if i not in chosen]
+    while len(chosen) < min(count, len(predicted)):
+        rest = [i for i in range(len(predicted)) if i not in chosen]
         base = hypervolume(front, reference)
         gains = [hypervolume(np.vstack([front, predicted[i]]), reference) - base for i in rest]
         if max(gains) > 0:

@@ -150,6 +150,10 @@ def tune(
     sandwich: Annotated[
         bool, typer.Option(help="nls: largest, smallest and random ranks at each step, not a random choice alone.")
     ] = False,
+    rank_search: Annotated[
+        str,
+        typer.Option(help="nls: hill-climb, or evolution, for ranks of no more parameters than the middle one has."),
+    ] = "hill-climb",
     rank_evaluations: Annotated[int, count("nls: choices of ranks evaluated in the end.")] = 24,
     steps: Annotated[int, count("Steps of the optimiser.")] = 400,
     max_minutes: Annotated[float | None, limit("Stop then, if that is sooner.")] = None,
@@ -190,6 +194,7 @@ def tune(
         ranks=ranks,
         alpha=2.0 * max(ranks) if alpha is None else alpha,
         dropout=dropout,
+        rank_search=rank_search,  # type: ignore[arg-type]  # checked by it
         rank_evaluations=rank_evaluations,
         sparsity=sparsity,
         pattern=pattern,

@@ -18,8 +18,9 @@ import torch
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, is_rounded, quantize_to
 from hw_profiles.profile import Progress
 from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
-from nas.adapters.elastic import Ranks, SuperAdapter, attach, hill_climb, rank_groups
+from nas.adapters.elastic import Ranks, SuperAdapter, attach, rank_groups
 from nas.adapters.linear import ElasticLinear, GridLinear
+from nas.adapters.rank_search import evolve, hill_climb
 from nas.evaluate import Evaluator
 from nas.extraction import extract, extracted_layers, rounded_matrices
 from nas.own_weights import OwnLayers, OwnWeights
@@ -213,6 +214,7 @@ class _Job:
             dropout=settings.dropout,
             masks=None if settings.separate else self.masks,
             grids=None if settings.separate else self.grids,
+            seed=settings.training.seed,
         )
         if dense is None:
             result = train(
@@ -247,7 +249,7 @@ class _Job:
     def search_ranks(
         self, evaluator: Evaluator, adapter: SuperAdapter, settings: TuneSettings, progress: Progress
     ) -> Ranks:
-        """Those of the least KL that hill climbing finds, as they would be shipped."""
+        """Those of the least KL that are found, as they would be shipped."""
         tried = 0
 
         def kl(ranks: Ranks) -> float:
@@ -259,7 +261,8 @@ class _Job:
             progress(tried, settings.rank_evaluations, f"ranks with {found:.3f} nats")
             return found
 
-        found, _ = hill_climb(adapter, kl, settings.rank_evaluations, settings.training.seed)
+        search = evolve if settings.rank_search == "evolution" else hill_climb
+        found, _ = search(adapter, kl, settings.rank_evaluations, settings.training.seed)
         return found
 
     def own_layers(self, adapter: SuperAdapter | None) -> OwnLayers:

@@ -228,7 +228,7 @@ def propose(
         picked = [int(i) for i in within[: (count + 1) // 2]]
     rest = [i for i in range(len(candidates)) if i not in picked]
     known = np.vstack([known, predicted[picked]])
-    batch = choose_batch([candidates[i] for i in rest], predicted[rest], known, reference, count - len(picked))
+    batch = choose_batch(predicted[rest], known, reference, count - len(picked))
     return [candidates[i] for i in [*picked, *(rest[j] for j in batch)]]
 
 

@@ -73,8 +73,9 @@ def tune_supernet(
     # a model of its own beside the teacher; what was prepared is shared
     other = supernet.over(copy.deepcopy(supernet.model))
     adapter = attach(
-        other.model, supernet.loaded.family, settings.ranks, alpha=settings.alpha, dropout=settings.dropout
-    )
+        other.model, supernet.loaded.family, settings.ranks, alpha=settings.alpha, dropout=settings.dropout,
+        seed=settings.training.seed,
+    )  # fmt: skip
     shared = SharedAdapter(other, adapter, pool)
     result = train(
         other.model, supernet.loaded, windows, settings.training, folder / CHECKPOINTS, adapter=shared,

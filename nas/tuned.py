@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError
 
+from nas.adapters.rank_search import RankSearch
 from nas.calibration import statistics_key
 from nas.own_weights import OwnLayers, has_own, load_own, save_own
 from nas.quality import Quality
@@ -57,14 +58,15 @@ def one_of_methods(name: str) -> Method:
 class TuneSettings:
     """`ranks` are those of an adapter to choose from, largest first; one of them with `lora`, none with `losa`.
 
-    `rank_evaluations` choices are evaluated to find the ranks of `nls`. `sparsity` is the share of the projections'
-    weights that become 0, by `pruning`, in an N:M `pattern` or anywhere; `losa` gets there in `rounds`.
+    `rank_evaluations` choices are evaluated by `rank_search` to find the ranks of `nls`. `sparsity` is the share of the
+    projections' weights that become 0, by `pruning`, in an N:M `pattern` or anywhere; `losa` gets there in `rounds`.
     """
 
     method: Method = "lora"
     ranks: tuple[int, ...] = (32,)
     alpha: float = 64.0
     dropout: float = 0.0
+    rank_search: RankSearch = "hill-climb"
     rank_evaluations: int = 24
     sparsity: float = 0.0
     pattern: str = "unstructured"
@@ -83,8 +85,9 @@ class TuneSettings:
             raise ValueError(f"wanted ranks that differ, above 0 and largest first, got {list(self.ranks)}")
         if self.training.sampling == "sandwich" and self.method != "nls":
             raise ValueError(f"wanted nls, which has ranks to sandwich, got {self.method}; leave the sandwich out")
-        if self.pruning not in get_args(PruningMethod):
-            raise ValueError(f"wanted pruning by {' or '.join(get_args(PruningMethod))}, got {self.pruning}")
+        for what, name, known in (("pruning", self.pruning, PruningMethod), ("ranks", self.rank_search, RankSearch)):
+            if name not in get_args(known):
+                raise ValueError(f"wanted {what} by {' or '.join(get_args(known))}, got {name}")
         if not 0 <= self.sparsity < 1 or self.rounds < 1:
             raise ValueError(f"wanted a sparsity from 0 to below 1 and a round at least, got {self.sparsity:g}")
         pattern = parse_pattern(self.pattern)

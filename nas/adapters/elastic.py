@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -79,11 +80,15 @@ class SuperAdapter:
     def ranks_by_path(self, ranks: Ranks) -> dict[str, int]:
         return {path: rank for paths, rank in zip(self.groups, ranks, strict=True) for path in paths}
 
+    @cached_property
+    def parameters_per_rank(self) -> npt.NDArray[np.int64]:
+        """Numbers that one more rank adds to A and B, by group."""
+        bases = [[self.layers[path].get_base_layer() for path in paths] for paths in self.groups]
+        return np.array([sum(base.in_features + base.out_features for base in group) for group in bases])
+
     def parameters(self, ranks: Ranks) -> int:
         """Numbers in A and B of these ranks."""
-        bases = {path: layer.get_base_layer() for path, layer in self.layers.items()}
-        by_path = self.ranks_by_path(ranks)
-        return sum(by_path[path] * (base.in_features + base.out_features) for path, base in bases.items())
+        return int(np.dot(ranks, self.parameters_per_rank))
 
     def save(self, ranks: Ranks, folder: Path) -> None:
         """The sub-adapter of `ranks` as a standard PEFT adapter, which `PeftModel.from_pretrained` loads.
@@ -114,8 +119,9 @@ def attach(
     dropout: float = 0.0,
     masks: Mapping[str, torch.Tensor] | None = None,
     grids: Mapping[str, QuantizedWeight] | None = None,
+    seed: int = 0,
 ) -> SuperAdapter:
-    """Put adapters over all projections of `model`'s layers; B starts at 0, so nothing changes yet.
+    """Put adapters over all projections of `model`'s layers; A is drawn, B starts at 0, so nothing changes yet.
 
     `masks` bool [out, in] and `grids` are by the projections' paths in `model`; paths they lack have none.
     """
@@ -125,8 +131,9 @@ def attach(
     paths = [path for group in groups for path in group]
     config = _lora_config(paths, choices[0], alpha, dropout)
     config._register_custom_module({nn.Linear: ElasticLinear})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
+        torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     layers = {path: model.get_submodule(path) for path in paths}
     for path, layer in layers.items():
@@ -145,39 +152,6 @@ def rank_groups(model: Any, family: Family) -> list[tuple[str, ...]]:
             if hasattr(layer, group[0].partition(".")[0]):
                 groups.append(tuple(f"{family.layers}.{index}.{name}" for name in group))
     return groups
-
-
-def hill_climb(
-    adapter: SuperAdapter, loss: Callable[[Ranks], float], evaluations: int, seed: int = 0
-) -> tuple[Ranks, float]:
-    """The best ranks found by single changes to a neighbouring choice, from the heuristic ones.
-
-    At most `evaluations` calls of `loss`, the start's among them; neighbours are tried in random order and the first
-    that is better is moved to. Stops early where none is.
-    """
-    rng = np.random.default_rng(seed)
-    best, best_loss = adapter.heuristic, loss(adapter.heuristic)
-    left = evaluations - 1
-    while left > 0:
-        for neighbour in _neighbours(adapter, best, rng)[:left]:
-            left -= 1
-            found = loss(neighbour)
-            if found < best_loss:
-                best, best_loss = neighbour, found
-                break
-        else:
-            break
-    return best, best_loss
-
-
-def _neighbours(adapter: SuperAdapter, ranks: Ranks, rng: np.random.Generator) -> list[Ranks]:
-    found = []
-    for group, rank in enumerate(ranks):
-        at = adapter.choices.index(rank)
-        for near in (at - 1, at + 1):
-            if 0 <= near < len(adapter.choices):
-                found.append((*ranks[:group], adapter.choices[near], *ranks[group + 1 :]))
-    return [found[i] for i in rng.permutation(len(found))]
 
 
 def _lora_config(paths: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig:

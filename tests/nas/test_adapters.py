@@ -9,8 +9,9 @@ from peft import PeftModel
 from torch import nn
 
 from export.quantize import QuantizedWeight, dequantize, quantize
-from nas.adapters.elastic import Ranks, SuperAdapter, attach, hill_climb, rank_groups
+from nas.adapters.elastic import Ranks, SuperAdapter, attach, rank_groups
 from nas.adapters.linear import GridLinear
+from nas.adapters.rank_search import evolve, hill_climb
 from nas.families import LoadedModel
 
 CHOICES = (8, 4, 2)
@@ -160,6 +161,41 @@ def test_hill_climbing_stops_at_the_best_neighbour(tiny: Callable[..., LoadedMod
     found, loss = hill_climb(adapter, distance, 10)
     assert len(asked) == 10
     assert loss == min(map(distance, asked[:10])) == distance(found)
+
+
+def test_evolution_finds_the_best_ranks_of_no_more_parameters(tiny: Callable[..., LoadedModel]) -> None:
+    """Where each group's rank is worth something of its own, dynamic programming over all ranks knows the optimum."""
+    loaded = tiny()
+    adapter = attach(loaded.model, loaded.family, CHOICES, alpha=12.0)
+    rng = np.random.default_rng(11)
+    worth = rng.lognormal(size=len(adapter.groups)) * adapter.parameters_per_rank / adapter.parameters_per_rank.max()
+    asked: list[Ranks] = []
+
+    def loss(ranks: Ranks) -> float:
+        asked.append(ranks)
+        return float(10 - np.dot(ranks, worth) / 8)
+
+    most = adapter.parameters(adapter.heuristic)
+    reachable = {0: 0.0}  # parameters -> least loss
+    for cost, value in zip(adapter.parameters_per_rank, worth, strict=True):
+        step: dict[int, float] = {}
+        for spent, least in reachable.items():
+            for rank in CHOICES:
+                at = spent + rank * int(cost)
+                if at <= most:
+                    step[at] = min(step.get(at, np.inf), least - rank * value / 8)
+        reachable = step
+    optimum, start = 10 + min(reachable.values()), loss(adapter.heuristic)
+    asked.clear()
+    found, found_loss = evolve(adapter, loss, 60)
+    assert adapter.parameters(found) <= most
+    assert len(asked) == len(set(asked)) <= 60
+    assert found_loss == loss(found)
+    assert (start - found_loss) / (start - optimum) > 0.8
+    assert evolve(adapter, loss, 60)[0] == found
+    asked.clear()
+    assert evolve(adapter, loss, 1) == (adapter.heuristic, start)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("choices", [(), (4, 8), (4, 4), (4, 0)])

@@ -201,6 +201,7 @@ MISTAKES = {
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--loss", "l1"): "one of kl, text, both, got l1",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--rank", "8", "--rank", "4"): "lora has one rank",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--pattern", "4:2"): "wanted a pattern N:M",
+    ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--rank-search", "luck"): "ranks by hill-climb or",
     ("tune", "--study", "s", "--subnet", "full", "--output", "x", "--method", "losa"): "losa makes weights sparse",
     ("report", "--study", "none"): "no study 'none'",
     ("verify", "nonesuch"): "nonesuch is not a folder that nas export wrote",

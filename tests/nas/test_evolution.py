@@ -142,10 +142,9 @@ def area(points: Floats, reference: Floats) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_batch_is_the_greedy_one_by_hypervolume(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    space, reference = tiny_space(2), np.array([1.0, 1.0])
+    reference = np.array([1.0, 1.0])
     first, known = rng.uniform(0, 1.1, 12), rng.uniform(0.6, 1.1, (5, 2))
     predicted = np.column_stack([first, 1 - first + rng.uniform(-0.2, 0.2, 12)])
-    candidates = [space.sample(rng) for _ in predicted]
     expected: list[int] = []
     while len(expected) < 4:
         rest = [i for i in range(12) if i not in expected]
@@ -154,21 +153,17 @@ def test_batch_is_the_greedy_one_by_hypervolume(seed: int) -> None:
             break
         expected.append(rest[int(np.argmax(areas))])
     assert len(expected) == 4
-    assert choose_batch(candidates, predicted, known, reference, 4)[: len(expected)] == expected
+    assert choose_batch(predicted, known, reference, 4)[: len(expected)] == expected
 
 
 def test_batch_without_gains_takes_what_is_far_from_the_rest() -> None:
-    space = tiny_space(2)
-    candidates = [space.sample(np.random.default_rng(i)) for i in range(3)]
     predicted = np.array([[2.0, 2.1], [3.0, 4.0], [2.0, 2.0]])
     known = np.array([[1.0, 1.0]])
-    assert choose_batch(candidates, predicted, known, np.array([5.0, 1.0]), 2) == [1, 0]
-    assert len(choose_batch(candidates, predicted, known, np.array([5.0, 1.0]), 7)) == 3
+    assert choose_batch(predicted, known, np.array([5.0, 1.0]), 2) == [1, 0]
+    assert len(choose_batch(predicted, known, np.array([5.0, 1.0]), 7)) == 3
 
 
 def test_batch_of_nothing_and_knowing_nothing() -> None:
     nothing, reference = np.empty((0, 2)), np.array([1.0, 1.0])
-    assert choose_batch([], nothing, np.array([[0.5, 0.5]]), reference, 3) == []
-    space = tiny_space(2)
-    candidates = [space.full(8), space.full(4)]
-    assert choose_batch(candidates, np.array([[0.9, 0.9], [0.1, 0.1]]), nothing, reference, 1) == [1]
+    assert choose_batch(nothing, np.array([[0.5, 0.5]]), reference, 3) == []
+    assert choose_batch(np.array([[0.9, 0.9], [0.1, 0.1]]), nothing, reference, 1) == [1]

@@ -74,6 +74,32 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
 
 
+def test_ranks_may_evolve(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    """To no more parameters, and no more KL, than the middle rank everywhere has, from which they begin."""
+    found, subnet = {}, _subnet(32)
+    for evaluations in (1, 16):
+        supernet, evaluator = make()
+        settings = replace(SETTINGS["nls"], rank_search="evolution", rank_evaluations=evaluations)
+        tuned = tune(supernet, subnet, windows, evaluator, settings, tmp_path / str(evaluations))
+        shapes = {name: tensor.shape for name, tensor in extract(supernet, subnet).state_dict().items()}
+        size = sum(rank * sum(shapes[f"{path}.weight"]) for path, rank in tuned.ranks.items())
+        found[evaluations] = tuned.after.kl, size, set(tuned.ranks.values())
+    (middle_kl, middle_size, ranks), (kl, size, _) = found[1], found[16]
+    assert ranks == {4}
+    assert kl <= middle_kl
+    assert size <= middle_size
+
+
+def test_the_same_seed_draws_the_same_adapter(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+    found = []
+    for run, seed in enumerate((0, 0, 1)):
+        supernet, evaluator = make()
+        torch.manual_seed(run)
+        settings = replace(SETTINGS["lora"], training=replace(TRAINING, seed=seed))
+        found.append(tune(supernet, _subnet(32), windows, evaluator, settings, tmp_path / str(run)).after.kl)
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("head_bits", [0, 4])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
 def test_all_families_are_tuned_and_extracted(
