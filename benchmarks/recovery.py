@@ -46,6 +46,8 @@ KEPT = 0.8
 SPARSITY, SHEARS_SPARSITY = 0.7, 0.5
 ZEROS, SHEARS_ZEROS = f"{SPARSITY:.0%} zeros, {{}}", f"{SHEARS_SPARSITY:.0%} zeros, {{}}"
 FIXED_RANK, ELASTIC_RANKS = "Wanda, LoRA beside", "Wanda, NLS beside (Shears)"
+#: Of no more parameters than the fixed rank's.
+EVOLVED_RANKS = "Wanda, NLS beside, ranks evolved"
 UNIFORM = "Wanda, LoRA (SparsePEFT)"
 SUBNET = f"{KEPT:.0%} subnet, {{}}"
 #: Of a supernet whose subnets were trained together, solved for anew, with the weights that all subnets share.
@@ -59,6 +61,7 @@ TEXT = "lora on text"
 BETTER = {
     (ZEROS.format("LoSA"), ZEROS.format(UNIFORM)): "LoSA against uniform sparsity with LoRA",
     (SHEARS_ZEROS.format(ELASTIC_RANKS), SHEARS_ZEROS.format(FIXED_RANK)): "searched ranks against a fixed one",
+    (SHEARS_ZEROS.format(EVOLVED_RANKS), SHEARS_ZEROS.format(FIXED_RANK)): "evolved ranks against a fixed one",
 }
 #: Of the log-perplexity that was lost on WikiText-2, to be won back.
 BAR = 0.5
@@ -214,10 +217,11 @@ class Recovery:
             FIXED_RANK: TuneSettings(
                 "lora", elastic[1:2], 2.0 * elastic[1], sparsity=SHEARS_SPARSITY, separate=True, training=training(1e-3)
             ),
-            ELASTIC_RANKS: TuneSettings(
+            ELASTIC_RANKS: (searched := TuneSettings(
                 "nls", elastic, 64.0, sparsity=SHEARS_SPARSITY, separate=True,
                 training=replace(training(1e-3), sampling="random"),
-            ),
+            )),
+            EVOLVED_RANKS: replace(searched, rank_search="evolution"),
         }  # fmt: skip
         shared = {
             "a supernet tuned at once (LLaMA-NAS)": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
