@@ -211,23 +211,20 @@ class Recovery:
             "LoSA": TuneSettings("losa", (), 16.0, sparsity=SPARSITY, training=training(1e-3)),
         }
         elastic = (32, 24, 16)
+        drawn = replace(training(1e-3), sampling="random")
+        searched = TuneSettings("nls", elastic, 64.0, sparsity=SHEARS_SPARSITY, separate=True, training=drawn)
         shears = {
             "Wanda": TuneSettings("prune", sparsity=SHEARS_SPARSITY),
             # the middle of the elastic ranks, of the same scale
             FIXED_RANK: TuneSettings(
                 "lora", elastic[1:2], 2.0 * elastic[1], sparsity=SHEARS_SPARSITY, separate=True, training=training(1e-3)
             ),
-            ELASTIC_RANKS: (searched := TuneSettings(
-                "nls", elastic, 64.0, sparsity=SHEARS_SPARSITY, separate=True,
-                training=replace(training(1e-3), sampling="random"),
-            )),
+            ELASTIC_RANKS: searched,
             EVOLVED_RANKS: replace(searched, rank_search="evolution"),
-        }  # fmt: skip
+        }
         shared = {
             "a supernet tuned at once (LLaMA-NAS)": TuneSettings("lora", (32,), 64.0, training=training(1e-3)),
-            "widths and ranks tuned at once (LoNAS)": TuneSettings(
-                "nls", elastic, 64.0, training=replace(training(1e-3), sampling="random")
-            ),
+            "widths and ranks tuned at once (LoNAS)": TuneSettings("nls", elastic, 64.0, training=drawn),
         }
         of_subnet = {SUBNET.format(n): partial(self.recovered, "smaller", s) for n, s in adapted.items()}
         of_full = {ZEROS.format(n): partial(self.recovered, "full", s) for n, s in sparse.items()}

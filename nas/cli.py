@@ -39,9 +39,9 @@ from nas.options import (
     TtftLimit,
     count,
     device_and_threads,
-    limit,
     objectives,
     one_of_precisions,
+    positive,
 )
 from nas.study import Algorithm
 from nas.terminal import (
@@ -185,7 +185,7 @@ def search(
     runtime_name: RuntimeName = "openvino",
     evaluations: Annotated[int, count("Subnets evaluated on text.")] = 100,
     objective: Annotated[list[str], typer.Option(help="kl, and tpot_ms or ttft_ms.")] = ["kl", "tpot_ms"],  # noqa: B006
-    budget_ms: Annotated[float | None, limit("Latency near which a good answer is wanted most.")] = None,
+    budget_ms: Annotated[float | None, positive("Latency near which a good answer is wanted most.")] = None,
     algorithm: Annotated[Algorithm, typer.Option(help="The others are to compare with.")] = "seeded",
     device: DeviceId = None,
     threads: Threads = None,
@@ -290,8 +290,8 @@ def query(
     tpot_ms: TpotLimit = None,
     ttft_ms: TtftLimit = None,
     memory_mb: MemoryLimit = None,
-    max_size_mb: Annotated[float | None, limit("Limit of the weights' size on disk, in 10^6 bytes.")] = None,
-    max_parameters_ratio: Annotated[float | None, limit("Limit relative to the full model.")] = None,
+    max_size_mb: Annotated[float | None, positive("Limit of the weights' size on disk, in 10^6 bytes.")] = None,
+    max_parameters_ratio: Annotated[float | None, positive("Limit relative to the full model.")] = None,
     runtime_name: RuntimeName = "openvino",
     device: DeviceId = None,
     threads: Threads = None,

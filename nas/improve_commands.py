@@ -30,9 +30,9 @@ from nas.options import (
     Threads,
     count,
     device_and_threads,
-    limit,
     objectives,
     one_of_precisions,
+    positive,
 )
 from nas.subnet_commands import open_subnet
 from nas.terminal import emit, progress_bar
@@ -138,7 +138,7 @@ def tune(
     rank: Annotated[
         list[int] | None, count("Of the adapter, 32 by default; of nls 32, 24 and 16; losa finds its own.")
     ] = None,
-    alpha: Annotated[float | None, limit("Of the adapter; twice the largest rank by default.")] = None,
+    alpha: Annotated[float | None, positive("Of the adapter; twice the largest rank by default.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
     loss: Annotated[
         str, typer.Option(help="kl: to the full model; text: likelihood of the text itself; both: their mean.")
@@ -156,12 +156,12 @@ def tune(
     ] = "hill-climb",
     rank_evaluations: Annotated[int, count("nls: choices of ranks evaluated in the end.")] = 24,
     steps: Annotated[int, count("Steps of the optimiser.")] = 400,
-    max_minutes: Annotated[float | None, limit("Stop then, if that is sooner.")] = None,
+    max_minutes: Annotated[float | None, positive("Stop then, if that is sooner.")] = None,
     batch: Annotated[int, count("Windows at once.")] = 8,
     accumulation: Annotated[int, count("Such batches a step.")] = 1,
     tokens: Annotated[int, count("Tokens of a window.", least=2)] = 256,
     learning_rate: Annotated[
-        float | None, limit("Its largest; 0.001 for adapters and 0.0001 for full by default.")
+        float | None, positive("Its largest; 0.001 for adapters and 0.0001 for full by default.")
     ] = None,
     text: Annotated[
         list[Path],

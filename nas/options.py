@@ -12,7 +12,7 @@ from hw_profiles.devices import pin
 from hw_profiles.shapes import PRECISIONS, Precision
 
 #: Above any limit, and any count, that a device has today.
-_LARGEST_LIMIT = 1e9
+_LARGEST = 1e9
 _LARGEST_COUNT = 2**24
 
 
@@ -21,16 +21,16 @@ def _pin(cpus: str | None) -> None:
         pin(cpus)
 
 
-def _check_limit(value: float | None) -> float | None:
+def _check_positive(value: float | None) -> float | None:
     """What is infinite, or no number at all, would let everything pass, or nothing."""
-    if value is not None and not 0 < value <= _LARGEST_LIMIT:
-        raise typer.BadParameter(f"wanted a number above 0, and at most {_LARGEST_LIMIT:g}, got {value:g}.")
+    if value is not None and not 0 < value <= _LARGEST:
+        raise typer.BadParameter(f"wanted a number above 0, and at most {_LARGEST:g}, got {value:g}.")
     return value
 
 
-def limit(help_: str) -> Any:
-    """An option for a limit of time, size or ratio."""
-    return typer.Option(callback=_check_limit, help=help_)
+def positive(help_: str) -> Any:
+    """An option for a finite number above 0: a limit, a rate, a scale."""
+    return typer.Option(callback=_check_positive, help=help_)
 
 
 def count(help_: str, least: int = 1, most: int = _LARGEST_COUNT) -> Any:
@@ -55,16 +55,16 @@ Seed = Annotated[int, count("Of all that is drawn.", least=0, most=2**32 - 1)]
 PromptTokens = Annotated[int, count("Prompt length that TTFT is for.")]
 ContextTokens = Annotated[int, count("Context length that TPOT is for.", least=0)]
 BatchSize = Annotated[int, count("Sequences run at once; a token of each is one TPOT.")]
-TpotLimit = Annotated[float | None, limit("Limit of the time per output token.")]
+TpotLimit = Annotated[float | None, positive("Limit of the time per output token.")]
 ModelMoved = Annotated[
     str | None, typer.Option("--model", help="Where the study's model is, if it moved since the search.")
 ]
 AllowStale = Annotated[
     bool, typer.Option("--allow-stale", help="Use a profile of another version of the runtime all the same.")
 ]
-TtftLimit = Annotated[float | None, limit("Limit of the time to the first token.")]
+TtftLimit = Annotated[float | None, positive("Limit of the time to the first token.")]
 MemoryLimit = Annotated[
-    float | None, limit("Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes.")
+    float | None, positive("Limit of the peak memory of a process that runs the prompt and the context, in 10^6 bytes.")
 ]
 
 #: Of the two options above by default.

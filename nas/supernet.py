@@ -11,11 +11,11 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from export.decoder import decoder_shape
 from export.quantize import QuantizedWeight, dequantize, fake_quantize, quantize
@@ -24,6 +24,7 @@ from hw_profiles.shapes import BLOCK_BITS, Precision
 from nas.calibration import Statistics, collect
 from nas.ends import Ends
 from nas.families import LoadedModel, fills_memory
+from nas.layer_modules import SkippedAttention, SkippedMlp, call_around, put_tensor
 from nas.own_weights import OwnLayers, OwnWeights
 from nas.part_plans import (
     PartPlan,
@@ -43,18 +44,6 @@ from nas.subnet import PARTS, Part, Subnet
 _ROUNDING_VERSION = 1
 #: What computes one part of one layer: a size and a precision, weights of a subnet's own, or None, the loaded ones.
 _Active = tuple[int, Precision] | OwnWeights | None
-
-
-class SkippedAttention(nn.Module):
-    """Adds nothing to the residual stream and owns no slot in a KV cache."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class SkippedMlp(nn.Module):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 class Supernet:
@@ -97,7 +86,8 @@ class Supernet:
         self.lean = self._halved or (fills_memory(space.base) if lean is None else lean)
         if self.lean:
             for index, layer in enumerate(self._layers):
-                _run_with(layer, weakref.ref(self), index)
+                before, after = (partial(f, layer=index) for f in (Supernet._before_layer, Supernet._after_layer))
+                call_around(layer, weakref.ref(self), before, after)
 
     def prepare(
         self,
@@ -263,7 +253,7 @@ class Supernet:
     def _compute_with(self, layer: int, part: Part, weights: Mapping[str, torch.Tensor]) -> None:
         setattr(self._layers[layer], self.part_name(part), self._modules[layer][part])
         for name, tensor in weights.items():
-            _set(self._layers[layer], name, tensor)
+            put_tensor(self._layers[layer], name, tensor)
 
     def _of_part(self, layer: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in layer.items() if name.startswith(f"{self.part_name(part)}.")}
@@ -403,30 +393,5 @@ class Supernet:
         return self.loaded.family.output if part == "attention" else self.loaded.family.down
 
 
-def _run_with(layer: nn.Module, supernet: weakref.ref[Supernet], index: int) -> None:
-    """Let the layer have the active weights while it runs, for as long as there is the supernet."""
-
-    def before(*_: Any) -> None:
-        if (there := supernet()) is not None:
-            there._before_layer(index)
-
-    def after(*_: Any) -> None:
-        if (there := supernet()) is not None:
-            there._after_layer(index)
-
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after, always_call=True)
-
-
 def _dequantized(weights: RoundedWeights) -> dict[str, torch.Tensor]:
     return {name: dequantize(t) if isinstance(t, QuantizedWeight) else t for name, t in weights.items()}
-
-
-def _set(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, attribute = name.rpartition(".")
-    module = layer.get_submodule(path)
-    linear = getattr(module, "base_layer", module)  # under an adapter
-    weight = linear.get_parameter("weight")  # there is one also where a bias is new
-    setattr(linear, attribute, nn.Parameter(tensor.to(weight.device), requires_grad=False))
-    if isinstance(linear, nn.Linear) and attribute == "weight":
-        linear.out_features, linear.in_features = tensor.shape

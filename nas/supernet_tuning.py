@@ -60,6 +60,8 @@ def tune_supernet(
         raise ValueError(f"all subnets together are tuned by lora or nls without sparsity, got {settings.method}")
     if settings.training.sampling == "sandwich":
         raise ValueError("all subnets together are tuned at random ranks or the largest, got sandwich; leave it out")
+    if settings.rank_search == "evolution":
+        raise ValueError("of all subnets the largest, middle or smallest ranks are taken, got evolution; leave it out")
     if not subnets:
         raise ValueError("wanted subnets to tune, got none; search first")
     pool = list(dict.fromkeys(subnet.at_bits(32) for subnet in subnets))

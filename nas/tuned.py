@@ -88,6 +88,8 @@ class TuneSettings:
         for what, name, known in (("pruning", self.pruning, PruningMethod), ("ranks", self.rank_search, RankSearch)):
             if name not in get_args(known):
                 raise ValueError(f"wanted {what} by {' or '.join(get_args(known))}, got {name}")
+        if self.rank_search != "hill-climb" and self.method != "nls":
+            raise ValueError(f"wanted nls, whose ranks are searched, got {self.method}; leave the rank search out")
         if not 0 <= self.sparsity < 1 or self.rounds < 1:
             raise ValueError(f"wanted a sparsity from 0 to below 1 and a round at least, got {self.sparsity:g}")
         pattern = parse_pattern(self.pattern)

@@ -60,7 +60,7 @@ def evolve(adapter: SuperAdapter, loss: Loss, evaluations: int, seed: int = 0) -
     the most of the front of loss and parameters to NSGA-II on a regression of the losses so far on that estimate and
     the ranks. Ends early where nothing new is proposed.
     """
-    rng = np.random.default_rng(seed)
+    rng, energy = np.random.default_rng(seed), _energy_cut_off(adapter)
     losses: dict[Ranks, float] = {}
 
     def evaluate(candidates: Sequence[Ranks]) -> None:
@@ -68,10 +68,10 @@ def evolve(adapter: SuperAdapter, loss: Loss, evaluations: int, seed: int = 0) -
             if ranks not in losses and len(losses) < evaluations:
                 losses[ranks] = loss(ranks)
 
-    evaluate([adapter.heuristic, _least_energy_cut_off(adapter)])
+    evaluate([adapter.heuristic, _least_energy_cut_off(adapter, energy)])
     evaluate([_of_heuristic_size(adapter, rng) for _ in range(evaluations // 4)])
     while len(losses) < evaluations:
-        proposed = _proposed(adapter, losses, int(rng.integers(2**31)))
+        proposed = _proposed(adapter, energy, losses, int(rng.integers(2**31)))
         if not proposed:
             break
         evaluate(proposed)
@@ -90,9 +90,9 @@ def _energy_cut_off(adapter: SuperAdapter) -> Floats:
     return found
 
 
-def _least_energy_cut_off(adapter: SuperAdapter) -> Ranks:
+def _least_energy_cut_off(adapter: SuperAdapter, energy: Floats) -> Ranks:
     """The additive estimate's ranks of the heuristic's size, by a Lagrange multiplier on parameters."""
-    energy, parameters = _energy_cut_off(adapter), np.outer(adapter.parameters_per_rank, adapter.choices)
+    parameters = np.outer(adapter.parameters_per_rank, adapter.choices)
     most, low, high = adapter.parameters(adapter.heuristic), 0.0, float(energy.max()) + 1e-12
     best = adapter.minimal
     for _ in range(60):
@@ -135,9 +135,9 @@ def _of_heuristic_size(adapter: SuperAdapter, rng: np.random.Generator) -> Ranks
     return ranks()
 
 
-def _proposed(adapter: SuperAdapter, losses: dict[Ranks, float], seed: int) -> list[Ranks]:
+def _proposed(adapter: SuperAdapter, energy: Floats, losses: dict[Ranks, float], seed: int) -> list[Ranks]:
     """A batch of ranks that have no loss yet."""
-    problem = _Surrogate(adapter, losses)
+    problem = _Surrogate(adapter, energy, losses)
     algorithm = NSGA2(
         pop_size=_POPULATION,
         sampling=problem.genes(sorted(losses, key=losses.__getitem__)),
@@ -159,12 +159,11 @@ def _proposed(adapter: SuperAdapter, losses: dict[Ranks, float], seed: int) -> l
 class _Surrogate(Problem):  # type: ignore[misc]
     """Predicted loss, and parameters no more than the heuristic's; one gene a group, the index of its rank."""
 
-    def __init__(self, adapter: SuperAdapter, losses: dict[Ranks, float]) -> None:
+    def __init__(self, adapter: SuperAdapter, energy: Floats, losses: dict[Ranks, float]) -> None:
         most = len(adapter.choices) - 1
         super().__init__(n_var=len(adapter.groups), n_obj=2, n_ieq_constr=1, xl=0, xu=most, vtype=int)
         self.adapter = adapter
-        self.energy = _energy_cut_off(adapter)
-        self.energy /= self.energy.sum(axis=0).max() or 1.0
+        self.energy = energy / (energy.sum(axis=0).max() or 1.0)
         values, features = np.array(list(losses.values())), self._features(self.genes(losses))
         self.mean, self.origin = values.mean(), features.mean(axis=0)
         features = features - self.origin

@@ -465,6 +465,8 @@ def test_rounds_of_losa_go_on_where_they_stopped(make: Make, windows: torch.Tens
         {"sparsity": 0.3, "pattern": "2:4"},
         {"method": "nls", "ranks": (8, 16)},
         {"ranks": (0,)},
+        {"rank_search": "evolution"},
+        {"method": "nls", "ranks": (8, 4), "rank_search": "luck"},
         {"training": TrainingSettings(sampling="sandwich")},
     ],
 )

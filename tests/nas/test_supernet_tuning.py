@@ -166,6 +166,9 @@ def test_folders_of_something_else_are_refused(
     sandwich = replace(SETTINGS["nls"], training=replace(TRAINING, sampling="sandwich"))
     with pytest.raises(ValueError, match="got sandwich"):
         tune_supernet(supernet, SUBNETS, windows, evaluator, sandwich, tmp_path)
+    evolved = replace(SETTINGS["nls"], rank_search="evolution")
+    with pytest.raises(ValueError, match="got evolution"):
+        tune_supernet(supernet, SUBNETS, windows, evaluator, evolved, tmp_path)
     with pytest.raises(ValueError, match="search first"):
         tune_supernet(supernet, [], windows, evaluator, SETTINGS["lora"], tmp_path)
     short = replace(SETTINGS["lora"], training=replace(TRAINING, steps=1))
