@@ -6,6 +6,7 @@ KV cache inside scaled dot product attention), which takes about a second where 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from openvino import opset15 as ops
 from openvino.op import util as op_util
 
 from export.decoder import Array, AttentionWeights, Decoder, Matrix, MlpWeights, Norm, PackedMatrix, stacked
-from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE
+from hw_profiles.shapes import QUANTIZATION_BLOCK_SIZE, BlockShape
 
 if TYPE_CHECKING:  # a profile needs none of it, and it takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -39,15 +40,8 @@ def openvino_model(decoder: Decoder) -> ov.Model:
 
 
 def write_openvino(decoder: Decoder, directory: Path) -> Path:
-    """Write `openvino_model.xml` and its `.bin` and return the path of the former.
-
-    Raises ValueError where layers differ in heads per KV head: OpenVINO 2026.4's paged attention, which `LLMPipeline`
-    runs, gives all layers the kernel of one and then computes other logits or corrupts the heap.
-    """
-    ratios = {block.num_attention_heads // block.num_key_value_heads for block in decoder.shape.attention_blocks}
-    if len(ratios) > 1:
-        numbers = ", ".join(map(str, sorted(ratios)))
-        raise ValueError(f"wanted as many heads per KV head in every layer, got {numbers}; export to onnx")
+    """Write `openvino_model.xml` and its `.bin` and return the path of the former; ValueError as `check_heads`."""
+    check_heads(decoder.shape.blocks)
     path = directory / MODEL_FILE
     model = openvino_model(decoder)
     own = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"} if decoder.precision == "bf16" else {}
@@ -57,6 +51,21 @@ def write_openvino(decoder: Decoder, directory: Path) -> Path:
     if decoder.precision == "fp16":
         _keep_halves(path)
     return path
+
+
+def check_heads(blocks: Iterable[BlockShape]) -> None:
+    """ValueError where layers differ in heads per KV head.
+
+    OpenVINO 2026.4's paged attention, which `LLMPipeline` runs, gives all layers the kernel of one and then computes
+    other logits or corrupts the heap.
+    """
+    ratios = {block.num_attention_heads // block.num_key_value_heads for block in blocks if block.num_attention_heads}
+    if len(ratios) > 1:
+        numbers = ", ".join(map(str, sorted(ratios)))
+        raise ValueError(
+            f"wanted as many query heads per KV group in every layer for openvino, got {numbers}; take another "
+            "runtime or format, or layers that are alike"
+        )
 
 
 def _keep_halves(path: Path) -> None:

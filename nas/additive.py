@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from hw_profiles.shapes import NARROW_HEAD_BITS, WIDE_BITS
 from nas.pareto import pareto_front
 from nas.space import SearchSpace
-from nas.subnet import NARROW_BITS, PARTS, SKIPPED, LayerChoice, Part, Subnet
+from nas.subnet import NARROW_BITS, PARTS, SKIPPED, FewerHeads, LayerChoice, Part, Size, Subnet
 
 Floats = NDArray[np.float64]
 #: Milliseconds of each subnet.
 Latency = Callable[[Sequence[Subnet]], Floats]
 #: A size of a part, and the bits that it has of its own, or 0.
-Option = tuple[int, int]
+Option = tuple[Size, int]
 
 #: Widths, as shares of the full one, whose replacement is evaluated; the reformation error fills in those between.
 SCORED_WIDTHS = (0.0, 1 / 8, 1 / 2)
@@ -38,7 +38,7 @@ _LEAST_MS = 1e-6
 
 @dataclass(frozen=True)
 class AdditiveScores:
-    """`attention` [layers, group choices], `mlp` [layers, width choices] in nats; `bits` the KL of rounding alone.
+    """`attention` and `mlp` [layers, sizes of the part] in nats; `bits` the KL of rounding alone.
 
     With mixed bits `narrow` [layers, 2] is the KL of each layer's attention and MLP alone at 4 bits, and `narrow_head`
     that of the head alone.
@@ -58,7 +58,7 @@ class AdditiveScores:
         parts = self.attention[layers, genes[..., 0]] + self.mlp[layers, genes[..., 1]]
         rounding = np.array([self.bits[subnet.bits] for subnet in subnets])
         if self.space.mixed_bits:  # of a thousand subnets at once: evolution asks for them by the generation
-            skippable = [not choices[0] for choices in (self.space.group_choices, self.space.width_choices)]
+            skippable = [not self.space.sizes(part)[0] for part in PARTS]
             at_narrow = (genes[..., 2:] == 0) & ((genes[..., :2] > 0) | ~np.array(skippable))
             added = (at_narrow * self._narrowing()).sum(axis=(1, 2))
             narrow = np.array([subnet.bits == NARROW_BITS for subnet in subnets])
@@ -75,47 +75,45 @@ class AdditiveScores:
 
     def of_options(self, part: Part, options: Sequence[Option], bits: int) -> Floats:
         """Of a part of every layer at each of its options in subnets of `bits`, [layers, options]."""
-        choices, by_size = (
-            (self.space.group_choices, self.attention) if part == "attention" else (self.space.width_choices, self.mlp)
-        )
-        costs: Floats = by_size[:, [choices.index(size) for size, _ in options]]
+        sizes = self.space.sizes(part)
+        of_sizes = self.attention if part == "attention" else self.mlp
+        costs: Floats = of_sizes[:, [sizes.index(size) for size, _ in options]]
         if self.narrow is None or bits != NARROW_BITS:
             return costs
-        at_narrow = np.array([size > 0 and not own for size, own in options])
+        at_narrow = np.array([bool(size) and not own for size, own in options])
         return np.asarray(costs + self._narrowing()[:, [PARTS.index(part)]] * at_narrow, dtype=np.float64)
 
 
 def part_options(space: SearchSpace, part: Part, bits: int) -> list[Option]:
     """Sizes in ascending order, and at 4 bits, where these are mixed, each with its own 8 bits as well."""
-    sizes = space.group_choices if part == "attention" else space.width_choices
     mixed = space.mixed_bits and bits == NARROW_BITS
-    return [(size, own) for size in sizes for own in ((0, WIDE_BITS) if mixed and size else (0,))]
+    return [(size, own) for size in space.sizes(part) for own in ((0, WIDE_BITS) if mixed and size else (0,))]
 
 
-def scored_choices(space: SearchSpace, part: Part) -> list[int]:
-    """Sizes short of full whose single replacement is evaluated, for every layer."""
+def scored_choices(space: SearchSpace, part: Part) -> list[Size]:
+    """Sizes short of full whose single replacement is evaluated, for every layer; fewer heads, of all groups alone."""
     if part == "attention":
-        return list(space.group_choices[:-1])
+        fewer = [FewerHeads(space.group_choices[-1], heads) for heads in space.head_choices]
+        return [*space.group_choices[:-1], *(size for size in fewer if size in space.sizes(part))]
     full = space.width_choices[-1]
     return [min(space.width_choices[:-1], key=lambda width: abs(width - share * full)) for share in SCORED_WIDTHS]
 
 
-def fill_in(choices: Sequence[int], scored: dict[int, float], errors: dict[int, float]) -> Floats:
+def fill_in(choices: Sequence[Size], scored: dict[Size, float], errors: dict[Size, float]) -> Floats:
     """KL of every choice [len(choices)] from the scored ones: log KL is linear in log reformation error between them.
 
-    Beyond the largest scored size KL falls in proportion to the error; the full size costs nothing.
+    Below the least error scored KL falls in proportion to the error; the full size, the last, costs nothing.
     """
-    known = sorted(scored)
-    log_kl = {choice: np.log(max(scored[choice], _KL_FLOOR)) for choice in known}
+    log_kl = {choice: np.log(max(kl, _KL_FLOOR)) for choice, kl in scored.items()}
     log_error = {choice: np.log(max(errors.get(choice, 1.0), 1e-12)) for choice in choices[:-1]}
-    # np.interp wants ascending abscissae: the error falls as the size grows
-    abscissae, ordinates = [log_error[c] for c in reversed(known)], [log_kl[c] for c in reversed(known)]
+    known = sorted(scored, key=lambda choice: log_error[choice])
+    abscissae, ordinates = [log_error[c] for c in known], [log_kl[c] for c in known]
     filled = []
     for choice in choices[:-1]:
         if choice in log_kl:
             value = log_kl[choice]
-        elif choice > known[-1]:
-            value = log_kl[known[-1]] + log_error[choice] - log_error[known[-1]]
+        elif log_error[choice] < log_error[known[0]]:
+            value = log_kl[known[0]] + log_error[choice] - log_error[known[0]]
         else:
             value = float(np.interp(log_error[choice], abscissae, ordinates))
         filled.append(float(np.exp(value)))
@@ -163,7 +161,7 @@ def _optimal_layers(scores: AdditiveScores, latency: Latency, bits: int) -> list
     for multiplier in MULTIPLIERS:
         best = {part: (kl[part] + multiplier * costs_ms[part]).argmin(axis=1) for part in PARTS}
         layers = [
-            _layer(options["attention"][a], options["mlp"][m])
+            layer_of(options["attention"][a], options["mlp"][m])
             for a, m in zip(best["attention"], best["mlp"], strict=True)
         ]
         if not any(layer.num_key_value_heads for layer in layers):
@@ -172,17 +170,18 @@ def _optimal_layers(scores: AdditiveScores, latency: Latency, bits: int) -> list
     return solutions
 
 
-def _layer(attention: Option, mlp: Option) -> LayerChoice:
-    return LayerChoice(attention[0], mlp[0], attention[1], mlp[1])
+def layer_of(attention: Option, mlp: Option) -> LayerChoice:
+    return LayerChoice.of_sizes(attention[0], mlp[0], attention[1], mlp[1])
 
 
 def _plain_optima(scores: AdditiveScores, latency: Latency, bits: int) -> list[Subnet]:
     """Pareto-best of every shared size and number of layers, with the layers that matter most."""
     space = scores.space
     subnets = []
-    for group, width in product(range(1, len(space.group_choices)), range(1, len(space.width_choices))):
-        size = LayerChoice(space.group_choices[group], space.width_choices[width])
-        lost = scores.attention[:, 0] + scores.mlp[:, 0] - scores.attention[:, group] - scores.mlp[:, width]
+    attention_sizes, mlp_sizes = map(space.sizes, PARTS)
+    for a, m in product(range(1, len(attention_sizes)), range(1, len(mlp_sizes))):
+        size = LayerChoice.of_sizes(attention_sizes[a], mlp_sizes[m])
+        lost = scores.attention[:, 0] + scores.mlp[:, 0] - scores.attention[:, a] - scores.mlp[:, m]
         most_lost = lost.argsort(kind="stable")[::-1].tolist()
         for count in range(1, space.depth + 1):
             kept = set(most_lost[:count])
@@ -230,15 +229,15 @@ def _one_size_up(space: SearchSpace, subnet: Subnet) -> list[Subnet]:
 
 def part_costs(space: SearchSpace, latency: Latency, bits: int) -> tuple[Floats, Floats]:
     """Milliseconds of one layer's attention and MLP at each of their `part_options`, relative to the first."""
-    full_groups, full_width = (space.group_choices[-1], 0), (space.width_choices[-1], 0)
+    full_attention, full_mlp = ((space.sizes(part)[-1], 0) for part in PARTS)
 
     def uniform(attention: Option, mlp: Option) -> Subnet:
         # half of the layers, so that the model stays within what was profiled
-        changed, kept = _layer(attention, mlp), _layer(full_groups, full_width)
+        changed, kept = layer_of(attention, mlp), layer_of(full_attention, full_mlp)
         return Subnet(tuple(changed if i % 2 else kept for i in range(space.depth)), bits)
 
     changed_layers = space.depth // 2
     of_attention, of_mlp = (part_options(space, part, bits) for part in PARTS)
-    attention = latency([uniform(option, full_width) for option in of_attention]) / changed_layers
-    mlp = latency([uniform(full_groups, option) for option in of_mlp]) / changed_layers
+    attention = latency([uniform(option, full_mlp) for option in of_attention]) / changed_layers
+    mlp = latency([uniform(full_attention, option) for option in of_mlp]) / changed_layers
     return attention - attention[0], mlp - mlp[0]

@@ -12,7 +12,7 @@ import typer
 from safetensors import SafetensorError
 
 from hw_profiles import Device, Store, detect, runtime
-from hw_profiles.runtimes import installed, names
+from hw_profiles.runtimes import engine_of, installed, names
 from hw_profiles.shapes import PRECISIONS, Precision
 from hw_profiles.staleness import installed_version, summarise
 from nas import improve_commands, subnet_commands, tables
@@ -30,6 +30,7 @@ from nas.options import (
     Json,
     MemoryLimit,
     PromptTokens,
+    QueryHeads,
     RuntimeName,
     Seed,
     StudyName,
@@ -113,6 +114,7 @@ def profile(
     memory_graphs: Annotated[
         int, count("Graphs run in processes of their own for their memory, a quarter held out; 0 for none.", least=0)
     ] = 8,
+    query_heads: QueryHeads = False,
     seed: Seed = 0,
     transfer_from: Annotated[
         str | None,
@@ -142,14 +144,15 @@ def profile(
     runtimes = list(dict.fromkeys(runtime_name or (engine.name for engine in installed())))
     precisions = [one_of_precisions(value) for value in dict.fromkeys(precision or _PROFILED)]
     counts = {"anchors": anchors, "heldout": heldout, "repeats": repeats}
-    from nas.profiling import pack_targets, profile_memories, profile_targets, workloads_of
+    from nas.profiling import pack_targets, profile_memories, profile_targets, profiled_space, workloads_of
 
     engines = [runtime(name) for name in runtimes] if pack is None else []  # those of a pack are not here
-    workloads = workloads_of(model, prompt_tokens, context_tokens, batch_size)
+    space = profiled_space(model, query_heads=query_heads)
+    workloads = workloads_of(space, prompt_tokens, context_tokens, batch_size)
     if pack is not None:
         with progress_bar("pack") as progress:
             plan = pack_targets(
-                pack, model, runtimes, precisions, threads, workloads,
+                pack, space, runtimes, precisions, threads, workloads,
                 counts=counts, rounds=rounds, seed=seed, memory_graphs=memory_graphs, with_table=transfer_from is None,
                 progress=progress,
             )  # fmt: skip
@@ -159,7 +162,7 @@ def profile(
              f"python -m hw_profiles run {pack.name} --output measured.json")  # fmt: skip
         return
     with Store(database) as store:
-        asked = (store, model, engines, precisions, threads or detect().cores, workloads)
+        asked = (store, space, engines, precisions, threads or detect().cores, workloads)
         with progress_bar("profile") as progress:
             results = profile_targets(
                 *asked, counts=counts, rounds=rounds, seed=seed, transfer_from=transfer_from, progress=progress
@@ -199,6 +202,7 @@ def search(
     uniform_bits: Annotated[
         bool, typer.Option(help="All parts of a subnet at 8 or at 4 bits, not each at its own.")
     ] = False,
+    query_heads: QueryHeads = False,
     text: Annotated[
         list[Path],
         typer.Option(help="Your own text in place of ours, .txt, .jsonl or hf:DATASET: calibrates and guides."),
@@ -223,6 +227,7 @@ def search(
     """Search MODEL's subnets for quality and latency. Run again after an interruption to go on."""
     import time
 
+    from export.openvino import check_heads
     from nas.families import load_model
     from nas.latency import LatencyModel
     from nas.protocol import open_evaluator, open_supernet, protocol_on, tuned_digest
@@ -244,7 +249,11 @@ def search(
         device_id, threads = device_and_threads(store, device, threads)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         mixed_bits = not (homogeneous or uniform_bits)
-        space = SearchSpace.from_config(loaded.config, homogeneous=homogeneous, mixed_bits=mixed_bits)
+        space = SearchSpace.from_config(
+            loaded.config, homogeneous=homogeneous, mixed_bits=mixed_bits, query_heads=query_heads
+        )
+        if engine_of(runtime_name) == "openvino" and not homogeneous:
+            check_heads(space.block_choices())
         latency = LatencyModel.fit(
             store,
             device_id,

@@ -15,7 +15,7 @@ from hw_profiles.shapes import NARROW_HEAD_BITS, Precision
 from nas.arithmetic import computing, fast_dtype
 from nas.distillation import capped
 from nas.quality import Quality
-from nas.subnet import Part, Subnet
+from nas.subnet import Part, Size, Subnet
 from nas.supernet import Supernet
 
 _TOKENS_AT_ONCE = 8192
@@ -71,7 +71,7 @@ class Evaluator:
             kl, nll = self._compare(self._run(self.supernet.loaded.embed(self.windows), 0))
         return Quality(kl, math.exp(nll), self.windows.numel(), time.perf_counter() - start)
 
-    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision = "fp32") -> float:
+    def block_kl(self, layer: int, part: Part, choice: Size, precision: Precision = "fp32") -> float:
         """KL of the full fp32 model with one part of one layer at `choice` and `precision`; runs layers from there."""
         supernet = self.supernet
         supernet.activate_full_model()
@@ -105,7 +105,7 @@ class Evaluator:
         with torch.no_grad(), computing(self.dtype):
             return self._compare(self._run(hidden, layer))[0]
 
-    def reformation_error(self, layer: int, part: Part, choice: int) -> float:
+    def reformation_error(self, layer: int, part: Part, choice: Size) -> float:
         """Share of the part's output energy that `choice`, short of full, loses on the calibration text."""
         return self.supernet.plan(layer, part).errors[choice] if choice else 1.0
 

@@ -78,6 +78,11 @@ class LatencyModel:
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
+            if space.head_choices and not any(map(space.has_fewer_heads, (m.shape for m in training))):
+                raise ProfileMissingError(
+                    f"{target.key} was not profiled with fewer query heads per KV group, which this space has; run nas "
+                    "profile --query-heads"
+                )
             predictor = fitted_predictor(store, training, roles)
             if not predictor.provenance.covers(workload):
                 continue

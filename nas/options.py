@@ -50,6 +50,9 @@ Cpus = Annotated[
     str | None, typer.Option("--cpus", callback=_pin, help="Keep to these, such as 0-3,8: a device of its own.")
 ]
 Threads = Annotated[int | None, count("Threads; all cores of the device by default.", most=1024)]
+QueryHeads = Annotated[
+    bool, typer.Option("--query-heads", help="Query heads of KV groups are a choice, too: profile and search with it.")
+]
 DeviceId = Annotated[str | None, typer.Option("--device", help="Id of a profiled device; this one by default.")]
 Seed = Annotated[int, count("Of all that is drawn.", least=0, most=2**32 - 1)]
 PromptTokens = Annotated[int, count("Prompt length that TTFT is for.")]

@@ -13,7 +13,7 @@ from hw_profiles.profile import Progress
 from nas.calibration import LayerStatistics, Statistics, find_layer, load_layer, save_layer
 from nas.importance import DAMPING, keep_order
 from nas.reformation import Reformed, reform
-from nas.subnet import PARTS, Part
+from nas.subnet import PARTS, FewerHeads, Part, Size
 
 #: Channels dropped at a step of the elimination: at least so many, and of wide MLPs a forty-eighth, for a step passes
 #: over two matrices that no cache holds.
@@ -25,30 +25,38 @@ _STEPS = 48
 class PartPlan:
     """Keep-order of one part's KV groups or channels, and per size short of full the reformed output weights.
 
-    `outputs[k]` is fp32 [hidden, inputs of k]: o_proj or down_proj over the first k of `order`; `errors[k]` the share
+    `order` is int64 [units, each]: a row for each group or channel, most important first, and where query heads are a
+    choice, too, in each row those of its group in their own order, counted through all groups.
+    `outputs[k]` is fp32 [hidden, inputs of k]: o_proj or down_proj over what k keeps of `order`; `errors[k]` the share
     of the output's energy that it loses on the calibration text.
     """
 
     order: torch.Tensor
-    outputs: dict[int, torch.Tensor]
-    errors: dict[int, float]
+    outputs: dict[Size, torch.Tensor]
+    errors: dict[Size, float]
 
 
 def load_plans(
     statistics: Statistics,
     cache_dir: Path,
     depth: int,
-    sizes: Mapping[Part, Sequence[int]],
+    sizes: Mapping[Part, Sequence[Size]],
+    heads_per_group: int,
     output_weight: Callable[[int, Part], torch.Tensor],
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[Part, PartPlan]]:
-    """What `cache_dir` has, or after making what it lacks; `sizes` are those kept, ascending to the full one.
+    """What `cache_dir` has, or after making what it lacks; `sizes` are those kept, the full one last.
 
+    `heads_per_group` are the query heads that orders tell apart, 1 where groups are kept with all of theirs.
     `output_weight` gives the output map [hidden, inputs] of a whole part of a layer. Orders and weights are kept apart:
     other sizes need other weights, and orders take longer. Tensors are mapped from files, not read into memory.
     """
     short = {part: tuple(sizes[part][:-1]) for part in PARTS}
-    of_orders = f"{statistics.key} {DAMPING} {_at_once(sizes['mlp'][-1])}"
+    full = {part: _whole(sizes[part][-1]) for part in PARTS}
+    each = {"attention": heads_per_group, "mlp": 1}
+    of_orders = f"{statistics.key} {DAMPING} {_at_once(full['mlp'])}"
+    if heads_per_group > 1:
+        of_orders += f" {heads_per_group} heads"
     orders = cache_folder(cache_dir, "orders", of_orders)
     weights = cache_folder(cache_dir, "supernet", f"{of_orders} {short}")
     names = {f"{p}.errors" for p in PARTS} | {f"{p}.{k}" for p in PARTS for k in short[p]}
@@ -61,29 +69,38 @@ def load_plans(
             maps = {p: output_weight(layer, p) for p in PARTS}
             read = {p: read_by_output(moments, p) for p in PARTS}
             if order is None:
-                save_layer(orders, layer, {p: part_order(p, maps[p], read[p], sizes[p][-1]) for p in PARTS})
+                save_layer(orders, layer, {p: part_order(p, maps[p], read[p], full[p], each[p]) for p in PARTS})
                 order = load_layer(orders, layer, set(PARTS))
             made: dict[str, torch.Tensor] = {}
             for p in PARTS:
-                reformed = part_outputs(maps[p], read[p], order[p], short[p])
+                reformed = part_outputs(maps[p], read[p], order[p].view(full[p], each[p]), short[p])
                 made |= {f"{p}.{k}": found.weight for k, found in reformed.items()}
-                made[f"{p}.errors"] = torch.tensor([r.error for r in reformed.values()], dtype=torch.float64)
+                made[f"{p}.errors"] = torch.tensor([reformed[k].error for k in short[p]], dtype=torch.float64)
             save_layer(weights, layer, made)
             tensors = load_layer(weights, layer, names)
         plans.append({})
         for p in PARTS:
             errors = dict(zip(short[p], tensors[f"{p}.errors"].tolist(), strict=True))
-            plans[layer][p] = PartPlan(order[p], {k: tensors[f"{p}.{k}"] for k in short[p]}, errors)
+            outputs = {k: tensors[f"{p}.{k}"] for k in short[p]}
+            plans[layer][p] = PartPlan(order[p].view(full[p], each[p]), outputs, errors)
     return plans
 
 
-def part_order(part: Part, weight: torch.Tensor, H: torch.Tensor, full_size: int) -> torch.Tensor:
-    """Groups or channels, most important first, int64 [full_size]; the output map `weight` reads inputs of moments H.
+def part_order(
+    part: Part, weight: torch.Tensor, H: torch.Tensor, full_size: int, heads_per_group: int = 1
+) -> torch.Tensor:
+    """As in a PartPlan, int64 [full_size, heads_per_group]; the output map `weight` reads inputs of moments H.
 
-    Channels are dropped some at a step, groups one by one.
+    Channels are dropped some at a step, groups one by one. A group's heads stand in the order of dropping heads of all
+    groups one by one.
     """
     chunk = 1 if part == "attention" else _at_once(full_size)
-    return keep_order(weight, H, group=weight.shape[1] // full_size, chunk=chunk)
+    units = keep_order(weight, H, group=weight.shape[1] // full_size, chunk=chunk).unsqueeze(1)
+    if heads_per_group == 1:
+        return units
+    place = keep_order(weight, H, group=weight.shape[1] // (full_size * heads_per_group)).argsort()
+    within = place.view(full_size, heads_per_group).argsort(dim=1)
+    return units * heads_per_group + within[units.flatten()]
 
 
 def _at_once(channels: int) -> int:
@@ -91,17 +108,45 @@ def _at_once(channels: int) -> int:
 
 
 def part_outputs(
-    weight: torch.Tensor, H: torch.Tensor, order: torch.Tensor, sizes: Sequence[int]
-) -> dict[int, Reformed]:
-    """The output map refitted to the first k of `order`, for each k of `sizes`."""
-    group = weight.shape[1] // len(order)
-    reformed = reform(weight, H, grouped_rows(order, group), [k * group for k in sizes])
-    return {k: reformed[k * group] for k in sizes}
+    weight: torch.Tensor, H: torch.Tensor, order: torch.Tensor, sizes: Sequence[Size]
+) -> dict[Size, Reformed]:
+    """The output map refitted to what each of `sizes`, short of full, keeps of `order`.
+
+    As many heads of every group are a prefix of one order, the others behind them, so one factorisation serves them.
+    """
+    group = weight.shape[1] // order.numel()
+    widths = {size: kept_of(order, size).numel() * group for size in sizes}
+    outputs: dict[Size, Reformed] = {}
+    for each in sorted({kept_of(order, size).shape[1] for size in sizes}):
+        those = [size for size in sizes if kept_of(order, size).shape[1] == each]
+        columns = torch.cat([order[:, :each].flatten(), order[:, each:].flatten()])
+        reformed = reform(weight, H, grouped_rows(columns, group), [widths[size] for size in those])
+        outputs |= {size: reformed[widths[size]] for size in those}
+    return outputs
+
+
+def kept_of(order: torch.Tensor, size: Size) -> torch.Tensor:
+    """What `size` keeps of an order [units, each], [units kept, each kept]."""
+    units, each = size if isinstance(size, FewerHeads) else (size, order.shape[1])
+    return order[:units, :each]
+
+
+def kept_rows(order: torch.Tensor, size: Size, dimension: int, *, by_group: bool) -> torch.Tensor:
+    """Indices of what `size` keeps of a part's dimension, which runs over its groups or over their query heads."""
+    kept = kept_of(order, size)
+    if by_group:
+        return grouped_rows(kept[:, 0] // order.shape[1], dimension // len(order))
+    return grouped_rows(kept.flatten(), dimension // order.numel())
 
 
 def grouped_rows(order: torch.Tensor, group: int) -> torch.Tensor:
     """Indices of the rows (or columns) of groups of `group` consecutive ones."""
     return (order.unsqueeze(1) * group + torch.arange(group)).flatten()
+
+
+def _whole(size: Size) -> int:
+    assert isinstance(size, int)
+    return size
 
 
 def read_by_output(moments: LayerStatistics, part: Part) -> torch.Tensor:

@@ -35,20 +35,25 @@ CONTEXT_TOKENS = (0, 128, 1024)
 FINALIST_ROUNDS = 8
 
 
+def profiled_space(model: str, *, query_heads: bool = False) -> SearchSpace:
+    """What a profile covers: the blocks of the default space, if asked for with fewer query heads as well."""
+    return SearchSpace.from_config(load_config(model), query_heads=query_heads)
+
+
 def workloads_of(
-    model: str, prompts: Sequence[int] | None, contexts: Sequence[int] | None, batch_sizes: Sequence[int]
+    space: SearchSpace, prompts: Sequence[int] | None, contexts: Sequence[int] | None, batch_sizes: Sequence[int]
 ) -> list[Workload]:
     """Prefill of each prompt length and decode on each context length, at each batch size.
 
     None for the default lengths, as far as the model's positions reach where it has a learned embedding of them.
     ValueError for lengths beyond, and beyond what graphs for timing have positions for.
     """
-    positions = SearchSpace.from_config(load_config(model)).base.learned_positions or TIMED_POSITIONS
+    positions = space.base.learned_positions or TIMED_POSITIONS
     given = [length for length in (*(prompts or ()), *(1 + context for context in contexts or ())) if length]
     if max(given, default=0) > positions:
         raise ValueError(
             f"wanted prompts of at most {positions} tokens and contexts of at most {positions - 1}, the positions that "
-            f"graphs of {model} are timed with, got {max(given)} tokens; ask for less"
+            f"graphs of this model are timed with, got {max(given)} tokens; ask for less"
         )
     if prompts is None:
         prompts = [min(tokens, positions) for tokens in PROMPT_TOKENS]
@@ -61,7 +66,7 @@ def workloads_of(
 
 def profile_targets(
     store: Store,
-    model: str,
+    space: SearchSpace,
     engines: Sequence[Runtime],
     precisions: Sequence[Precision],
     threads: int,
@@ -79,7 +84,6 @@ def profile_targets(
     With `transfer_from`, the id of a device or `auto`, only the full model and random graphs are timed: predictors lean
     on a profile of that device, or of any. Raises ProfileMissingError, before anything is timed, where there is none.
     """
-    space = SearchSpace.from_config(load_config(model))
     device = detect()
     targets = [(engine, Target(device.id, engine.name, p, threads)) for engine in engines for p in precisions]
     if transfer_from is not None:
@@ -210,7 +214,7 @@ def transferred(
 
 def profile_memories(
     store: Store,
-    model: str,
+    space: SearchSpace,
     engines: Sequence[Runtime],
     precisions: Sequence[Precision],
     threads: int,
@@ -227,7 +231,6 @@ def profile_memories(
     """
     if not graphs or not can_measure_memory():
         return []
-    space = SearchSpace.from_config(load_config(model))
     planned = plan(space.base, space.block_choices(), **counts, with_table=True, seed=seed)
     device = detect()
     store.add_device(device)
@@ -243,7 +246,7 @@ def profile_memories(
 
 def pack_targets(
     path: Path,
-    model: str,
+    space: SearchSpace,
     runtimes: Sequence[str],
     precisions: Sequence[Precision],
     threads: int | None,
@@ -257,7 +260,6 @@ def pack_targets(
     progress: Progress = lambda done, total, what: None,
 ) -> PackPlan:
     """Write what `profile_targets` would time into one zip file, for `python -m hw_profiles run` on another device."""
-    space = SearchSpace.from_config(load_config(model))
     mixed = max(_mixed_graphs(precision, counts) for precision in precisions)
     made = PackPlan(
         targets=tuple((runtime, precision) for runtime in runtimes for precision in precisions),
@@ -284,7 +286,7 @@ def import_measured(
     measured = read_measured(path)
     if not measured.measurements:
         raise ValueError(f"{path} must hold measurements, got none; let the pack run on that device first")
-    if model is not None and SearchSpace.from_config(load_config(model)).base != measured.reference:
+    if model is not None and profiled_space(model).base != measured.reference:
         raise ValueError(f"{path} must be of {model}, got another model; leave MODEL out or import another file")
     store.add_device(measured.device)
     store.add_measurements(measured.measurements)

@@ -22,7 +22,7 @@ from pymoo.operators.sampling.rnd import IntegerRandomSampling
 from nas.additive import Latency
 from nas.evolution import keeps_attention
 from nas.space import SearchSpace
-from nas.subnet import LayerChoice, Subnet
+from nas.subnet import PARTS, LayerChoice, Subnet
 
 Floats = NDArray[np.float64]
 Batches = Generator[list[Subnet], Sequence[float], None]
@@ -101,8 +101,9 @@ def _attending(space: SearchSpace, subnet: Subnet) -> Subnet:
     """Where no layer attends, the first one does, as little as it can: runtimes expect a KV cache."""
     if keeps_attention(subnet):
         return subnet
-    least = LayerChoice(space.group_choices[1], space.width_choices[1])
-    first = least if space.homogeneous else replace(subnet.layers[0], num_key_value_heads=least.num_key_value_heads)
+    attention, mlp = (space.sizes(part)[1] for part in PARTS)
+    width = mlp if space.homogeneous else subnet.layers[0].intermediate_size
+    first = LayerChoice.of_sizes(attention, width, mlp_bits=subnet.layers[0].mlp_bits)
     return replace(subnet, layers=(first, *subnet.layers[1:]))
 
 

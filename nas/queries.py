@@ -179,6 +179,7 @@ def report_data(
         chosen_id=chosen.subnet.id if chosen else None,
         chosen_predicted=_interval(chosen, decode) if chosen else None,
         full=study.space.full(),
+        heads_per_group=study.space.heads_per_group,
         quality_spearman=quality.spearman if quality else None,
         additive_spearman=quality.additive_spearman if quality else None,
         latency=[

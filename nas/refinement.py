@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hw_profiles.profile import Progress
-from nas.additive import MULTIPLIERS, Latency, Option, part_costs, part_options
+from nas.additive import MULTIPLIERS, Latency, Option, layer_of, part_costs, part_options
 from nas.arithmetic import fast_dtype_name
 from nas.evaluate import Evaluator
 from nas.evolution import keeps_attention
 from nas.quality import Quality
 from nas.space import SearchSpace
 from nas.study import Study
-from nas.subnet import PARTS, LayerChoice, Part, Subnet
+from nas.subnet import PARTS, Part, Subnet
 
 #: A part of a layer.
 Place = tuple[int, Part]
@@ -113,7 +113,7 @@ def score_neighbours(
     changes: dict[Place, dict[Option, float]] = {}
     places: list[Place] = [(layer, part) for layer in range(space.depth) for part in PARTS]
     for done, (layer, part) in enumerate(places):
-        choices = space.group_choices if part == "attention" else space.width_choices
+        choices = space.sizes(part)
         size, own_bits = subnet.layers[layer].size(part), subnet.layers[layer].own_bits(part)
         at = choices.index(size)
         kl = {}
@@ -143,10 +143,7 @@ def exchanged(space: SearchSpace, subnet: Subnet, changes: Costs, latency: Laten
         options = knapsack(changes, costs_ms, allowed_ms)
         if options is None or sum(changes[place][option] for place, option in options.items()) >= 0:
             break
-        layers = [
-            LayerChoice(attention[0], mlp[0], attention[1], mlp[1])
-            for attention, mlp in ((options[i, "attention"], options[i, "mlp"]) for i in range(space.depth))
-        ]
+        layers = [layer_of(options[i, "attention"], options[i, "mlp"]) for i in range(space.depth)]
         other = Subnet.of_parts(layers, subnet.bits, subnet.head_bits)
         over_ms = float(latency([other])[0]) - limit_ms
         if over_ms <= 0 and keeps_attention(other):

@@ -109,6 +109,8 @@ class ReportData:
     precision: str
     full: Subnet
     """The model's own sizes, against which the chosen subnet's are drawn."""
+    heads_per_group: int = 1
+    """Query heads of each KV group of the full model."""
     budget_tpot_ms: float | None = None
     trials: Sequence[TrialPoint] = ()
     chosen: Subnet | None = None
@@ -170,7 +172,7 @@ def render(data: ReportData) -> str:
     if data.trials:
         figures["pareto"] = pareto_figure(data)
     if data.chosen:
-        figures["layers"] = layers_figure(data.chosen, data.full)
+        figures["layers"] = layers_figure(data.chosen, data.full, data.heads_per_group)
     if data.latency:
         figures["latency"] = latency_figure(data.latency)
         figures["errors"] = error_figure(data.latency)
@@ -182,7 +184,7 @@ def render(data: ReportData) -> str:
         data=data,
         front={int(index) for index in pareto_front([(trial.tpot_ms, trial.kl) for trial in data.trials])},
         indexed_trials=sorted(enumerate(data.trials), key=lambda pair: pair[1].tpot_ms),
-        kept=kept(data.chosen, data.full) if data.chosen else None,
+        kept=kept(data.chosen, data.full, data.heads_per_group) if data.chosen else None,
         plots={name: Markup(inline_svg(figure, name)) for name, figure in figures.items()},
         colours={"light": LIGHT_COLOURS, "dark": DARK_COLOURS},
     )
@@ -193,15 +195,18 @@ class Kept:
     """What a subnet keeps of the full model."""
 
     groups: float
+    query_heads: float
     widths: float
     attention_skipped: int
     mlp_skipped: int
 
 
-def kept(subnet: Subnet, full: Subnet) -> Kept:
+def kept(subnet: Subnet, full: Subnet, heads_per_group: int) -> Kept:
+    groups = sum(layer.num_key_value_heads for layer in full.layers)
+    heads = sum(layer.query_heads(heads_per_group) for layer in subnet.layers)
     return Kept(
-        groups=sum(layer.num_key_value_heads for layer in subnet.layers)
-        / sum(layer.num_key_value_heads for layer in full.layers),
+        groups=sum(layer.num_key_value_heads for layer in subnet.layers) / groups,
+        query_heads=heads / (groups * heads_per_group),
         widths=sum(layer.intermediate_size for layer in subnet.layers)
         / sum(layer.intermediate_size for layer in full.layers),
         attention_skipped=sum(layer.num_key_value_heads == 0 for layer in subnet.layers),

@@ -100,19 +100,24 @@ def pareto_figure(data: ReportData) -> Figure:
     return figure
 
 
-def layers_figure(subnet: Subnet, full: Subnet) -> Figure:
-    """What each layer keeps, over what it has in the full model: KV groups above, FFN width below."""
+def layers_figure(subnet: Subnet, full: Subnet, heads_per_group: int) -> Figure:
+    """What each layer keeps, over what it has in the full model: attention above, FFN width below.
+
+    Attention in KV groups or, where some of these keep fewer, in query heads.
+    """
+    by_head = any(layer.heads_per_group for layer in subnet.layers)
     pairs = list(zip(subnet.layers, full.layers, strict=True))
     colour = colour_of(subnet.precision)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.3), layout="constrained")
-        groups, widths = figure.subplots(2, 1, sharex=True)
-        _kept_bars(groups, [(kept.num_key_value_heads, whole.num_key_value_heads) for kept, whole in pairs], colour)
+        attention, widths = figure.subplots(2, 1, sharex=True)
+        counts = [[layer.query_heads(heads_per_group if by_head else 1) for layer in pair] for pair in pairs]
+        _kept_bars(attention, counts, colour)
         _kept_bars(widths, [(kept.intermediate_size, whole.intermediate_size) for kept, whole in pairs], colour)
-        most = max(whole.num_key_value_heads for _, whole in pairs)
+        most = max(whole for _, whole in counts)
         for boundary in range(1, most if most <= 16 else 0):
-            groups.axhline(boundary, color=PAPER, linewidth=1)
-        groups.set_title("attention: KV groups")
+            attention.axhline(boundary, color=PAPER, linewidth=1)
+        attention.set_title("attention: query heads" if by_head else "attention: KV groups")
         widths.set_title("MLP: FFN width")
         widths.set_xlabel("layer")
         widths.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -221,7 +226,7 @@ def _pareto_legend(data: ReportData) -> list[Line2D]:
     return [*handles, Line2D([], [], color=INK, linewidth=1.1, label="Pareto front")]
 
 
-def _kept_bars(axes: Axes, sizes: Sequence[tuple[int, int]], colour: str) -> None:
+def _kept_bars(axes: Axes, sizes: Sequence[Sequence[int]], colour: str) -> None:
     kept, whole = np.array(sizes).T
     layers = np.arange(len(sizes))
     axes.bar(layers, whole, width=0.8, color=GRID)

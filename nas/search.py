@@ -21,7 +21,7 @@ from nas.published_searches import PUBLISHED
 from nas.quality import Quality
 from nas.space import SearchSpace
 from nas.study import ALGORITHMS, Algorithm, Study, Trial, TrialRole
-from nas.subnet import NARROW, NARROW_BITS, PARTS, Part, Subnet
+from nas.subnet import NARROW, NARROW_BITS, PARTS, Part, Size, Subnet
 from predictors import QualityPredictor, QualityReport, cross_validated
 from predictors.accuracy import MINIMUM_JUDGED_TRIALS
 
@@ -44,11 +44,11 @@ class Evaluates(Protocol):
 
     def evaluate(self, subnet: Subnet) -> Quality: ...
 
-    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float: ...
+    def block_kl(self, layer: int, part: Part, choice: Size, precision: Precision) -> float: ...
 
     def narrow_head_kl(self) -> float: ...
 
-    def reformation_error(self, layer: int, part: Part, choice: int) -> float: ...
+    def reformation_error(self, layer: int, part: Part, choice: Size) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
     With mixed bits also of each whole part at 4, and of the head.
     """
     stored = study.scores()
-    full = {"attention": space.group_choices[-1], "mlp": space.width_choices[-1]}
+    full = {part: space.sizes(part)[-1] for part in PARTS}
     exact: Precision = "fp32"
     wanted = [
         (layer, part, choice, precision)
@@ -162,8 +162,8 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
             study.add_score(name, stored[name])
         progress(done + 1, len(wanted), f"scoring layer {layer} {part} at {choice}")
 
-    def table(part: Part, choices: Sequence[int]) -> Floats:
-        rows = []
+    def table(part: Part) -> Floats:
+        rows, choices = [], space.sizes(part)
         for layer in range(space.depth):
             scored = {c: stored[_score_name(layer, part, c)] for c in scored_choices(space, part)}
             errors = {c: evaluator.reformation_error(layer, part, c) for c in choices[:-1]}
@@ -178,8 +178,7 @@ def score_parts(space: SearchSpace, evaluator: Evaluates, study: Study, progress
         narrow_head = stored[_HEAD_SCORE]
         names = [[_score_name(layer, p, full[p], NARROW) for p in PARTS] for layer in range(space.depth)]
         narrow = np.maximum([[stored[name] for name in row] for row in names], _LEAST_KL)
-    attention, mlp = table("attention", space.group_choices), table("mlp", space.width_choices)
-    return AdditiveScores(space, attention, mlp, {}, narrow, narrow_head)
+    return AdditiveScores(space, table("attention"), table("mlp"), {}, narrow, narrow_head)
 
 
 def propose(
@@ -266,8 +265,8 @@ def quality_report(space: SearchSpace, trials: Sequence[Trial]) -> QualityReport
 def quality_features(space: SearchSpace, subnets: Sequence[Subnet]) -> Floats:
     """Choice indices, then sums: [n, 2 x layers + 1 + 4]; with mixed bits also how many parts have more than 4."""
     genes = np.array([space.encode(subnet) for subnet in subnets], dtype=np.float64)
-    groups, widths, *own = (genes[:, i : -1 : space.genes_per_layer] for i in range(space.genes_per_layer))
-    sums = [groups.sum(1), widths.sum(1), (groups == 0).sum(1), (widths == 0).sum(1)]
+    attention, mlp, *own = (genes[:, i : -1 : space.genes_per_layer] for i in range(space.genes_per_layer))
+    sums = [attention.sum(1), mlp.sum(1), (attention == 0).sum(1), (mlp == 0).sum(1)]
     if own:  # a subnet of more bits has them in all parts
         more = np.array([subnet.bits > NARROW_BITS for subnet in subnets])
         sums += [np.where(more, space.depth, wide.sum(1)) for wide in own]
@@ -320,5 +319,5 @@ def _interleaved(seeds: Sequence[Subnet], bits_choices: Sequence[int]) -> list[S
     return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
 
 
-def _score_name(layer: int, part: Part, choice: int, precision: Precision = "fp32") -> str:
+def _score_name(layer: int, part: Part, choice: Size, precision: Precision = "fp32") -> str:
     return f"{layer}.{part}.{choice}" + (f" at {BLOCK_BITS[precision]} bits" if precision != "fp32" else "")

@@ -148,7 +148,7 @@ class _Streams:
     def enter(self, layer: int, part: Part, mended: float, damping: float) -> _Whole:
         """Move the full model's stream on, and see what the subnet's would become behind the whole part."""
         self._begin(layer, part)
-        shrinks = self.subnet.layers[layer].size(part) < self.supernet.full_size(part)
+        shrinks = self.subnet.layers[layer].size(part) != self.supernet.full_size(part)
         whole = self.supernet.output_weight(layer, part)
         H = torch.zeros(whole.shape[1], whole.shape[1]) if shrinks else None
         H_in, G_in = torch.zeros(2, whole.shape[0], whole.shape[0])

@@ -1,4 +1,4 @@
-"""The subnets a search may choose from: per layer the KV groups and the MLP width, and bits, of all or part by part."""
+"""The subnets a search may choose from: per layer KV groups, query heads, MLP width, bits of all or part by part."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from hw_profiles.shapes import (
     BlockShape,
     ModelShape,
 )
-from nas.subnet import NARROW_BITS, SKIPPED, LayerChoice, Subnet
+from nas.subnet import NARROW_BITS, PARTS, SKIPPED, FewerHeads, LayerChoice, Part, Size, Subnet
 
 #: Thin widths stand beside 0: skipping an MLP is often dear where keeping a sixteenth of it is cheap.
 WIDTH_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 GROUP_FRACTIONS = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
+#: Of the query heads of each KV group, where these are a choice.
+HEAD_FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Choices are ascending; the last of each is the full model's own size. Widths are multiples of 32."""
+    """Choices are ascending; the last of each is the full model's own size. Widths are multiples of 32.
+
+    Query heads of each KV group kept are all that the model has, or as many as one of `head_choices`, which are fewer.
+    """
 
     base: ModelShape
     group_choices: tuple[int, ...]
@@ -40,6 +45,7 @@ class SearchSpace:
     homogeneous: bool = False
     #: Each part of a subnet of 4 bits may have 8 instead, and its head 4.
     mixed_bits: bool = False
+    head_choices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         block = self.base.blocks[0]
@@ -53,6 +59,9 @@ class SearchSpace:
         ):
             if list(choices) != sorted(set(choices)) or not choices or choices[0] < 0 or choices[-1] != full:
                 raise ValueError(f"wanted {name} ascending from 0 or more to the full {full}, got {choices}")
+        heads = self.heads_per_group
+        if list(self.head_choices) != sorted({h for h in self.head_choices if 0 < h < heads}):
+            raise ValueError(f"wanted head_choices ascending from 1 to less than {heads}, got {self.head_choices}")
         if self.homogeneous and (self.group_choices[0] or self.width_choices[0]):
             raise ValueError("wanted choices from 0 on in a homogeneous space, which skips whole layers")
         ragged = [width for width in self.width_choices if width % QUANTIZATION_BLOCK_SIZE]
@@ -82,8 +91,12 @@ class SearchSpace:
         bits_choices: Sequence[int] = (8, 4),
         homogeneous: bool = False,
         mixed_bits: bool = False,
+        query_heads: bool = False,
     ) -> SearchSpace:
-        """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded."""
+        """The space of a Hugging Face decoder config: fractions of its KV heads and of its MLP width, rounded.
+
+        With `query_heads` also of those of each KV group; ValueError where it has one.
+        """
         base = model_shape(config)
         block = base.blocks[0]
         unit = _groups_at_once(base)
@@ -91,7 +104,46 @@ class SearchSpace:
         groups.add(block.num_key_value_heads)
         unit = QUANTIZATION_BLOCK_SIZE
         widths = {round(block.intermediate_size * fraction / unit) * unit for fraction in width_fractions}
-        return cls(base, tuple(sorted(groups)), tuple(sorted(widths)), tuple(bits_choices), homogeneous, mixed_bits)
+        whole = _heads_per_group(base)
+        if query_heads and whole == 1:
+            raise ValueError("wanted several query heads per KV group to choose from, got one; leave them as they are")
+        heads = {round(whole * fraction) for fraction in HEAD_FRACTIONS if query_heads} - {0, whole}
+        return cls(
+            base,
+            tuple(sorted(groups)),
+            tuple(sorted(widths)),
+            tuple(bits_choices),
+            homogeneous,
+            mixed_bits,
+            tuple(sorted(heads)),
+        )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads of a KV group of the full model."""
+        return _heads_per_group(self.base)
+
+    @property
+    def heads_told_apart(self) -> int:
+        """Of these, where a subnet may keep some; else 1, a KV group being kept or not."""
+        return self.heads_per_group if self.head_choices else 1
+
+    def sizes(self, part: Part) -> tuple[Size, ...]:
+        """Choices for a part, smallest first, the full one last."""
+        return self.width_choices if part == "mlp" else self._attention_sizes
+
+    @cached_property
+    def _attention_sizes(self) -> tuple[Size, ...]:
+        """Of whose fewer heads the output map reads a whole number of quantisation blocks."""
+        fewer = (FewerHeads(*found) for found in product(self.group_choices, self.head_choices) if found[0])
+        ragged = QUANTIZATION_BLOCK_SIZE // math.gcd(QUANTIZATION_BLOCK_SIZE, self.base.head_dim)
+        whole = [size for size in fewer if math.prod(size) % ragged == 0]
+        return tuple(sorted([*self.group_choices, *whole], key=self._projected))
+
+    def _projected(self, size: Size) -> tuple[int, int]:
+        """Heads of all projections of an attention, and how many of them are KV groups."""
+        groups, heads = size if isinstance(size, FewerHeads) else (size, self.heads_per_group)
+        return groups * (1 + heads), groups
 
     def full(self, bits: int = 32) -> Subnet:
         return Subnet((LayerChoice(self.group_choices[-1], self.width_choices[-1]),) * self.depth, bits)
@@ -100,13 +152,14 @@ class SearchSpace:
     def smallest(self) -> Subnet:
         """The least of every choice, bits included."""
         bits, head_bits = self.bits_options[-1] if self.mixed_bits else (min(self.bits_choices), 0)
-        layers = (LayerChoice(self.group_choices[0], self.width_choices[0]),) * self.depth
-        return Subnet(layers, bits, head_bits=head_bits)
+        attention, mlp = (self.sizes(part)[0] for part in PARTS)
+        return Subnet((LayerChoice.of_sizes(attention, mlp),) * self.depth, bits, head_bits=head_bits)
 
     @property
     def middle(self) -> Subnet:
         """The middle of every choice: how the space is spread. With mixed bits attention has 8, the MLPs 4."""
-        layer = LayerChoice(*(choices[len(choices) // 2] for choices in (self.group_choices, self.width_choices)))
+        attention, mlp = (choices[len(choices) // 2] for choices in map(self.sizes, PARTS))
+        layer = LayerChoice.of_sizes(attention, mlp)
         if self.mixed_bits:
             return Subnet.of_parts((_widened(layer, attention=True, mlp=False),) * self.depth, NARROW_BITS)
         return Subnet((layer,) * self.depth, sorted(self.bits_choices)[len(self.bits_choices) // 2])
@@ -124,13 +177,13 @@ class SearchSpace:
     def size(self) -> int:
         """How many subnets there are."""
         if self.homogeneous:
-            shared = (len(self.group_choices) - 1) * (len(self.width_choices) - 1)
+            shared = math.prod(len(self.sizes(part)) - 1 for part in PARTS)
             return int(shared * (2**self.depth - 1) + 1) * len(self.bits_choices)
-        choices = len(self.group_choices), len(self.width_choices)
+        choices = [len(self.sizes(part)) for part in PARTS]
         of_one_bits: int = math.prod(choices) ** self.depth
         if not self.mixed_bits:
             return of_one_bits * len(self.bits_choices)
-        kept = (sum(map(bool, sizes)) for sizes in (self.group_choices, self.width_choices))
+        kept = (sum(map(bool, self.sizes(part))) for part in PARTS)
         both: int = math.prod(all_ + wide for all_, wide in zip(choices, kept, strict=True)) ** self.depth
         return 2 * both + of_one_bits * (len(self.bits_choices) - 2)
 
@@ -145,19 +198,21 @@ class SearchSpace:
         """
         target = rng.uniform(*density)
 
-        def draw(choices: tuple[int, ...], count: int) -> list[int]:
-            weights = np.exp(-np.abs(np.array(choices) / choices[-1] - target) / spread)
+        def draw(part: Part, count: int) -> list[Size]:
+            choices = [size for size in self.sizes(part) if size or not self.homogeneous]
+            kept = np.array(choices if part == "mlp" else [self._projected(size)[0] for size in choices])
+            weights = np.exp(-np.abs(kept / kept[-1] - target) / spread)
             return [choices[i] for i in rng.choice(len(choices), count, p=weights / weights.sum())]
 
         if self.homogeneous:
             share = rng.uniform(target, 1)
             target /= share
             kept = rng.permutation(self.depth) < max(1, round(share * self.depth))
-            size = LayerChoice(draw(self.group_choices[1:], 1)[0], draw(self.width_choices[1:], 1)[0])
+            size = LayerChoice.of_sizes(draw("attention", 1)[0], draw("mlp", 1)[0])
             layers = [size if keep else SKIPPED for keep in kept]
         else:
-            sizes = zip(draw(self.group_choices, self.depth), draw(self.width_choices, self.depth), strict=True)
-            layers = [LayerChoice(groups, width) for groups, width in sizes]
+            sizes = zip(draw("attention", self.depth), draw("mlp", self.depth), strict=True)
+            layers = [LayerChoice.of_sizes(attention, mlp) for attention, mlp in sizes]
         bits = self.bits_choices[int(rng.integers(len(self.bits_choices)))]
         if self.mixed_bits and bits == NARROW_BITS:
             wide = rng.random((self.depth, 2)) < rng.random()
@@ -173,9 +228,10 @@ class SearchSpace:
         if subnet.bits not in allowed:
             raise ValueError(f"wanted bits out of {allowed}, got {subnet.bits}")
         for index, layer in enumerate(subnet.layers):
-            if layer.num_key_value_heads not in self.group_choices or layer.intermediate_size not in self.width_choices:
+            if any(layer.size(part) not in self.sizes(part) for part in PARTS):
+                heads = f", heads_per_group out of {(0, *self.head_choices)}" if self.head_choices else ""
                 raise ValueError(
-                    f"wanted num_key_value_heads out of {self.group_choices} and intermediate_size out of "
+                    f"wanted num_key_value_heads out of {self.group_choices}{heads} and intermediate_size out of "
                     f"{self.width_choices}, got {layer} in layer {index}"
                 )
         if subnet.is_mixed and not (self.mixed_bits and subnet.bits == NARROW_BITS):
@@ -198,7 +254,7 @@ class SearchSpace:
         return True
 
     def encode(self, subnet: Subnet) -> npt.NDArray[np.int64]:
-        """Indices of choices, int64 [genes_per_layer * depth + 1]: groups and width of each layer, then `bits_options`.
+        """Indices of choices, int64 [genes_per_layer * depth + 1]: `sizes` of each layer's parts, then `bits_options`.
 
         With mixed bits a layer has two more: whether its attention and its MLP have WIDE_BITS of their own.
         """
@@ -209,8 +265,7 @@ class SearchSpace:
             index
             for layer in subnet.layers
             for index in (
-                self.group_choices.index(layer.num_key_value_heads),
-                self.width_choices.index(layer.intermediate_size),
+                *(self.sizes(part).index(layer.size(part)) for part in PARTS),
                 *((layer.attention_bits > 0, layer.mlp_bits > 0) if self.mixed_bits else ()),
             )
         ]
@@ -231,7 +286,8 @@ class SearchSpace:
             shared = np.rint(chosen[kept].mean(axis=0)) if kept.any() else np.zeros(2)
             chosen = np.outer(kept, shared).astype(np.int64)
         bits, head_bits = self.bits_options[int(genes[-1])]
-        layers = [LayerChoice(self.group_choices[g], self.width_choices[w]) for g, w, *_ in chosen.tolist()]
+        attention, mlp = map(self.sizes, PARTS)
+        layers = [LayerChoice.of_sizes(attention[a], mlp[m]) for a, m, *_ in chosen.tolist()]
         if self.mixed_bits and bits == NARROW_BITS:
             layers = [_widened(layer, *row) for layer, row in zip(layers, chosen[:, 2:].tolist(), strict=True)]
         return Subnet.of_parts(layers, bits, head_bits)
@@ -243,22 +299,24 @@ class SearchSpace:
     @property
     def gene_sizes(self) -> npt.NDArray[np.int64]:
         """How many choices each index of `encode` has, int64 [genes_per_layer * depth + 1]."""
-        per_layer = [len(self.group_choices), len(self.width_choices), 2, 2][: self.genes_per_layer]
+        per_layer = [*(len(self.sizes(part)) for part in PARTS), 2, 2][: self.genes_per_layer]
         return np.array(per_layer * self.depth + [len(self.bits_options)], dtype=np.int64)
 
+    def has_fewer_heads(self, shape: ModelShape) -> bool:
+        """Whether some KV group has fewer query heads than the full model's."""
+        heads = self.heads_per_group
+        return any(block.num_attention_heads < heads * block.num_key_value_heads for block in shape.blocks)
+
     def block(self, layer: LayerChoice) -> BlockShape:
-        full = self.base.blocks[0]
-        per_group = full.num_attention_heads // full.num_key_value_heads
-        groups = layer.num_key_value_heads
-        return BlockShape(groups * per_group, groups, layer.intermediate_size, layer.attention_bits, layer.mlp_bits)
+        heads, groups = layer.query_heads(self.heads_per_group), layer.num_key_value_heads
+        return BlockShape(heads, groups, layer.intermediate_size, layer.attention_bits, layer.mlp_bits)
 
     @cached_property
     def _blocks(self) -> dict[LayerChoice, BlockShape]:
         """A search asks for the shapes of thousands of subnets."""
         layers = {
-            _widened(LayerChoice(groups, width), *wide)
-            for groups in self.group_choices
-            for width in self.width_choices
+            _widened(LayerChoice.of_sizes(attention, mlp), *wide)
+            for attention, mlp in product(*map(self.sizes, PARTS))
             for wide in product((False, True) if self.mixed_bits else (False,), repeat=2)
         }
         return {layer: self.block(layer) for layer in sorted(layers)}
@@ -275,7 +333,7 @@ class SearchSpace:
     def to_json(self) -> str:
         """As earlier versions wrote it, unless it is of a later kind: studies are found by it."""
         fields = asdict(self) | {"base": json.loads(self.base.to_json())}
-        for later in ("homogeneous", "mixed_bits"):
+        for later in ("homogeneous", "mixed_bits", "head_choices"):
             if not fields[later]:
                 del fields[later]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -285,7 +343,8 @@ class SearchSpace:
         fields = json.loads(text)
         base = ModelShape.from_json(json.dumps(fields["base"]))
         groups, widths, bits = (tuple(fields[name]) for name in ("group_choices", "width_choices", "bits_choices"))
-        return cls(base, groups, widths, bits, fields.get("homogeneous", False), fields.get("mixed_bits", False))
+        homogeneous, mixed_bits = (fields.get(name, False) for name in ("homogeneous", "mixed_bits"))
+        return cls(base, groups, widths, bits, homogeneous, mixed_bits, tuple(fields.get("head_choices", ())))
 
 
 def _widened(layer: LayerChoice, attention: bool, mlp: bool) -> LayerChoice:
@@ -299,9 +358,12 @@ def _widened(layer: LayerChoice, attention: bool, mlp: bool) -> LayerChoice:
 
 def _groups_at_once(base: ModelShape) -> int:
     """The least KV groups that the output map of attention reads a whole number of quantisation blocks from."""
+    return QUANTIZATION_BLOCK_SIZE // math.gcd(QUANTIZATION_BLOCK_SIZE, _heads_per_group(base) * base.head_dim)
+
+
+def _heads_per_group(base: ModelShape) -> int:
     block = base.blocks[0]
-    dimensions = block.num_attention_heads // block.num_key_value_heads * base.head_dim
-    return QUANTIZATION_BLOCK_SIZE // math.gcd(QUANTIZATION_BLOCK_SIZE, dimensions)
+    return block.num_attention_heads // block.num_key_value_heads
 
 
 def model_shape(config: Any) -> ModelShape:

@@ -5,14 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import astuple, dataclass, replace
+from typing import Literal, NamedTuple
 
 from hw_profiles.shapes import BLOCK_BITS, WIDE_BITS, Precision
 
 #: What of a layer a subnet chooses a size for.
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
+
+
+class FewerHeads(NamedTuple):
+    """KV groups of an attention, and query heads of each of these, fewer than the model has."""
+
+    num_key_value_heads: int
+    heads_per_group: int
+
+    def __str__(self) -> str:
+        return f"{self.num_key_value_heads}x{self.heads_per_group}"
+
+
+#: How much of a part is kept: KV groups with all their query heads, or with fewer, or channels. 0 skips the part.
+Size = int | FewerHeads
 
 #: Bits of a subnet of which some parts may have WIDE_BITS, and the head NARROW_HEAD_BITS.
 NARROW: Precision = "int4"
@@ -22,18 +36,34 @@ _PRECISION_OF_BITS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
 
 @dataclass(frozen=True, order=True)
 class LayerChoice:
-    """What one layer keeps; 0 skips the part. Query heads per KV group stay as they are.
+    """What one layer keeps; 0 skips the part.
 
-    A part has WIDE_BITS of its own, or with 0 the subnet's bits.
+    A part has WIDE_BITS of its own, or with 0 the subnet's bits. A KV group has `heads_per_group` query heads, or with
+    0 all that the model has for it.
     """
 
     num_key_value_heads: int
     intermediate_size: int
     attention_bits: int = 0
     mlp_bits: int = 0
+    heads_per_group: int = 0
 
-    def size(self, part: Part) -> int:
-        return self.num_key_value_heads if part == "attention" else self.intermediate_size
+    @classmethod
+    def of_sizes(cls, attention: Size, mlp: Size, attention_bits: int = 0, mlp_bits: int = 0) -> LayerChoice:
+        assert isinstance(mlp, int)
+        groups, heads = attention if isinstance(attention, FewerHeads) else (attention, 0)
+        return cls(groups, mlp, attention_bits, mlp_bits, heads)
+
+    def size(self, part: Part) -> Size:
+        if part == "mlp":
+            return self.intermediate_size
+        if self.heads_per_group:
+            return FewerHeads(self.num_key_value_heads, self.heads_per_group)
+        return self.num_key_value_heads
+
+    def query_heads(self, heads_per_group: int) -> int:
+        """Of all groups kept, where the model has so many for each."""
+        return self.num_key_value_heads * (self.heads_per_group or heads_per_group)
 
     def own_bits(self, part: Part) -> int:
         return self.attention_bits if part == "attention" else self.mlp_bits
@@ -104,13 +134,9 @@ class Subnet:
         return _PRECISION_OF_BITS[own] if own else self.precision
 
     def to_json(self) -> str:
-        """A layer's and the head's own bits are said only where they have some, and fp16 alone of halves, so that older
-        ids stay."""
-        layers = [
-            [layer.num_key_value_heads, layer.intermediate_size]
-            + ([layer.attention_bits, layer.mlp_bits] if layer.attention_bits or layer.mlp_bits else [])
-            for layer in self.layers
-        ]
+        """A layer's and the head's own bits, and fewer query heads, are said only where there are some, and fp16 alone
+        of halves, so that older ids stay."""
+        layers = [_said(astuple(layer)) for layer in self.layers]
         half = {"half": self.half} if self.precision == "fp16" else {}
         head = {"head": self.head_bits} if self.head_bits else {}
         return json.dumps({"bits": self.bits, **half, **head, "layers": layers}, separators=(",", ":"))
@@ -120,3 +146,11 @@ class Subnet:
         fields = json.loads(text)
         layers = tuple(LayerChoice(*layer) for layer in fields["layers"])
         return cls(layers, fields["bits"], fields.get("half", "bf16"), fields.get("head", 0))
+
+
+def _said(fields: tuple[int, ...]) -> list[int]:
+    """Those of a LayerChoice without its bits and query heads where they are 0."""
+    groups, width, attention_bits, mlp_bits, heads = fields
+    if heads:
+        return list(fields)
+    return [groups, width, attention_bits, mlp_bits] if attention_bits or mlp_bits else [groups, width]

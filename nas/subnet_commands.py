@@ -109,6 +109,7 @@ def export(
     """Write a subnet as a folder that stock runtimes load."""
     from export.artefact import FORMATS, check_replaceable
     from export.onnx import check_precision
+    from export.openvino import check_heads
     from nas.artefacts import export_subnet, text_quality
     from nas.protocol import test_windows as unseen_windows
     from nas.queries import find_subnet, predictions_for
@@ -131,6 +132,8 @@ def export(
         check_replaceable(folder)
     if "onnx" in formats:
         check_precision(chosen.precision)
+    if "openvino" in formats:
+        check_heads(study.space.model_shape(chosen).blocks)
     supernet, _, tuning = open_subnet(study, chosen, model, cache, tuned, supernet_folder, fit, trust_remote_code)
     windows = unseen_windows(supernet.loaded.tokenizer, 4, 512)
     quality = text_quality(supernet, chosen, windows)

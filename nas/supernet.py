@@ -26,24 +26,16 @@ from nas.ends import Ends
 from nas.families import LoadedModel, fills_memory
 from nas.layer_modules import SkippedAttention, SkippedMlp, call_around, put_tensor
 from nas.own_weights import OwnLayers, OwnWeights
-from nas.part_plans import (
-    PartPlan,
-    cache_folder,
-    grouped_rows,
-    load_plans,
-    part_order,
-    part_outputs,
-    read_by_output,
-)
+from nas.part_plans import PartPlan, cache_folder, kept_rows, load_plans, part_order, part_outputs, read_by_output
 from nas.rounded_parts import RoundedParts, RoundedWeights
 from nas.rounding import round_inputs, round_with_feedback
 from nas.space import SearchSpace
-from nas.subnet import PARTS, Part, Subnet
+from nas.subnet import PARTS, Part, Size, Subnet
 
 #: Of what is rounded, in files: raise it when they change their meaning.
 _ROUNDING_VERSION = 1
 #: What computes one part of one layer: a size and a precision, weights of a subnet's own, or None, the loaded ones.
-_Active = tuple[int, Precision] | OwnWeights | None
+_Active = tuple[Size, Precision] | OwnWeights | None
 
 
 class Supernet:
@@ -119,7 +111,8 @@ class Supernet:
             self._statistics,
             cache_dir,
             depth,
-            self._sizes,
+            {part: [size for size in self.space.sizes(part) if size] for part in PARTS},
+            self.space.heads_told_apart,
             self.output_weight,
             lambda done, _, what: progress(depth + done, 2 * depth, what),
         )
@@ -162,9 +155,10 @@ class Supernet:
         ]
         for index, plans in enumerate(self._plans):
             for part, plan in plans.items():
-                delta = deltas[index][f"{self.output_name(part)}.weight"]
+                output = self.output_name(part)
+                delta = deltas[index][f"{output}.weight"]
                 outputs = {
-                    k: weight + delta[:, self.kept_indices(index, part, k, delta.shape[1])]
+                    k: weight + delta[:, self.kept_indices(index, part, k, output)]
                     for k, weight in plan.outputs.items()
                 }
                 plans[part] = replace(plan, outputs=outputs)
@@ -202,7 +196,7 @@ class Supernet:
         self._rounded_parts = RoundedParts(folder)
         self._own.clear()
 
-    def activate_part(self, layer: int, part: Part, choice: int, precision: Precision) -> None:
+    def activate_part(self, layer: int, part: Part, choice: Size, precision: Precision) -> None:
         """Change one part of one layer and leave the rest of `model` as it is."""
         if self._active[layer, part] != (choice, precision):
             self._activate(layer, part, (choice, precision))
@@ -254,6 +248,10 @@ class Supernet:
         setattr(self._layers[layer], self.part_name(part), self._modules[layer][part])
         for name, tensor in weights.items():
             put_tensor(self._layers[layer], name, tensor)
+        if part == "attention" and self.space.head_choices:
+            queries, keys = (weights[f"{name}.weight"] for name in (self.loaded.family.query, self.loaded.family.key))
+            attention: Any = self._modules[layer][part]
+            attention.num_key_value_groups = len(queries) // len(keys)  # what transformers calls heads per KV group
 
     def _of_part(self, layer: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in layer.items() if name.startswith(f"{self.part_name(part)}.")}
@@ -270,7 +268,7 @@ class Supernet:
                     weights |= {n: t.float() for n, t in self._original[layer].items() if n.startswith(f"{norm}.")}
         return weights
 
-    def _rounded(self, layer: int, part: Part, choice: int, precision: Precision) -> dict[str, torch.Tensor]:
+    def _rounded(self, layer: int, part: Part, choice: Size, precision: Precision) -> dict[str, torch.Tensor]:
         """Part weights as runtimes compute with them; integers are cached, a quarter of the memory of floats."""
         bits = BLOCK_BITS[precision]
         if bits >= 16:
@@ -278,12 +276,12 @@ class Supernet:
             return {name: fake_quantize(t, precision) if t.dim() == 2 else t for name, t in weights.items()}
         return _dequantized(self._quantized(layer, part, choice, bits))
 
-    def _quantized(self, layer: int, part: Part, choice: int, bits: int) -> RoundedWeights:
+    def _quantized(self, layer: int, part: Part, choice: Size, bits: int) -> RoundedWeights:
         """With integers for matrices."""
         name = f"{layer}-{part}-{choice}"
         return self._rounded_parts.get(name, bits, lambda: self._quantize_part(layer, part, choice, bits))
 
-    def _quantize_part(self, layer: int, part: Part, choice: int, bits: int) -> RoundedWeights:
+    def _quantize_part(self, layer: int, part: Part, choice: Size, bits: int) -> RoundedWeights:
         """To the nearest at 8 bits, and before `prepare`; with error feedback at 4."""
         weights = self.part_weights(layer, part, choice)
         matrices = {name for name, tensor in weights.items() if tensor.dim() == 2}
@@ -292,28 +290,34 @@ class Supernet:
         moments = self._statistics.layer(layer)
         H_in = moments.attention_input if part == "attention" else moments.mlp_input
         H_out = read_by_output(moments, part)
-        output = f"{self.output_name(part)}.weight"
+        output = self.output_name(part)
 
         def of_full_part() -> RoundedWeights:
             full = self.part_weights(layer, part, self.full_size(part))
-            inputs = {name: full[name] for name in sorted(matrices - {output})}
+            inputs = {name: full[name] for name in sorted(matrices - {f"{output}.weight"})}
             return dict(round_inputs(inputs, H_in, bits, self.rounded_to_nearest))
 
         # rows do not depend on each other, so a subnet's are those of the full part
         rounded: RoundedWeights = dict(weights)
         for name, quantized in self._rounded_parts.get(f"{layer}-{part}-inputs", bits, of_full_part).items():
             assert isinstance(quantized, QuantizedWeight)
-            rows = self.kept_indices(layer, part, choice, quantized.shape[0])
+            rows = self.kept_indices(layer, part, choice, name.removesuffix(".weight"))
             rounded[name] = QuantizedWeight(quantized.integers[rows], quantized.scales[rows], bits)
-        columns = self.kept_indices(layer, part, choice, H_out.shape[0])
-        rounded[output] = round_with_feedback(weights[output], H_out[columns][:, columns], bits)
+        columns = self.kept_indices(layer, part, choice, output)
+        rounded[f"{output}.weight"] = round_with_feedback(weights[f"{output}.weight"], H_out[columns][:, columns], bits)
         return rounded
 
-    def kept_indices(self, layer: int, part: Part, choice: int, size: int) -> torch.Tensor:
-        """Indices of what a choice keeps of a dimension of the full part: all in order, or in keep-order."""
+    def kept_indices(
+        self, layer: int, part: Part, choice: Size, projection: str, order: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows of an input map that a choice keeps, or columns of the output map: all, or those of the keep-order."""
+        shape = self._original[layer][f"{projection}.weight"].shape
+        whole = shape[1 if projection == self.output_name(part) else 0]
         if choice == self.full_size(part):
-            return torch.arange(size)
-        return grouped_rows(self.plan(layer, part).order[:choice], size // self.full_size(part))
+            return torch.arange(whole)
+        by_group = projection in (self.loaded.family.key, self.loaded.family.value)
+        order = self.plan(layer, part).order if order is None else order
+        return kept_rows(order, choice, whole, by_group=by_group)
 
     def rounded_part(self, subnet: Subnet, layer: int, part: Part) -> RoundedWeights:
         """Of a part that `subnet` keeps at bits below 16, by name within the layer, with integers for matrices."""
@@ -322,29 +326,33 @@ class Supernet:
         bits = BLOCK_BITS[subnet.part_precision(layer, part)]
         return self._quantized(layer, part, subnet.layers[layer].size(part), bits)
 
-    def part_weights(self, layer: int, part: Part, choice: int) -> dict[str, torch.Tensor]:
+    def part_weights(self, layer: int, part: Part, choice: Size) -> dict[str, torch.Tensor]:
         """What every subnet with `choice` there shares, fp32, by name within the layer."""
         if choice == self.full_size(part):
             return {name: tensor.float() for name, tensor in self._of_part(self._original[layer], part).items()}
         plan = self.plan(layer, part)
-        return self._sliced(layer, part, plan.order[:choice], plan.outputs[choice])
+        return self._sliced(layer, part, plan.order, choice, plan.outputs[choice])
 
-    def part_weights_for(self, layer: int, part: Part, choice: int, H: torch.Tensor) -> dict[str, torch.Tensor]:
+    def part_weights_for(self, layer: int, part: Part, choice: Size, H: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same for a choice short of full where the whole part's output map reads inputs of moments H [in, in]."""
         weight = self.output_weight(layer, part)
-        order = part_order(part, weight, H, self.full_size(part))
-        return self._sliced(layer, part, order[:choice], part_outputs(weight, H, order, [choice])[choice].weight)
+        heads = self.space.heads_told_apart if part == "attention" else 1
+        order = part_order(part, weight, H, self.full_size(part), heads)
+        return self._sliced(layer, part, order, choice, part_outputs(weight, H, order, [choice])[choice].weight)
 
-    def _sliced(self, layer: int, part: Part, kept: torch.Tensor, reformed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The part with the groups or channels `kept` alone."""
+    def _sliced(
+        self, layer: int, part: Part, order: torch.Tensor, choice: Size, reformed: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The part with what `choice` keeps of `order` alone."""
         output = self.output_name(part)
         weights = {}
         for name, tensor in self.part_weights(layer, part, self.full_size(part)).items():
+            projection = name.rpartition(".")[0]
             if name == f"{output}.weight":
-                group = tensor.shape[1] // self.full_size(part)
-                weights[name] = reformed if self._reform else tensor[:, grouped_rows(kept, group)]
-            elif name.rpartition(".")[0] in self._input_names(part):
-                weights[name] = tensor[grouped_rows(kept, tensor.shape[0] // self.full_size(part))]
+                kept = self.kept_indices(layer, part, choice, output, order)
+                weights[name] = reformed if self._reform else tensor[:, kept]
+            elif projection in self._input_names(part):
+                weights[name] = tensor[self.kept_indices(layer, part, choice, projection, order)]
             else:  # the output's bias, and norms over each head, serve whatever is kept
                 weights[name] = tensor
         return weights
@@ -370,14 +378,6 @@ class Supernet:
 
     def full_size(self, part: Part) -> int:
         return (self.space.group_choices if part == "attention" else self.space.width_choices)[-1]
-
-    @property
-    def _sizes(self) -> dict[Part, tuple[int, ...]]:
-        """Those at which a part is there, the full one last."""
-        return {
-            "attention": tuple(k for k in self.space.group_choices if k),
-            "mlp": tuple(k for k in self.space.width_choices if k),
-        }
 
     def output_weight(self, layer: int, part: Part) -> torch.Tensor:
         """Of the whole part, [hidden, inputs]."""

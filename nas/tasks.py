@@ -24,7 +24,7 @@ from nas.distillation import capped
 from nas.families import LoadedModel
 from nas.quality import Quality
 from nas.search import Evaluates
-from nas.subnet import Part, Subnet
+from nas.subnet import Part, Size, Subnet
 
 try:
     import datasets
@@ -193,13 +193,13 @@ class TaskEvaluator:
         tokens, seconds = found.tokens + self.loss.tokens, time.perf_counter() - start
         return replace(found, task_loss=loss, tokens=tokens, seconds=seconds)
 
-    def block_kl(self, layer: int, part: Part, choice: int, precision: Precision) -> float:
+    def block_kl(self, layer: int, part: Part, choice: Size, precision: Precision) -> float:
         return self.evaluator.block_kl(layer, part, choice, precision)
 
     def narrow_head_kl(self) -> float:
         return self.evaluator.narrow_head_kl()
 
-    def reformation_error(self, layer: int, part: Part, choice: int) -> float:
+    def reformation_error(self, layer: int, part: Part, choice: Size) -> float:
         return self.evaluator.reformation_error(layer, part, choice)
 
 

@@ -55,10 +55,10 @@ class SharedAdapter:
                 for name in self.supernet.projections(part):
                     layer = self.adapter.layers[f"{path}.{index}.{name}"]
                     layer.rows = layer.columns = None
-                    if 0 < size < full:
+                    if size and size != full:
                         reads_kept = name == self.supernet.output_name(part)
                         A, B = layer.matrices()
-                        kept = self.supernet.kept_indices(index, part, size, A.shape[1] if reads_kept else len(B))
+                        kept = self.supernet.kept_indices(index, part, size, name)
                         if reads_kept:
                             layer.columns = kept.to(A.device)
                         else:

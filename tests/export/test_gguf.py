@@ -143,6 +143,11 @@ class TestGguf(WriterContract):
         self._expect_parity(tiny_models.heterogeneous(family="qwen2"), tmp_path, precision)
         assert self.operators(tmp_path / MODEL_FILE)[0] == "deci"
 
+    def test_query_heads_per_group_that_differ(self, precision: Precision, tmp_path: Path) -> None:
+        blocks = (BlockShape(4, 2, 96), BlockShape(2, 2, 64), BlockShape(4, 1, 64), BlockShape(6, 2, 96))
+        self._expect_parity(tiny_models.heterogeneous(blocks=blocks), tmp_path, precision)
+        assert self.operators(tmp_path / MODEL_FILE)[0] == "deci"
+
     def test_attention_meets_the_mlp_of_the_next_layer(self, tmp_path: Path) -> None:
         """An attention without MLP and an MLP without attention are one layer of llama.cpp's, without zeros."""
         blocks = (BlockShape(4, 2, 0), BlockShape(0, 0, 0), BlockShape(0, 0, 96), BlockShape(4, 2, 96))

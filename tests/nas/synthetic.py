@@ -15,7 +15,7 @@ from hw_profiles.shapes import BLOCK_BITS, Precision
 from hw_profiles.staleness import installed_version
 from nas.quality import Quality
 from nas.space import SearchSpace
-from nas.subnet import LayerChoice, Part, Subnet
+from nas.subnet import LayerChoice, Part, Size, Subnet
 
 Floats = NDArray[np.float64]
 PART_WEIGHTS: dict[Part, float] = {"attention": 0.6, "mlp": 1.0}
@@ -26,10 +26,15 @@ NARROW_HEAD_KL, NARROW_HEAD_MS = 0.01, 0.1
 
 
 def tiny_space(
-    layers: int = 6, bits: tuple[int, ...] = (8, 4), homogeneous: bool = False, mixed_bits: bool = False
+    layers: int = 6,
+    bits: tuple[int, ...] = (8, 4),
+    homogeneous: bool = False,
+    mixed_bits: bool = False,
+    query_heads: bool = False,
 ) -> SearchSpace:
     full = ModelShape(64, 16, 256, True, (BlockShape(4, 2, 128),) * layers)
-    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits, homogeneous, mixed_bits)
+    heads = (1,) if query_heads else ()
+    return SearchSpace(full, (0, 1, 2), (0, 32, 64, 96, 128), bits, homogeneous, mixed_bits, heads)
 
 
 def latency_ms(subnets: Sequence[Subnet]) -> Floats:
@@ -42,7 +47,7 @@ def _one_latency_ms(subnet: Subnet) -> float:
         0.5
         - NARROW_HEAD_MS * (subnet.head_bits > 0)
         + sum(
-            (0.1 * (layer.num_key_value_heads > 0) + 0.2 * layer.num_key_value_heads) * _pace(subnet, i, "attention")
+            (0.1 * (layer.num_key_value_heads > 0) + 0.1 * layer.query_heads(2)) * _pace(subnet, i, "attention")
             + (0.05 * (layer.intermediate_size > 0) + 0.005 * layer.intermediate_size) * _pace(subnet, i, "mlp")
             for i, layer in enumerate(subnet.layers)
         )
@@ -55,7 +60,9 @@ def _pace(subnet: Subnet, layer: int, part: Part) -> float:
 
 def lost(layer: LayerChoice, part: str) -> float:
     """Share of one part that is gone, 0 to 1, in tiny_space."""
-    return 1 - (layer.num_key_value_heads / 2 if part == "attention" else layer.intermediate_size / 128)
+    if part == "mlp":
+        return 1 - layer.intermediate_size / 128
+    return 1 - (layer.num_key_value_heads + layer.query_heads(2)) / 6
 
 
 class SyntheticEvaluator:
@@ -69,7 +76,7 @@ class SyntheticEvaluator:
         self.seconds = seconds
         self.fails_after = fails_after
         self.evaluated: list[Subnet] = []
-        self.scored: list[tuple[int, str, int]] = []
+        self.scored: list[tuple[int, str, Size]] = []
         self.scored_heads = 0
 
     def evaluate(self, subnet: Subnet) -> Quality:
@@ -80,13 +87,13 @@ class SyntheticEvaluator:
         kl = self.kl(subnet)
         return Quality(kl, float(np.exp(2 + kl)), 512, 0.25)
 
-    def block_kl(self, layer: int, part: str, choice: int, precision: Precision) -> float:
+    def block_kl(self, layer: int, part: str, choice: Size, precision: Precision) -> float:
         assert (precision, choice) == ("int4", 128 if part == "mlp" else 2) or precision == "fp32"
         if self.fails_after is not None and len(self.evaluated) + len(self.scored) >= self.fails_after:
             raise RuntimeError("stop here")
         self.scored.append((layer, part, choice))
         full = self.space.full(32).layers
-        changed = LayerChoice(choice, 128) if part == "attention" else LayerChoice(2, choice)
+        changed = LayerChoice.of_sizes(*((choice, 128) if part == "attention" else (2, choice)))
         rounding = ROUNDING[4] * (1 + layer) / 100 if precision == "int4" else 0.0
         return rounding + self.kl(Subnet((*full[:layer], changed, *full[layer + 1 :]), 32))
 
@@ -94,8 +101,8 @@ class SyntheticEvaluator:
         self.scored_heads += 1
         return NARROW_HEAD_KL
 
-    def reformation_error(self, layer: int, part: str, choice: int) -> float:
-        changed = LayerChoice(choice, 0) if part == "attention" else LayerChoice(0, choice)
+    def reformation_error(self, layer: int, part: str, choice: Size) -> float:
+        changed = LayerChoice.of_sizes(*((choice, 0) if part == "attention" else (0, choice)))
         return lost(changed, part) ** 2
 
     def kl(self, subnet: Subnet) -> float:
@@ -124,7 +131,7 @@ def shape_ms(shape: ModelShape, precision: str, workload: Workload) -> float:
     blocks = shape.blocks
     parts = sum(
         0.1 * (block.num_key_value_heads > 0)
-        + 0.2 * block.num_key_value_heads
+        + 0.1 * block.num_attention_heads
         + 0.05 * (block.intermediate_size > 0)
         + 0.004 * block.intermediate_size
         for block in blocks

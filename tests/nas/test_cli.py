@@ -222,6 +222,15 @@ def test_mistakes_end_in_one_sentence(nas: Nas, study: Study, tmp_path: Path, ar
     assert not (tmp_path / "x").exists()
 
 
+def test_query_heads_need_groups_of_several(nas: Nas, tmp_path: Path) -> None:
+    (tmp_path / "gpt2").mkdir()
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    outcome = nas("profile", "./gpt2", "--query-heads")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.sentence == "wanted several query heads per KV group to choose from, got one; leave them as they are"
+
+
 def test_mistakes_as_json_are_one_object(nas: Nas) -> None:
     outcome = nas("profile", "./nonesuch", "--json")
     assert outcome.code == 2

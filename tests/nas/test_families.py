@@ -12,7 +12,7 @@ from nas import families
 from nas.distillation import capped
 from nas.families import FAMILIES, load_config, load_model, within_window, wrap
 from nas.fingerprint import fingerprint
-from nas.profiling import workloads_of
+from nas.profiling import profiled_space, workloads_of
 from nas.space import model_shape
 from nas.tokenizer import tokenizer_from_gguf
 
@@ -444,19 +444,20 @@ def test_texts_longer_than_learned_positions_are_refused(tiny):
 def test_a_profile_reaches_as_far_as_learned_positions(tiny_model, tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
     tiny_model("llama").save_pretrained(tmp_path / "llama")
-    works = workloads_of(str(tmp_path / "gpt2"), None, None, [1, 2])
+    gpt2, llama = (profiled_space(str(tmp_path / name)) for name in ("gpt2", "llama"))
+    works = workloads_of(gpt2, None, None, [1, 2])
     assert {(w.phase, w.tokens, w.batch_size) for w in works} == {
         (phase, tokens, batch)
         for batch in (1, 2)
         for phase, tokens in (("prefill", 16), ("prefill", 64), ("decode", 0), ("decode", 63))
     }
-    assert workloads_of(str(tmp_path / "gpt2"), [64], [63], [1]) == [Workload("prefill", 64), Workload("decode", 63)]
+    assert workloads_of(gpt2, [64], [63], [1]) == [Workload("prefill", 64), Workload("decode", 63)]
     for prompts, contexts in (([65], None), (None, [64])):
         with pytest.raises(
             ValueError, match=r"prompts of at most 64 tokens and contexts of at most 63, .* got 65 tokens"
         ):
-            workloads_of(str(tmp_path / "gpt2"), prompts, contexts, [1])
-    lengths = [work.tokens for work in workloads_of(str(tmp_path / "llama"), None, None, [1])]
+            workloads_of(gpt2, prompts, contexts, [1])
+    lengths = [work.tokens for work in workloads_of(llama, None, None, [1])]
     assert lengths == [16, 128, 512, 0, 128, 1024]
     with pytest.raises(ValueError, match=r"contexts of at most 32767, .* got 32769 tokens"):
-        workloads_of(str(tmp_path / "llama"), None, [2**15], [1])
+        workloads_of(llama, None, [2**15], [1])

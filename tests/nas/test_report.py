@@ -250,10 +250,21 @@ def test_pareto_figure_finds_room_for_a_kl_of_zero(data: ReportData) -> None:
 
 def test_layers_figure_has_what_is_kept_and_marks_what_is_skipped(data: ReportData) -> None:
     assert data.chosen
-    groups, widths = layers_figure(data.chosen, data.full).axes
+    groups, widths = layers_figure(data.chosen, data.full, 3).axes
     for axes, kept, skipped in ((groups, [3, 0, 1, 0], [1, 3]), (widths, [0, 768, 1536, 0], [0, 3])):
         assert [bar.get_height() for bar in axes.patches[4:]] == kept
         assert line(axes, "skipped")[:, 0].tolist() == skipped
+
+
+def test_where_kv_groups_keep_fewer_query_heads_those_are_drawn(data: ReportData, tmp_path: Path) -> None:
+    chosen = Subnet((LayerChoice(3, 0, heads_per_group=1), LayerChoice(0, 768), LayerChoice(2, 1536)), 4)
+    full = replace(data.full, layers=data.full.layers[:3])
+    attention, _ = layers_figure(chosen, full, 3).axes
+    assert attention.get_title(loc="left") == "attention: query heads"
+    assert [bar.get_height() for bar in attention.patches] == [9, 9, 9, 3, 0, 6]
+    html, _ = page(replace(data, chosen=chosen, full=full, heads_per_group=3), tmp_path)
+    assert "55.6 % of the KV groups, 33.3 % of the query heads and" in html
+    assert "query heads" not in page(data, tmp_path)[0]
 
 
 def test_prediction_figures_draw_predicted_over_measured(data: ReportData) -> None:
