@@ -42,7 +42,7 @@ from nas.search import SearchSettings, score_parts, search
 from nas.sequential import MENDED, fit_in_sequence
 from nas.space import SearchSpace
 from nas.study import Study
-from nas.subnet import LayerChoice, Subnet
+from nas.subnet import Subnet
 from nas.supernet import Supernet
 from nas.terminal import progress_bar
 from nas.text import CALIBRATION_FILES, DATA_FOLDER, TEST_FILES, file_windows
@@ -57,6 +57,9 @@ WIDTH_FRACTIONS = tuple(i / 16 for i in range(17))
 CALIBRATION = (128, 512)
 TEST = (32, 1024)
 TEST_TEXTS = {"wikitext2": TEST_FILES, "c4": (DATA_FOLDER / "c4_test.txt",)}
+
+#: Behind the name of a method that has them as a choice.
+QUERY_HEADS = ", query heads"
 
 console = Console(width=180)
 
@@ -85,7 +88,7 @@ def main() -> None:
     kept = arguments.folder / "rows.jsonl"
     rows = [Row(**fields) for fields in known_rows(kept, arguments.json, ("seed", "removed", "method"))]
     for seed in range(arguments.seeds):
-        run = Run(arguments.model, seed, arguments.evaluations, arguments.folder)
+        run = Run(arguments.model, seed, arguments.evaluations, arguments.folder, query_heads=arguments.query_heads)
         for removed in (0.0, *arguments.removed):
             for method, make in run.methods(removed).items():
                 if arguments.method and method not in arguments.method:
@@ -120,6 +123,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration windows and the search")
     parser.add_argument("--removed", type=float, nargs="+", default=SHARES, help="shares of the blocks' parameters")
     parser.add_argument("--method", nargs="+", help="these alone")
+    parser.add_argument(
+        "--query-heads", action="store_true", help="solver and ours where KV groups keep fewer heads, too"
+    )
     parser.add_argument("--evaluations", type=int, default=64, help="true evaluations of each search")
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--json", type=Path)
@@ -140,13 +146,16 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 class Run:
     """All methods under one seed."""
 
-    def __init__(self, model: str, seed: int, evaluations: int, folder: Path, study: str = "") -> None:
+    def __init__(
+        self, model: str, seed: int, evaluations: int, folder: Path, study: str = "", query_heads: bool = False
+    ) -> None:
         """`study` holds the scores and trials, in place of the seed's own."""
         self.model = model
         self.seed = seed
         self.evaluations = evaluations
         self.folder = folder
-        self.study_name = study or f"seed {seed}"
+        self.query_heads = query_heads
+        self.study_name = (study or f"seed {seed}") + QUERY_HEADS * query_heads
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -154,7 +163,12 @@ class Run:
 
     @cached_property
     def space(self) -> SearchSpace:
-        return SearchSpace.from_config(self.loaded.config, width_fractions=WIDTH_FRACTIONS, bits_choices=(BITS,))
+        return SearchSpace.from_config(
+            self.loaded.config,
+            width_fractions=WIDTH_FRACTIONS,
+            bits_choices=(BITS,),
+            query_heads=self.query_heads,
+        )
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -196,6 +210,16 @@ class Run:
         def uniform(scores: peers.Scores, least_squares: bool = False) -> Callable[[], peers.Pruned]:
             return lambda: peers.uniform(self.supernet, self.observed, removed, scores, least_squares)
 
+        ours = {
+            "additive solver, least squares": lambda: self.additive(removed),
+            "additive solver, in sequence": lambda: self.fitted(self.additive(removed), mended=0.0),
+            "additive solver, our fit": lambda: self.fitted(self.additive(removed)),
+            "ours, least squares": lambda: self.searched(removed),
+            "ours": lambda: self.fitted(self.searched(removed)),
+            "ours, refined": lambda: self.refined(self.searched(removed)),
+        }
+        if self.query_heads:
+            return {method + QUERY_HEADS: make for method, make in ours.items()}
         return {
             "uniform width, magnitude": uniform(peers.magnitude),
             "uniform width, Wanda": uniform(peers.wanda),
@@ -205,13 +229,7 @@ class Run:
             "ShortGPT": lambda: peers.shortgpt(self.supernet, self.observed, removed),
             "SliceGPT": lambda: slicegpt(self.supernet, self.windows, removed),
             "Search-LLM": lambda: self.search_llm(removed),
-            "additive solver, least squares": lambda: self.additive(removed),
-            "additive solver, in sequence": lambda: self.fitted(self.additive(removed), mended=0.0),
-            "additive solver, our fit": lambda: self.fitted(self.additive(removed)),
-            "ours, least squares": lambda: self.searched(removed),
-            "ours": lambda: self.fitted(self.searched(removed)),
-            "ours, refined": lambda: self.refined(self.searched(removed)),
-        }
+        } | ours
 
     def row(self, removed: float, method: str, make: Callable[[], peers.Pruned | Sliced | Subnet]) -> Row:
         _ = self.observed, self.evaluator  # shared, and not on this row's account
@@ -248,18 +266,8 @@ class Run:
 
     def millions(self, subnets: Sequence[Subnet]) -> NDArray[np.float64]:
         """Parameters of the blocks' matrices: what takes the place of milliseconds here."""
-        full = LayerChoice(self.space.group_choices[-1], self.space.width_choices[-1])
-        of_group, of_channel = (
-            sum(t.numel() for t in self.supernet.part_weights(0, part, full.size(part)).values() if t.dim() == 2)
-            / full.size(part)
-            for part in ("attention", "mlp")
-        )
-        return np.array(
-            [
-                sum(of_group * c.num_key_value_heads + of_channel * c.intermediate_size for c in subnet.layers) / 1e6
-                for subnet in subnets
-            ]
-        )
+        shapes = map(self.space.model_shape, subnets)
+        return np.array([sum(map(sum, map(shape.matrix_parameters, shape.blocks))) / 1e6 for shape in shapes])
 
     def additive(self, removed: float) -> Subnet:
         """The additive estimate's optimum of that size, no evaluation beyond those of single parts."""
