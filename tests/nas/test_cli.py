@@ -32,6 +32,7 @@ from nas.memory import Memory
 from nas.protocol import EvaluationProtocol
 from nas.space import SearchSpace
 from nas.study import Study, Trial
+from nas.subnet import LayerChoice, Subnet
 from nas.tables import answer_fields, space_fields, trial_fields
 from nas.tables import trials as trials_table
 from nas.terminal import emit, progress_bar
@@ -649,6 +650,47 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     check_fp16(nas, on_device)
     check_recorded_before_it_is_said(nas, tmp_path / "fp16" / "onnx", on_device, monkeypatch)
     check_damaged_folders(nas, tmp_path, on_device)
+
+
+@pytest.mark.usefixtures("_single_thread")
+def test_query_heads_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = partial(
+        EvaluationProtocol, calibration_windows=8, calibration_tokens=64, search_windows=4, search_tokens=32
+    )
+    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+    on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
+    counts = ("--anchors", "3", "--heldout", "2", "--repeats", "0", "--rounds", "1", "--memory-graphs", "0")
+    profile = ("profile", "tiny", "--runtime", "onnxruntime", "--precision", "int8", "--precision", "int4", *counts)
+    search = ("search", "tiny", "--study", "s", "--evaluations", "12", "--query-heads", "--uniform-bits", *on_device)
+    on_onnxruntime = ("--runtime", "onnxruntime")
+
+    assert nas(*profile, *on_device).code == 0
+    refused = nas(*search, *on_onnxruntime)
+    assert refused.code == 2
+    assert "was not profiled with fewer query heads per KV group" in refused.json["error"]
+    refused = nas(*search, "--runtime", "openvino")
+    assert refused.code == 2
+    assert "as many query heads per KV group in every layer for openvino, got 1, 2; take" in refused.json["error"]
+
+    assert nas(*profile, "--query-heads", *on_device).code == 0
+    searched = nas(*search, *on_onnxruntime)
+    assert searched.code == 0
+    with Store(str(tmp_path / "llm-nas.db")) as store:
+        study = Study.load(store, "s")
+        chosen = Subnet((LayerChoice(2, 96, heads_per_group=1), LayerChoice(1, 128)) * 2, 8)
+        study.space.validate(chosen)
+        if chosen not in [trial.subnet for trial in study.trials()]:  # what a search finds depends on the clock
+            study.add(Trial(chosen, study.trials()[0].quality, "search"))
+    export = ("export", "--study", "s", "--subnet", chosen.id, "--no-fit", *on_device)
+    for format_ in ("onnx", "gguf"):
+        assert nas(*export, "--format", format_, "--output", format_).code == 0
+    refused = nas(*export, "--format", "openvino", "--output", "openvino")
+    assert refused.code == 2
+    assert "as many query heads per KV group in every layer for openvino" in refused.json["error"]
+    verified = nas("verify", "onnx", "gguf", "--rounds", "1", *on_device)
+    assert [row["parity_holds"] for row in verified.json["folders"]] == [True, True]
 
 
 def check_refining(nas: Nas, trials: list[dict[str, Any]], on_device: tuple[str, ...]) -> None:
