@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -227,17 +227,17 @@ class SearchSpace:
         allowed = (32, 16, *self.bits_choices)
         if subnet.bits not in allowed:
             raise ValueError(f"wanted bits out of {allowed}, got {subnet.bits}")
+        if subnet.is_mixed and not (self.mixed_bits and subnet.bits == NARROW_BITS):
+            raise ValueError(f"wanted bits of parts and head in a space of mixed bits alone, got some at {subnet.bits}")
+        if subnet.head_bits not in (0, NARROW_HEAD_BITS):
+            raise ValueError(f"wanted head_bits of 0 or {NARROW_HEAD_BITS}, got {subnet.head_bits}")
         for index, layer in enumerate(subnet.layers):
-            if any(layer.size(part) not in self.sizes(part) for part in PARTS):
+            if layer not in self._blocks:
                 heads = f", heads_per_group out of {(0, *self.head_choices)}" if self.head_choices else ""
                 raise ValueError(
                     f"wanted num_key_value_heads out of {self.group_choices}{heads} and intermediate_size out of "
                     f"{self.width_choices}, got {layer} in layer {index}"
                 )
-        if subnet.is_mixed and not (self.mixed_bits and subnet.bits == NARROW_BITS):
-            raise ValueError(f"wanted bits of parts and head in a space of mixed bits alone, got some at {subnet.bits}")
-        if subnet.head_bits not in (0, NARROW_HEAD_BITS):
-            raise ValueError(f"wanted head_bits of 0 or {NARROW_HEAD_BITS}, got {subnet.head_bits}")
         sizes = set(subnet.layers) - {SKIPPED}
         if self.homogeneous and (
             len(sizes) > 1 or any(0 in (s.num_key_value_heads, s.intermediate_size) for s in sizes)
@@ -261,14 +261,7 @@ class SearchSpace:
         self.validate(subnet)
         if subnet.bits not in self.bits_choices:
             raise ValueError(f"wanted bits out of {self.bits_choices} to encode a subnet, got {subnet.bits}")
-        genes = [
-            index
-            for layer in subnet.layers
-            for index in (
-                *(self.sizes(part).index(layer.size(part)) for part in PARTS),
-                *((layer.attention_bits > 0, layer.mlp_bits > 0) if self.mixed_bits else ()),
-            )
-        ]
+        genes = chain.from_iterable(self._genes[layer] for layer in subnet.layers)
         return np.array([*genes, self.bits_options.index((subnet.bits, subnet.head_bits))], dtype=np.int64)
 
     def decode(self, genes: npt.NDArray[np.integer[Any]]) -> Subnet:
@@ -320,6 +313,16 @@ class SearchSpace:
             for wide in product((False, True) if self.mixed_bits else (False,), repeat=2)
         }
         return {layer: self.block(layer) for layer in sorted(layers)}
+
+    @cached_property
+    def _genes(self) -> dict[LayerChoice, tuple[int, ...]]:
+        return {
+            layer: (
+                *(self.sizes(part).index(layer.size(part)) for part in PARTS),
+                *((layer.attention_bits > 0, layer.mlp_bits > 0) if self.mixed_bits else ()),
+            )
+            for layer in self._blocks
+        }
 
     def block_choices(self) -> list[BlockShape]:
         """Every distinct layer of the space at one of its bits, smallest first: what a device profile has to cover."""
