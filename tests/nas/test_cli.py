@@ -383,13 +383,18 @@ def test_errors_of_the_system(
     assert outcome.sentence == sentence
 
 
+@pytest.fixture
+def _heeds_control_c() -> Iterator[None]:
+    """A shell's background jobs ignore it, and so do their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_control_c")
 def test_control_c(nas: Nas, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.report.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        outcome = nas("report", "--study", "s", "--threads", "1")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    outcome = nas("report", "--study", "s", "--threads", "1")
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.sentence == "stopped; run the same command again to go on from here"
 
@@ -430,6 +435,7 @@ def test_an_output_that_takes_nothing(study: Study, tmp_path: Path) -> None:
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("_heeds_control_c")
 def test_control_c_while_the_command_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
