@@ -149,7 +149,7 @@ class Run:
     def __init__(
         self, model: str, seed: int, evaluations: int, folder: Path, study: str = "", query_heads: bool = False
     ) -> None:
-        """`study` holds the scores and trials, in place of the seed's own."""
+        """`study` holds the scores and trials, in place of the seed's own; with `query_heads` these are a choice."""
         self.model = model
         self.seed = seed
         self.evaluations = evaluations

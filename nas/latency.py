@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,17 +72,16 @@ class LatencyModel:
         roles = (*TRAINING_ROLES, *FINALIST_ROLES) if learn_from_finalists else TRAINING_ROLES
         predictors: dict[Precision, LatencyPredictor] = {}
         measured: dict[tuple[Precision, ModelShape], list[Measurement]] = {}
+        lacking: list[str] = []
         for precision in PRECISIONS:
             target = Target(device_id, runtime, precision, threads)
             found = [m for m in measurements if m.target == target]
             training = [m for m in found if m.role in roles]
             if not training:
                 continue
-            if space.head_choices and not any(map(space.has_fewer_heads, (m.shape for m in training))):
-                raise ProfileMissingError(
-                    f"{target.key} was not profiled with fewer query heads per KV group, which this space has; run nas "
-                    "profile --query-heads"
-                )
+            if space.head_choices and not any(space.has_fewer_heads(m.shape) for m in training):
+                lacking.append(target.key)
+                continue
             predictor = fitted_predictor(store, training, roles)
             if not predictor.provenance.covers(workload):
                 continue
@@ -90,6 +89,11 @@ class LatencyModel:
             for m in found:
                 if m.workload == workload and (m.is_full_model or m.role in FINALIST_ROLES):
                     measured.setdefault((precision, m.shape), []).append(m)
+        if not predictors and lacking:
+            raise ProfileMissingError(
+                f"{', '.join(lacking)} was not profiled with fewer query heads per KV group, which this space has; run "
+                "nas profile --query-heads"
+            )
         if not predictors:
             raise ProfileMissingError(
                 f"{runtime} with {threads} threads was not profiled for {workload.phase} at {workload.tokens} tokens "
@@ -105,7 +109,7 @@ class LatencyModel:
             if precision not in self.predictors:
                 raise ProfileMissingError(
                     f"precision {precision} was not profiled (only {', '.join(self.predictors)}); run nas profile "
-                    f"--precision {precision}"
+                    f"--precision {precision}{' --query-heads' if self.space.head_choices else ''}"
                 )
             rows = [i for i, subnet in enumerate(subnets) if subnet.precision == precision]
             predicted = self.predictors[precision].predict([shapes[i] for i in rows], self.workload)
@@ -194,6 +198,7 @@ def held_out_errors(
     allow_stale: bool = False,
 ) -> LatencyErrors:
     """How well the predictors do on the graphs set aside for that; ProfileMissingError where there are none."""
+    space = replace(space, head_choices=())  # graphs are judged whether or not the profile has fewer query heads
     measurements = _measurements(store, device_id, runtime, threads, space, phase, allow_stale)
     graphs: list[HeldoutGraph] = []
     noises: list[float] = []
@@ -248,6 +253,7 @@ def latency_curves(
     store: Store, device_id: str, runtime: str, threads: int, space: SearchSpace, phase: Phase
 ) -> list[LatencyCurve]:
     """One for each precision and batch size, stale or not; none of a precision that was timed on one workload alone."""
+    space = replace(space, head_choices=())  # the full model has none
     timed = _measurements(store, device_id, runtime, threads, space, phase, allow_stale=True)
     curves = []
     for precision in PRECISIONS:

@@ -41,22 +41,20 @@ def load_plans(
     cache_dir: Path,
     depth: int,
     sizes: Mapping[Part, Sequence[Size]],
-    heads_per_group: int,
+    order_shapes: Mapping[Part, tuple[int, int]],
     output_weight: Callable[[int, Part], torch.Tensor],
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[Part, PartPlan]]:
-    """What `cache_dir` has, or after making what it lacks; `sizes` are those kept, the full one last.
+    """What `cache_dir` has, or after making what it lacks; `sizes` are those to make, short of full.
 
-    `heads_per_group` are the query heads that orders tell apart, 1 where groups are kept with all of theirs.
+    `order_shapes` are [units, each] of a PartPlan's orders.
     `output_weight` gives the output map [hidden, inputs] of a whole part of a layer. Orders and weights are kept apart:
     other sizes need other weights, and orders take longer. Tensors are mapped from files, not read into memory.
     """
-    short = {part: tuple(sizes[part][:-1]) for part in PARTS}
-    full = {part: _whole(sizes[part][-1]) for part in PARTS}
-    each = {"attention": heads_per_group, "mlp": 1}
-    of_orders = f"{statistics.key} {DAMPING} {_at_once(full['mlp'])}"
-    if heads_per_group > 1:
-        of_orders += f" {heads_per_group} heads"
+    short = {part: tuple(sizes[part]) for part in PARTS}
+    of_orders = f"{statistics.key} {DAMPING} {_at_once(order_shapes['mlp'][0])}"
+    if (heads := order_shapes["attention"][1]) > 1:
+        of_orders += f" {heads} heads"
     orders = cache_folder(cache_dir, "orders", of_orders)
     weights = cache_folder(cache_dir, "supernet", f"{of_orders} {short}")
     names = {f"{p}.errors" for p in PARTS} | {f"{p}.{k}" for p in PARTS for k in short[p]}
@@ -69,11 +67,11 @@ def load_plans(
             maps = {p: output_weight(layer, p) for p in PARTS}
             read = {p: read_by_output(moments, p) for p in PARTS}
             if order is None:
-                save_layer(orders, layer, {p: part_order(p, maps[p], read[p], full[p], each[p]) for p in PARTS})
+                save_layer(orders, layer, {p: part_order(p, maps[p], read[p], order_shapes[p]) for p in PARTS})
                 order = load_layer(orders, layer, set(PARTS))
             made: dict[str, torch.Tensor] = {}
             for p in PARTS:
-                reformed = part_outputs(maps[p], read[p], order[p].view(full[p], each[p]), short[p])
+                reformed = part_outputs(maps[p], read[p], order[p].view(order_shapes[p]), short[p])
                 made |= {f"{p}.{k}": found.weight for k, found in reformed.items()}
                 made[f"{p}.errors"] = torch.tensor([reformed[k].error for k in short[p]], dtype=torch.float64)
             save_layer(weights, layer, made)
@@ -82,25 +80,25 @@ def load_plans(
         for p in PARTS:
             errors = dict(zip(short[p], tensors[f"{p}.errors"].tolist(), strict=True))
             outputs = {k: tensors[f"{p}.{k}"] for k in short[p]}
-            plans[layer][p] = PartPlan(order[p].view(full[p], each[p]), outputs, errors)
+            plans[layer][p] = PartPlan(order[p].view(order_shapes[p]), outputs, errors)
     return plans
 
 
-def part_order(
-    part: Part, weight: torch.Tensor, H: torch.Tensor, full_size: int, heads_per_group: int = 1
-) -> torch.Tensor:
-    """As in a PartPlan, int64 [full_size, heads_per_group]; the output map `weight` reads inputs of moments H.
+def part_order(part: Part, weight: torch.Tensor, H: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """As in a PartPlan, int64 of that shape [units, each]; the output map `weight` reads inputs of moments H.
 
     Channels are dropped some at a step, groups one by one. A group's heads stand in the order of dropping heads of all
     groups one by one.
     """
-    chunk = 1 if part == "attention" else _at_once(full_size)
-    units = keep_order(weight, H, group=weight.shape[1] // full_size, chunk=chunk).unsqueeze(1)
-    if heads_per_group == 1:
-        return units
-    place = keep_order(weight, H, group=weight.shape[1] // (full_size * heads_per_group)).argsort()
-    within = place.view(full_size, heads_per_group).argsort(dim=1)
-    return units * heads_per_group + within[units.flatten()]
+    units, each = shape
+    order = keep_order(
+        weight, H, group=weight.shape[1] // units, chunk=1 if part == "attention" else _at_once(units)
+    ).unsqueeze(1)
+    if each == 1:
+        return order
+    place = keep_order(weight, H, group=weight.shape[1] // (units * each)).argsort()
+    within = place.view(shape).argsort(dim=1)
+    return order * each + within[order.flatten()]
 
 
 def _at_once(channels: int) -> int:
@@ -142,11 +140,6 @@ def kept_rows(order: torch.Tensor, size: Size, dimension: int, *, by_group: bool
 def grouped_rows(order: torch.Tensor, group: int) -> torch.Tensor:
     """Indices of the rows (or columns) of groups of `group` consecutive ones."""
     return (order.unsqueeze(1) * group + torch.arange(group)).flatten()
-
-
-def _whole(size: Size) -> int:
-    assert isinstance(size, int)
-    return size
 
 
 def read_by_output(moments: LayerStatistics, part: Part) -> torch.Tensor:

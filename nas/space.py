@@ -123,10 +123,11 @@ class SearchSpace:
         """Query heads of a KV group of the full model."""
         return _heads_per_group(self.base)
 
-    @property
-    def heads_told_apart(self) -> int:
-        """Of these, where a subnet may keep some; else 1, a KV group being kept or not."""
-        return self.heads_per_group if self.head_choices else 1
+    def order_shape(self, part: Part) -> tuple[int, int]:
+        """[units, each] of a part's keep-order: channels, or KV groups, told apart by head where some may be kept."""
+        if part == "mlp":
+            return self.width_choices[-1], 1
+        return self.group_choices[-1], self.heads_per_group if self.head_choices else 1
 
     def sizes(self, part: Part) -> tuple[Size, ...]:
         """Choices for a part, smallest first, the full one last."""

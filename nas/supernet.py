@@ -106,13 +106,15 @@ class Supernet:
         )
         self.ends.prepare(self._statistics)
         self.prepared_from = f"{self._statistics.key} {'reformed' if reform else 'inherited'}"
+        if self.space.head_choices:  # in another order within their groups
+            self.prepared_from += f" by {self.space.heads_per_group} heads"
         self._forget()
         self._plans = load_plans(
             self._statistics,
             cache_dir,
             depth,
-            {part: [size for size in self.space.sizes(part) if size] for part in PARTS},
-            self.space.heads_told_apart,
+            {part: [size for size in self.space.sizes(part)[:-1] if size] for part in PARTS},
+            {part: self.space.order_shape(part) for part in PARTS},
             self.output_weight,
             lambda done, _, what: progress(depth + done, 2 * depth, what),
         )
@@ -336,8 +338,7 @@ class Supernet:
     def part_weights_for(self, layer: int, part: Part, choice: Size, H: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same for a choice short of full where the whole part's output map reads inputs of moments H [in, in]."""
         weight = self.output_weight(layer, part)
-        heads = self.space.heads_told_apart if part == "attention" else 1
-        order = part_order(part, weight, H, self.full_size(part), heads)
+        order = part_order(part, weight, H, self.space.order_shape(part))
         return self._sliced(layer, part, order, choice, part_outputs(weight, H, order, [choice])[choice].weight)
 
     def _sliced(

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from nas import stream_checkpoint
+from nas import calibration, stream_checkpoint
 from nas.families import LoadedModel, wrap
 
 #: Of two layers in three a window shorter than `windows`, and scores unlike any default.
@@ -104,6 +104,26 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Interrupt
     """With streams kept before every layer."""
     monkeypatch.setattr(stream_checkpoint, "_EVERY_S", 0.0)
     return InterruptedOnce
+
+
+@pytest.fixture
+def smollm2_config() -> LlamaConfig:
+    """Of SmolLM2-135M's layers, four of them."""
+    return LlamaConfig(
+        vocab_size=1000,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture
+def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics that do not depend on what the CPU computes fastest in."""
+    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
 
 
 @pytest.fixture

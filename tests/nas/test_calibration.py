@@ -6,10 +6,7 @@ from nas.arithmetic import fast_dtype
 from nas.calibration import collect, load_layer
 from nas.families import LoadedModel
 
-
-@pytest.fixture(autouse=True)
-def _in_fp32(monkeypatch):
-    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
+pytestmark = pytest.mark.usefixtures("_in_fp32")
 
 
 def test_sums_are_those_of_the_plain_forward(tiny, windows, tmp_path):

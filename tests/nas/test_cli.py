@@ -500,6 +500,17 @@ def test_the_environment_names_database_and_cache(nas: Nas, tmp_path: Path, monk
     assert "NAS_CACHE" in nas("search", "--help").out
 
 
+@pytest.fixture
+def _tiny_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model in ./tiny, and texts and pauses cut short."""
+    short = partial(
+        EvaluationProtocol, calibration_windows=8, calibration_tokens=64, search_windows=4, search_tokens=32
+    )
+    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
+    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
+    save_tiny_llama(tmp_path / "tiny")
+
+
 def test_a_profile_leans_on_that_of_another_device(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
     save_tiny_llama(tmp_path / "tiny")
@@ -534,15 +545,9 @@ def _with_low_ms(low_ms: float, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"smallest": fields["smallest"] | {"low_ms": low_ms}}
 
 
-@pytest.mark.usefixtures("_single_thread")
+@pytest.mark.usefixtures("_single_thread", "_tiny_folder")
 def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profile, search, query, export, verify and report of a tiny model; only the texts and pauses are cut short."""
-    short = partial(
-        EvaluationProtocol, calibration_windows=8, calibration_tokens=64, search_windows=4, search_tokens=32
-    )
-    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
-    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
-    save_tiny_llama(tmp_path / "tiny")
     on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
 
     counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1", "--memory-graphs", "0")
@@ -658,14 +663,8 @@ def test_every_command_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.
     check_damaged_folders(nas, tmp_path, on_device)
 
 
-@pytest.mark.usefixtures("_single_thread")
+@pytest.mark.usefixtures("_single_thread", "_tiny_folder")
 def test_query_heads_end_to_end(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = partial(
-        EvaluationProtocol, calibration_windows=8, calibration_tokens=64, search_windows=4, search_tokens=32
-    )
-    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
-    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
-    save_tiny_llama(tmp_path / "tiny")
     on_device = ("--threads", "1", "--prompt-tokens", "8", "--context-tokens", "8", "--json")
     counts = ("--anchors", "3", "--heldout", "2", "--repeats", "0", "--rounds", "1", "--memory-graphs", "0")
     profile = ("profile", "tiny", "--runtime", "onnxruntime", "--precision", "int8", "--precision", "int4", *counts)
@@ -844,15 +843,9 @@ def test_some_cpus_of_a_machine_are_a_device_of_their_own(nas: Nas, study: Study
     assert nas(*query, "--device", everywhere).code == 0
 
 
-@pytest.mark.usefixtures("_single_thread")
+@pytest.mark.usefixtures("_single_thread", "_tiny_folder")
 def test_a_device_that_does_not_run_this_program(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack of real graphs, timed as on a board, taken in, searched and queried by the device's id."""
-    short = partial(
-        EvaluationProtocol, calibration_windows=4, calibration_tokens=64, search_windows=2, search_tokens=32
-    )
-    monkeypatch.setattr("nas.protocol.EvaluationProtocol", short)
-    monkeypatch.setattr("hw_profiles.timing.SETTLE_S", 0.0)
-    save_tiny_llama(tmp_path / "tiny")
     tokens = ("--prompt-tokens", "8", "--context-tokens", "8")
     targets = ("--runtime", "onnxruntime", "--precision", "int8", "--precision", "int4")
     counts = ("--anchors", "3", "--heldout", "2", "--repeats", "1", "--rounds", "1", "--memory-graphs", "3")

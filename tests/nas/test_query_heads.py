@@ -1,6 +1,7 @@
 """Query heads of KV groups as a choice, from the space to what is shipped."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,11 @@ from export.openvino import check_heads
 from export.quantize import dequantize, is_rounded
 from hw_profiles import Store, Workload, detect
 from hw_profiles.shapes import BlockShape
-from nas import calibration
 from nas.additive import fill_in, scored_choices
 from nas.extraction import extract, rounded_matrices
 from nas.families import FAMILIES
 from nas.importance import normalise
-from nas.latency import LatencyModel, ProfileMissingError
+from nas.latency import LatencyModel, ProfileMissingError, held_out_errors, latency_curves
 from nas.part_plans import kept_of, kept_rows, part_order, part_outputs
 from nas.published_searches import PUBLISHED
 from nas.search import SearchSettings, search
@@ -27,42 +27,20 @@ from nas.study import Study
 from nas.subnet import SKIPPED, FewerHeads, LayerChoice, Subnet
 from nas.supernet import Supernet
 from tests.export import tiny_models
+from tests.nas.supernets import active_logits, prepared
 from tests.nas.synthetic import SyntheticEvaluator, fill_profile, latency_ms, shape_ms, tiny_space
+
+pytestmark = pytest.mark.usefixtures("_in_fp32")
 
 #: Two KV groups of one head each, then a group of two, then all three groups of one.
 LAYERS = (LayerChoice(2, 64, heads_per_group=1), LayerChoice(1, 32), LayerChoice(3, 0, heads_per_group=1))
+_supernet = partial(prepared, query_heads=True)
 GROUPED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt")]
 
 
-@pytest.fixture(autouse=True)
-def _in_fp32(monkeypatch):
-    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
-
-
-def _supernet(loaded, windows, **options):
-    space = SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1), query_heads=True)
-    supernet = Supernet(loaded, space)
-    supernet.prepare(windows, **options)
-    return supernet
-
-
-@torch.no_grad()
-def _logits(supernet, windows, subnet):
-    supernet.activate(subnet)
-    return supernet.model(windows).logits
-
-
 @pytest.fixture
-def space():
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    return SearchSpace.from_config(config, query_heads=True)
+def space(smollm2_config):
+    return SearchSpace.from_config(smollm2_config, query_heads=True)
 
 
 def test_groups_and_heads_are_one_choice_in_the_order_of_what_they_compute(space):
@@ -114,16 +92,8 @@ def test_spaces_refuse_heads_that_groups_have_not(space):
 
 def test_heads_fill_blocks_of_the_quantiser():
     """Of 16 dimensions an even number is kept."""
-    config = LlamaConfig(
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    sizes = SearchSpace.from_config(config, query_heads=True).sizes("attention")
-    assert [str(size) for size in sizes] == ["0", "2x1", "2x2", "2"]
+    sizes = tiny_space(query_heads=True).sizes("attention")
+    assert [str(size) for size in sizes] == ["0", "1", "2x1", "2"]
 
 
 def test_what_is_kept_of_an_order():
@@ -141,7 +111,7 @@ def test_outputs_are_least_squares_over_the_heads_kept():
     weight = torch.randn(8, 24, generator=generator)
     X = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     H = X.T @ X
-    order = part_order("attention", weight, H, 3, 2)
+    order = part_order("attention", weight, H, (3, 2))
     assert sorted(order.flatten().tolist()) == list(range(6))
     assert all(len({head // 2 for head in row}) == 1 for row in order.tolist())
     C, scale = normalise(H)
@@ -164,7 +134,7 @@ def test_the_head_that_carries_nothing_goes_first():
     X = torch.randn(100, 24, generator=generator)
     weight = torch.randn(8, 24, generator=generator)
     weight[:, 4:8] = weight[:, 8:12] = weight[:, 20:] = 0  # one head of each group of two
-    order = part_order("attention", weight, X.T @ X, 3, 2)
+    order = part_order("attention", weight, X.T @ X, (3, 2))
     assert set(order[:, 1].tolist()) == {1, 2, 5}
 
 
@@ -184,7 +154,7 @@ def test_inherited_heads_are_the_original_with_the_others_silenced(tiny, windows
             projection[:, silenced] = 0
     with torch.no_grad():
         wanted = original(windows).logits
-    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(active_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -198,7 +168,7 @@ def test_extraction_and_files_compute_what_activation_computes(tiny, windows, tm
     for name, parameter in model.named_parameters():
         if is_rounded(name, parameter):
             parameter.data = dequantize(quantized[name])
-    wanted = _logits(supernet, windows, subnet)
+    wanted = active_logits(supernet, windows, subnet)
     with torch.no_grad():
         torch.testing.assert_close(model(windows).logits, wanted, rtol=1e-4, atol=1e-4)
     write_huggingface(model, tiny_models.tokenizer(), tmp_path)
@@ -216,7 +186,7 @@ def test_layers_of_fewer_heads_that_are_alike_are_the_plain_architecture(tiny, w
     assert (extracted.config.num_attention_heads, extracted.config.num_key_value_heads) == (3, 3)
     with torch.no_grad():
         got = extracted(windows).logits
-    torch.testing.assert_close(got, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, active_logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 def test_plans_are_kept_apart_from_those_of_whole_groups(tiny, windows, tmp_path):
@@ -232,16 +202,34 @@ def test_plans_are_kept_apart_from_those_of_whole_groups(tiny, windows, tmp_path
         assert made.errors == found.errors
         assert made.errors[FewerHeads(3, 1)] < made.errors[FewerHeads(1, 1)]
     subnet = Subnet((LayerChoice(2, 64), LayerChoice(1, 32), LayerChoice(3, 0)), 32)  # heads in another order alone
-    torch.testing.assert_close(_logits(first, windows, subnet), _logits(whole, windows, subnet), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        active_logits(first, windows, subnet), active_logits(whole, windows, subnet), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_rounded_in_files_is_kept_apart_as_well(tiny, windows, tmp_path):
+    """Biases are made anew in a supernet's own order of heads, and must meet integers in the same."""
+    first = _supernet(tiny("qwen2"), windows, lean=True, cache_dir=tmp_path)
+    subnet = Subnet((LayerChoice(2, 64), LayerChoice(1, 32), LayerChoice(3, 0)), 8)
+    active_logits(first, windows, subnet)
+    whole = Supernet(tiny("qwen2"), replace(first.space, head_choices=()), lean=True)
+    whole.prepare(windows, cache_dir=tmp_path)
+    model, quantized = extract(whole, subnet), rounded_matrices(whole, subnet)
+    for name, parameter in model.named_parameters():
+        if is_rounded(name, parameter):
+            parameter.data = dequantize(quantized[name])
+    with torch.no_grad():
+        got = model(windows).logits
+    torch.testing.assert_close(got, active_logits(whole, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_fitted_in_sequence_are_better_than_shared_ones(tiny, windows):
     supernet = _supernet(tiny(), windows)
     subnet = Subnet(LAYERS, 32)
-    full = _logits(supernet, windows, supernet.space.full(32)).log_softmax(-1)
+    full = active_logits(supernet, windows, supernet.space.full(32)).log_softmax(-1)
 
     def kl():
-        return float((full.exp() * (full - _logits(supernet, windows, subnet).log_softmax(-1))).sum(-1).mean())
+        return float((full.exp() * (full - active_logits(supernet, windows, subnet).log_softmax(-1))).sum(-1).mean())
 
     shared = kl()
     fit_in_sequence(supernet, subnet, windows)
@@ -249,7 +237,7 @@ def test_weights_fitted_in_sequence_are_better_than_shared_ones(tiny, windows):
     extracted = extract(supernet, subnet)
     with torch.no_grad():
         got = extracted(windows).logits
-    torch.testing.assert_close(got, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, active_logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_between_those_scored_are_filled_in_by_their_errors(space):
@@ -298,6 +286,22 @@ def test_latencies_of_fewer_heads_need_a_profile_with_some(tmp_path):
     subnets = [space.sample(np.random.default_rng(seed)) for seed in range(40)]
     wanted = [shape_ms(space.model_shape(s), s.precision, decode) for s in subnets]
     np.testing.assert_allclose(model.value_ms(subnets), wanted, rtol=0.05)
+
+
+def test_precisions_profiled_without_fewer_heads_are_left_out(tmp_path):
+    works = [Workload("decode", 128), Workload("decode", 512)]
+    space, whole = tiny_space(4, query_heads=True), tiny_space(4)
+    with Store(str(tmp_path / "profile.db")) as store:
+        fill_profile(store, space, detect(), "openvino", works, ["int8"])
+        fill_profile(store, whole, detect(), "openvino", works, ["int4"])
+        where = (store, detect().id, "openvino", 1, space)
+        model = LatencyModel.fit(*where, works[0])
+        assert set(model.predictors) == {"int8"}
+        with pytest.raises(ProfileMissingError, match="nas profile --precision int4 --query-heads"):
+            model.predict([space.full(4)])
+        # what a report says of the profile itself is of all of it
+        assert {curve.precision for curve in latency_curves(*where, "decode")} == {"int8", "int4"}
+        assert {graph.precision for graph in held_out_errors(*where, "decode").graphs} == {"int8", "int4"}
 
 
 def test_openvino_runs_one_number_of_heads_per_group():

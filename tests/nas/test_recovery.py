@@ -19,6 +19,7 @@ from nas.subnet import SKIPPED, LayerChoice, Subnet
 from nas.supernet import Supernet
 from nas.training import Loss, TrainingSettings, last_checkpoint
 from nas.tuned import TUNED_FILE, Tuned, TuneSettings, adopt_tuned
+from tests.nas.supernets import active_logits
 
 TRAINING = TrainingSettings(steps=12, batch=4, learning_rate=5e-3)
 SETTINGS = {
@@ -47,13 +48,6 @@ def _subnet(bits: int) -> Subnet:
     return Subnet((LayerChoice(2, 64), LayerChoice(0, 96), LayerChoice(3, 0)), bits)
 
 
-@torch.no_grad()
-def _logits(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> torch.Tensor:
-    supernet.activate(subnet)
-    logits: torch.Tensor = supernet.model(input_ids=windows).logits
-    return logits
-
-
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("method", ["lora", "nls", "full"])
 def test_tuning_wins_back_quality_that_a_folder_keeps(
@@ -71,7 +65,7 @@ def test_tuning_wins_back_quality_that_a_folder_keeps(
     others, _ = make()
     read = adopt_tuned(others, tmp_path / "tuned")
     assert read == tuned
-    assert torch.equal(_logits(others, subnet, windows), _logits(supernet, subnet, windows))
+    assert torch.equal(active_logits(others, windows, subnet), active_logits(supernet, windows, subnet))
 
 
 def test_ranks_may_evolve(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
@@ -117,7 +111,7 @@ def test_all_families_are_tuned_and_extracted(
         extracted.get_parameter(name).copy_(dequantize(packed))
     with torch.no_grad():
         found = extracted(windows).logits
-    torch.testing.assert_close(found, _logits(supernet, subnet, windows), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, active_logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -140,7 +134,7 @@ def test_what_is_trained_is_what_is_extracted_and_shipped(
     model.load_state_dict(state)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(input_ids=windows).logits, _logits(supernet, subnet, windows), atol=1e-4, rtol=1e-4
+            model(input_ids=windows).logits, active_logits(supernet, windows, subnet), atol=1e-4, rtol=1e-4
         )
 
 
@@ -152,7 +146,7 @@ def test_the_adapter_fits_the_untuned_model_in_stock_peft(make: Make, windows: t
     stock = PeftModel.from_pretrained(untuned, str(tmp_path / "adapter"))
     with torch.no_grad():
         found = stock(input_ids=windows).logits
-    assert (found - _logits(supernet, subnet, windows)).abs().max() < 1e-4
+    assert (found - active_logits(supernet, windows, subnet)).abs().max() < 1e-4
     assert set(tuned.ranks.values()) <= {8, 4, 2}
 
 
@@ -178,12 +172,12 @@ def test_the_loss_may_look_behind_each_layer(make: Make, windows: torch.Tensor, 
 def test_the_full_model_may_be_tuned_beside_itself(make: Make, windows: torch.Tensor, tmp_path: Path) -> None:
     supernet, evaluator = make()
     full = supernet.space.full(32)
-    wanted = _logits(supernet, full, windows)
+    wanted = active_logits(supernet, windows, full)
     text = replace(SETTINGS["lora"], training=replace(TRAINING, loss="text"))
     tuned = tune(supernet, full, windows, evaluator, text, tmp_path)
     assert tuned.before.kl == 0
     assert tuned.after.kl > 0
-    assert not torch.equal(_logits(supernet, full, windows), wanted)
+    assert not torch.equal(active_logits(supernet, windows, full), wanted)
     assert evaluator.evaluate_full_model().kl == 0
 
 

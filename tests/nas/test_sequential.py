@@ -12,6 +12,7 @@ from nas.sequential import fit_in_sequence
 from nas.space import SearchSpace
 from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
+from tests.nas.supernets import active_logits, prepared
 
 LAYERS = (LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0))
 
@@ -24,16 +25,7 @@ def _in_fp32(monkeypatch):
 
 @pytest.fixture
 def supernet(tiny, windows):
-    loaded = tiny(bias=True)
-    supernet = Supernet(loaded, SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1)))
-    supernet.prepare(windows)
-    return supernet
-
-
-@torch.no_grad()
-def _logits(supernet, windows, subnet):
-    supernet.activate(subnet)
-    return supernet.model(windows).logits
+    return prepared(tiny(bias=True), windows)
 
 
 def _streams(supernet, windows, subnet, module):
@@ -66,12 +58,12 @@ def test_a_large_model_is_fitted_alike_and_its_weights_are_mapped_from_files(sup
     subnet = Subnet(LAYERS, bits)
     fit_in_sequence(supernet, subnet, windows)
     fit_in_sequence(lean, subnet, windows, cache_dir=tmp_path)
-    wanted = _logits(supernet, windows, subnet)
-    assert torch.equal(_logits(lean, windows, subnet), wanted)
+    wanted = active_logits(supernet, windows, subnet)
+    assert torch.equal(active_logits(lean, windows, subnet), wanted)
     again = Supernet(tiny(bias=True), supernet.space)
     again.prepare(windows, cache_dir=tmp_path)
     fit_in_sequence(again, subnet, windows, cache_dir=tmp_path)
-    assert torch.equal(_logits(again, windows, subnet), wanted)
+    assert torch.equal(active_logits(again, windows, subnet), wanted)
 
 
 def test_the_last_map_of_a_layer_is_the_least_squares_solution(supernet, windows):
@@ -157,21 +149,21 @@ def test_channels_are_chosen_anew_and_input_maps_make_up_for_half_of_what_is_lac
 
 def test_the_unrounded_full_model_has_nothing_to_mend(supernet, windows, monkeypatch):
     full = supernet.space.full(32)
-    wanted = _logits(supernet, windows, full)
+    wanted = active_logits(supernet, windows, full)
     monkeypatch.setattr(LoadedModel, "run_layer", None)
     fit_in_sequence(supernet, full, windows)
-    assert torch.equal(_logits(supernet, windows, full), wanted)
+    assert torch.equal(active_logits(supernet, windows, full), wanted)
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_brings_a_subnet_closer_to_the_full_model(supernet, windows, bits):
     subnet = Subnet(LAYERS, bits)
-    wanted = _logits(supernet, windows, supernet.space.full(32))
-    before = float((_logits(supernet, windows, subnet) - wanted).square().mean())
-    others = _logits(supernet, windows, Subnet(LAYERS[::-1], bits))
+    wanted = active_logits(supernet, windows, supernet.space.full(32))
+    before = float((active_logits(supernet, windows, subnet) - wanted).square().mean())
+    others = active_logits(supernet, windows, Subnet(LAYERS[::-1], bits))
     fit_in_sequence(supernet, subnet, windows)
-    assert float((_logits(supernet, windows, subnet) - wanted).square().mean()) < 0.9 * before
-    assert torch.equal(_logits(supernet, windows, Subnet(LAYERS[::-1], bits)), others)
+    assert float((active_logits(supernet, windows, subnet) - wanted).square().mean()) < 0.9 * before
+    assert torch.equal(active_logits(supernet, windows, Subnet(LAYERS[::-1], bits)), others)
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
@@ -187,7 +179,7 @@ def test_what_is_extracted_is_what_is_active(tiny, windows, bits):
             parameter.copy_(dequantize(quantized[name]))
     with torch.no_grad():
         wanted = model(windows).logits
-    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(active_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_parts_are_fitted_at_their_bits_and_kept(tiny, windows, tmp_path):
@@ -197,12 +189,12 @@ def test_mixed_parts_are_fitted_at_their_bits_and_kept(tiny, windows, tmp_path):
     supernet.prepare(windows)
     subnet = Subnet.of_parts([replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in LAYERS], 4)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
-    wanted, quantized = _logits(supernet, windows, subnet), rounded_matrices(supernet, subnet)
+    wanted, quantized = active_logits(supernet, windows, subnet), rounded_matrices(supernet, subnet)
     assert {w.bits for name, w in quantized.items() if "mlp" in name} == {8}
     assert {w.bits for name, w in quantized.items() if "self_attn" in name} == {4}
     supernet.prepare(windows)  # forgets what it adopted
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
-    assert torch.equal(_logits(supernet, windows, subnet), wanted)
+    assert torch.equal(active_logits(supernet, windows, subnet), wanted)
     assert {name: w.bits for name, w in rounded_matrices(supernet, subnet).items()} == {
         n: w.bits for n, w in quantized.items()
     }
@@ -212,24 +204,24 @@ def test_mixed_parts_are_fitted_at_their_bits_and_kept(tiny, windows, tmp_path):
 def test_cached_weights_are_the_same_and_nothing_runs(supernet, tiny, windows, bits, tmp_path, monkeypatch):
     subnet = Subnet(LAYERS, bits)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
-    wanted = _logits(supernet, windows, subnet)
+    wanted = active_logits(supernet, windows, subnet)
     supernet.prepare(windows)  # forgets what it adopted
-    assert not torch.equal(_logits(supernet, windows, subnet), wanted)
+    assert not torch.equal(active_logits(supernet, windows, subnet), wanted)
     monkeypatch.setattr(LoadedModel, "run_layer", None)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path)
-    assert torch.equal(_logits(supernet, windows, subnet), wanted)
+    assert torch.equal(active_logits(supernet, windows, subnet), wanted)
 
 
 @pytest.mark.parametrize("bits", [32, 4])
 def test_a_fit_that_was_killed_goes_on(supernet, windows, tmp_path, interrupted_at, bits):
     subnet = Subnet(LAYERS, bits)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "whole")
-    wanted = _logits(supernet, windows, subnet)
+    wanted = active_logits(supernet, windows, subnet)
     supernet.prepare(windows)  # forgets what it adopted
     progress = interrupted_at(3)
     with pytest.raises(KeyboardInterrupt):
         fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=progress)
     fit_in_sequence(supernet, subnet, windows, cache_dir=tmp_path / "killed", progress=progress)
     assert progress.begun == [0, 1, 2, 3, 2, 3, 4, 5]
-    assert torch.equal(_logits(supernet, windows, subnet), wanted)
+    assert torch.equal(active_logits(supernet, windows, subnet), wanted)
     assert not list(tmp_path.rglob("*streams*"))

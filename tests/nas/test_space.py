@@ -13,17 +13,8 @@ from tests.nas.synthetic import tiny_space
 
 
 @pytest.fixture
-def space():
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return SearchSpace.from_config(config)
+def space(smollm2_config):
+    return SearchSpace.from_config(smollm2_config)
 
 
 def test_smollm2_choices(space):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from export.huggingface import write_huggingface
 from export.quantize import dequantize, is_rounded, quantize
-from nas import calibration, families, part_plans
+from nas import families, part_plans
 from nas.calibration import collect
 from nas.extraction import extract, rounded_matrices
 from nas.families import FAMILIES, LoadedModel, wrap
@@ -18,26 +18,11 @@ from nas.space import SearchSpace
 from nas.subnet import LayerChoice, Subnet
 from nas.supernet import Supernet
 from tests.export import tiny_models
+from tests.nas.supernets import active_logits, prepared
+
+pytestmark = pytest.mark.usefixtures("_in_fp32")
 
 SUBNET = Subnet((LayerChoice(1, 64), LayerChoice(0, 32), LayerChoice(2, 0)), 32)
-
-
-@pytest.fixture(autouse=True)
-def _in_fp32(monkeypatch):
-    monkeypatch.setattr(calibration, "fast_dtype", lambda: torch.float32)
-
-
-def _supernet(loaded, windows, lean=False, **options):
-    space = SearchSpace.from_config(loaded.config, width_fractions=(0, 0.25, 0.5, 1))
-    supernet = Supernet(loaded, space, lean=lean)
-    supernet.prepare(windows, **options)
-    return supernet
-
-
-@torch.no_grad()
-def _logits(supernet, windows, subnet):
-    supernet.activate(subnet)
-    return supernet.model(windows).logits
 
 
 OTHER_FAMILIES = [{"model_type": name} for name in FAMILIES if name != "llama"]
@@ -49,32 +34,32 @@ def test_full_subnet_is_the_original_bit_for_bit(tiny, windows, variant):
     loaded = tiny(**variant)
     with torch.no_grad():
         wanted = loaded.model(windows).logits
-    supernet = _supernet(loaded, windows)
-    assert torch.equal(_logits(supernet, windows, supernet.space.full(32)), wanted)
+    supernet = prepared(loaded, windows)
+    assert torch.equal(active_logits(supernet, windows, supernet.space.full(32)), wanted)
     for subnet in (SUBNET, supernet.space.full(4), supernet.space.smallest):
-        assert not torch.allclose(_logits(supernet, windows, subnet), wanted, atol=1e-3)
-    assert torch.equal(_logits(supernet, windows, supernet.space.full(32)), wanted)
+        assert not torch.allclose(active_logits(supernet, windows, subnet), wanted, atol=1e-3)
+    assert torch.equal(active_logits(supernet, windows, supernet.space.full(32)), wanted)
 
 
 def test_a_subnet_is_the_same_whatever_was_active_before(tiny, windows):
-    supernet = _supernet(tiny(bias=True), windows)
+    supernet = prepared(tiny(bias=True), windows)
     rng = np.random.default_rng(0)
     subnets = [supernet.space.sample(rng) for _ in range(6)]
-    first = [_logits(supernet, windows, subnet) for subnet in subnets]
+    first = [active_logits(supernet, windows, subnet) for subnet in subnets]
     for subnet, wanted in zip(subnets[::-1], first[::-1], strict=True):
-        assert torch.equal(_logits(supernet, windows, subnet), wanted)
+        assert torch.equal(active_logits(supernet, windows, subnet), wanted)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_large_model_is_put_together_layer_by_layer(tiny, windows, tmp_path, model_type):
     """The same logits and integers; between passes the model holds the loaded weights and nothing besides."""
-    roomy = _supernet(tiny(model_type), windows)
-    lean = _supernet(tiny(model_type), windows, lean=True, cache_dir=tmp_path)
+    roomy = prepared(tiny(model_type), windows)
+    lean = prepared(tiny(model_type), windows, lean=True, cache_dir=tmp_path)
     loaded = _places(lean)
     for bits in (32, 8, 4):
         subnet = Subnet(SUBNET.layers, bits)
-        wanted = _logits(roomy, windows, subnet)
-        assert torch.equal(_logits(lean, windows, subnet), wanted)
+        wanted = active_logits(roomy, windows, subnet)
+        assert torch.equal(active_logits(lean, windows, subnet), wanted)
         with torch.no_grad():
             torch.testing.assert_close(lean.loaded.logits(windows), wanted)
         lean.ends.activate("fp32")
@@ -82,7 +67,9 @@ def test_a_large_model_is_put_together_layer_by_layer(tiny, windows, tmp_path, m
         for name, quantized in rounded_matrices(roomy, subnet).items():
             assert torch.equal(quantized.integers, rounded_matrices(lean, subnet)[name].integers)
     assert list(tmp_path.glob("rounded-*/*.safetensors"))
-    assert torch.equal(_logits(lean, windows, lean.space.full(32)), _logits(roomy, windows, roomy.space.full(32)))
+    assert torch.equal(
+        active_logits(lean, windows, lean.space.full(32)), active_logits(roomy, windows, roomy.space.full(32))
+    )
 
 
 def _places(supernet):
@@ -91,7 +78,7 @@ def _places(supernet):
 
 
 def test_a_layer_that_fails_has_its_loaded_weights_back(tiny, windows):
-    lean = _supernet(tiny(), windows, lean=True)
+    lean = prepared(tiny(), windows, lean=True)
     lean.activate(SUBNET)
     wanted = lean.loaded.layers[0].mlp.down_proj.weight.data_ptr()
     with pytest.raises(RuntimeError):
@@ -105,11 +92,11 @@ def test_weights_in_half_precision_are_computed_with_in_fp32(tiny_model, windows
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     whole = copy.deepcopy(model).float()
-    halved, exact = (_supernet(wrap(m, None, "tiny"), windows, cache_dir=tmp_path) for m in (model, whole))
+    halved, exact = (prepared(wrap(m, None, "tiny"), windows, cache_dir=tmp_path) for m in (model, whole))
     assert halved.loaded.fingerprint == exact.loaded.fingerprint
     assert (halved.lean, exact.lean) == (True, False)
     for subnet in (halved.space.full(32), *(Subnet(SUBNET.layers, bits) for bits in (32, 8, 4))):
-        wanted = _logits(exact, windows, subnet)
+        wanted = active_logits(exact, windows, subnet)
         halved.activate(subnet)
         with torch.no_grad():
             torch.testing.assert_close(halved.loaded.logits(windows), wanted)
@@ -129,19 +116,19 @@ def test_models_that_fill_the_memory_are_lean(tiny, monkeypatch):
 
 @pytest.mark.parametrize("variant", [{}, {"tied": False}, *OTHER_FAMILIES])
 def test_extraction_computes_what_activation_computes(tiny, windows, variant):
-    supernet = _supernet(tiny(**variant), windows)
+    supernet = prepared(tiny(**variant), windows)
     for subnet in (SUBNET, supernet.space.full(32)):
         extracted = extract(supernet, subnet)
         with torch.no_grad():
             got = extracted(windows).logits
-        torch.testing.assert_close(got, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, active_logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
         assert sum(p.numel() for p in extracted.parameters()) == supernet.space.model_shape(subnet).parameters
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if FAMILIES[name].computed_as in ("", "llama")])
 def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, windows, model_type):
     loaded = tiny(model_type)
-    supernet = _supernet(loaded, windows)
+    supernet = prepared(loaded, windows)
     kept, skipped = LayerChoice(2, 64), LayerChoice(0, 0)
     for layers, count in (((skipped, kept, kept), 2), ((LayerChoice(3, 128),) * 3, 3)):
         extracted = extract(supernet, Subnet(layers, 32))
@@ -149,7 +136,7 @@ def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, win
         assert len(extracted.model.layers) == extracted.config.num_hidden_layers == count
         with torch.no_grad():
             got = extracted(windows).logits
-        torch.testing.assert_close(got, _logits(supernet, windows, Subnet(layers, 32)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, active_logits(supernet, windows, Subnet(layers, 32)), rtol=1e-4, atol=1e-4)
     names = set(extract(supernet, Subnet((skipped, kept, kept), 4)).state_dict())
     assert set(rounded_matrices(supernet, Subnet((skipped, kept, kept), 4))) < names
 
@@ -158,7 +145,7 @@ def test_layers_that_are_alike_are_extracted_as_the_plain_architecture(tiny, win
 @pytest.mark.parametrize("head_bits", [0, 4])
 def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, tied):
     loaded = tiny("llama", tied=tied)
-    supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
+    supernet = Supernet(loaded, replace(prepared(loaded, windows).space, mixed_bits=True))
     supernet.prepare(windows)
     layers = [replace(layer, mlp_bits=8 if layer.intermediate_size else 0) for layer in SUBNET.layers]
     mixed = Subnet.of_parts(layers, 4, head_bits)
@@ -172,8 +159,8 @@ def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, 
             parameter.copy_(dequantize(quantized[name]))
     with torch.no_grad():
         wanted = model(windows).logits
-    torch.testing.assert_close(_logits(supernet, windows, mixed), wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(_logits(supernet, windows, mixed.at_bits(8)), wanted, atol=1e-3)
+    torch.testing.assert_close(active_logits(supernet, windows, mixed), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(active_logits(supernet, windows, mixed.at_bits(8)), wanted, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -181,7 +168,7 @@ def test_parts_and_head_have_the_bits_that_are_theirs(tiny, windows, head_bits, 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_head_of_other_bits_than_the_embedding_is_stored_beside_it(tiny, windows, tmp_path, model_type, layers):
     loaded = tiny(model_type)
-    supernet = Supernet(loaded, replace(_supernet(loaded, windows).space, mixed_bits=True))
+    supernet = Supernet(loaded, replace(prepared(loaded, windows).space, mixed_bits=True))
     supernet.prepare(windows)
     subnet = Subnet(layers, 4, head_bits=4)
     model, quantized = extract(supernet, subnet, shared=True), rounded_matrices(supernet, subnet)
@@ -192,12 +179,12 @@ def test_a_head_of_other_bits_than_the_embedding_is_stored_beside_it(tiny, windo
     shipped = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         found = shipped(windows).logits
-    torch.testing.assert_close(found, _logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, active_logits(supernet, windows, subnet), rtol=1e-4, atol=1e-4)
 
 
 def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
     loaded = tiny("llama")
-    supernet = _supernet(loaded, windows, cache_dir=tmp_path)
+    supernet = prepared(loaded, windows, cache_dir=tmp_path)
     read = []
     hook = loaded.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
@@ -212,7 +199,7 @@ def test_a_narrow_head_is_rounded_for_what_it_reads(tiny, windows, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits, model_type):
-    supernet = _supernet(tiny(model_type), windows)
+    supernet = prepared(tiny(model_type), windows)
     subnet = Subnet(SUBNET.layers, bits)
     model = extract(supernet, subnet)
     quantized = rounded_matrices(supernet, subnet)
@@ -222,13 +209,13 @@ def test_active_weights_are_those_an_exporter_rounds(tiny, windows, bits, model_
             parameter.copy_(dequantize(quantized[name]))
     with torch.no_grad():
         wanted = model(windows).logits
-    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(active_logits(supernet, windows, subnet), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_active_weights_at_16_bits_are_halves(tiny, windows, tied, half):
-    supernet = _supernet(tiny(tied=tied), windows)
+    supernet = prepared(tiny(tied=tied), windows)
     subnet = SUBNET.at(half)
     supernet.activate(SUBNET.at("bf16"))  # which leaves nothing of the other behind
     model = extract(supernet, subnet)
@@ -237,15 +224,15 @@ def test_active_weights_at_16_bits_are_halves(tiny, windows, tied, half):
             parameter.copy_(parameter.bfloat16() if half == "bf16" else parameter.half())
     with torch.no_grad():
         wanted = model(windows).logits
-    torch.testing.assert_close(_logits(supernet, windows, subnet), wanted, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(_logits(supernet, windows, SUBNET), wanted)
+    torch.testing.assert_close(active_logits(supernet, windows, subnet), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(active_logits(supernet, windows, SUBNET), wanted)
     assert rounded_matrices(supernet, subnet) == {}
 
 
 def test_parts_keep_whole_groups_and_the_best_weights_for_them(tiny, windows, tmp_path):
     loaded = tiny()
     original = copy.deepcopy(loaded.model)
-    supernet = _supernet(loaded, windows, cache_dir=tmp_path)
+    supernet = prepared(loaded, windows, cache_dir=tmp_path)
     plan = supernet.plan(0, "attention")
     weights = supernet.layer_weights(SUBNET, 0)
     attention = original.model.layers[0].self_attn
@@ -266,29 +253,29 @@ def test_reformation_brings_the_layer_closer_to_the_original(tiny, windows):
     narrow = Subnet((LayerChoice(2, 64),) * 3, 32)
     errors = {}
     for reform in (True, False):
-        supernet = _supernet(loaded, windows, reform=reform)
-        errors[reform] = float((_logits(supernet, windows, narrow) - wanted).square().mean())
+        supernet = prepared(loaded, windows, reform=reform)
+        errors[reform] = float((active_logits(supernet, windows, narrow) - wanted).square().mean())
         supernet.activate(supernet.space.full(32))
     assert errors[True] < 0.9 * errors[False]
 
 
 def test_cached_preparation_is_the_same_and_runs_nothing(tiny, windows, tmp_path, monkeypatch):
-    wanted = _logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
+    wanted = active_logits(prepared(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
     monkeypatch.setattr(LoadedModel, "run_layer", None)
-    assert torch.equal(_logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET), wanted)
+    assert torch.equal(active_logits(prepared(tiny(), windows, cache_dir=tmp_path), windows, SUBNET), wanted)
 
 
 def test_of_an_interrupted_preparation_only_what_is_missing_is_made(tiny, windows, tmp_path, monkeypatch):
-    wanted = _logits(_supernet(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
+    wanted = active_logits(prepared(tiny(), windows, cache_dir=tmp_path), windows, SUBNET)
     for folder in ("orders-*", "supernet-*"):
         (file,) = tmp_path.glob(f"{folder}/layer_001.safetensors")
         file.unlink()
     made, told = [], []
     monkeypatch.setattr(part_plans, "part_order", lambda *given: made.append(given[0]) or part_order(*given))
-    again = _supernet(tiny(), windows, cache_dir=tmp_path, progress=lambda *given: told.append(given))
+    again = prepared(tiny(), windows, cache_dir=tmp_path, progress=lambda *given: told.append(given))
     assert made == ["attention", "mlp"]
     assert told == [(4, 6, "reforming layer 1")]
-    assert torch.equal(_logits(again, windows, SUBNET), wanted)
+    assert torch.equal(active_logits(again, windows, SUBNET), wanted)
 
 
 def test_errors_say_what_to_do(tiny, windows):

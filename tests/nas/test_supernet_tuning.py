@@ -17,6 +17,7 @@ from nas.supernet import Supernet
 from nas.supernet_tuning import SHIFT_FILE, TunedSupernet, shift_by, tune_supernet
 from nas.training import TrainingSettings
 from nas.tuned import TuneSettings
+from tests.nas.supernets import active_logits
 
 SUBNETS = (
     Subnet((LayerChoice(2, 64), LayerChoice(0, 96), LayerChoice(3, 0)), 8),
@@ -40,13 +41,6 @@ def make(tiny: Callable[..., LoadedModel], windows: torch.Tensor) -> Callable[..
     return made
 
 
-@torch.no_grad()
-def _logits(supernet: Supernet, subnet: Subnet, windows: torch.Tensor) -> torch.Tensor:
-    supernet.activate(subnet)
-    logits: torch.Tensor = supernet.model(input_ids=windows).logits
-    return logits
-
-
 def _random_deltas(supernet: Supernet) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     return [
@@ -61,7 +55,7 @@ def test_the_full_subnet_is_the_shifted_model(
 ) -> None:
     supernet = make(**options)
     full = supernet.space.full(32)
-    before = _logits(supernet, full, windows)
+    before = active_logits(supernet, windows, full)
     shift = _random_deltas(supernet)
     plain = copy.deepcopy(supernet.model)
     for index, layer in enumerate(shift):
@@ -70,25 +64,25 @@ def test_the_full_subnet_is_the_shifted_model(
     with torch.no_grad():
         wanted = plain(input_ids=windows).logits
     with supernet.shifted(shift, "a test"):
-        assert torch.equal(_logits(supernet, full, windows), wanted)
+        assert torch.equal(active_logits(supernet, windows, full), wanted)
         supernet.activate_full_model()
         with torch.no_grad():
             assert torch.equal(supernet.model(input_ids=windows).logits, before)
         assert supernet.prepared_from.endswith("shifted by a test")
-    assert torch.equal(_logits(supernet, full, windows), before)
+    assert torch.equal(active_logits(supernet, windows, full), before)
     assert "shifted" not in supernet.prepared_from
 
 
 def test_what_a_subnet_drops_does_not_shift_it(make: Callable[..., Supernet], windows: torch.Tensor) -> None:
     supernet = make()
-    before = [_logits(supernet, subnet, windows) for subnet in SUBNETS]
+    before = [active_logits(supernet, windows, subnet) for subnet in SUBNETS]
     order = supernet.plan(0, "mlp").order
     for kept, moves in ((order[:64], True), (order[64:], False)):
         shift = [{name: torch.zeros_like(t) for name, t in supernet.full_maps(index).items()} for index in range(3)]
         shift[0]["mlp.gate_proj.weight"][kept] = 0.1
         shift[0]["mlp.down_proj.weight"][:, kept] = 0.1
         with supernet.shifted(shift, "a test"):
-            narrow, wide = (_logits(supernet, subnet, windows) for subnet in SUBNETS)
+            narrow, wide = (active_logits(supernet, windows, subnet) for subnet in SUBNETS)
         assert torch.equal(narrow, before[0]) != moves
         assert not torch.equal(wide, before[1])  # it keeps all of that MLP
 
@@ -115,7 +109,7 @@ def test_what_is_trained_is_what_shifts(
             trained.append(other.model(input_ids=windows).logits)
     with supernet.shifted(deltas(shared.factors(ranks)), "a test"):
         for subnet, wanted in zip((*subnets, supernet.space.full(32)), trained, strict=True):
-            torch.testing.assert_close(_logits(supernet, subnet, windows), wanted, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(active_logits(supernet, windows, subnet), wanted, atol=2e-4, rtol=1e-4)
     assert len(shared.passes(np.random.default_rng(0), "random")) == 2
 
 
@@ -150,7 +144,7 @@ def test_all_subnets_are_tuned_once_and_shift_another_process(
     other = make()
     assert shift_by(other, tmp_path / "whole") == tuned
     for subnet in SUBNETS:  # rounded to their bits after the shift
-        assert torch.equal(_logits(other, subnet, windows), _logits(supernet, subnet, windows))
+        assert torch.equal(active_logits(other, windows, subnet), active_logits(supernet, windows, subnet))
     with pytest.raises(ValueError, match="got one from others"):
         shift_by(make(seed=1), tmp_path / "whole")
 
